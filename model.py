@@ -1,0 +1,332 @@
+"""A Llama-style decoder, and reading public safetensors checkpoints into it.
+
+Shapes, here and in every other file:
+
+    B  batch              H  query heads             C  width (hidden_size)
+    T  new tokens         G  key/value heads         V  vocabulary
+    S  tokens before      D  size of one head        L  layers
+
+The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens and the
+name of the adapter set come in as arguments; logits and the new tokens' keys and values go out. Modules carry the
+checkpoint's own names, so a Hugging Face checkpoint loads without a rename table.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+ROPE_TYPES = ("default", "linear", "llama3")
+ALL = slice(None)    # rows: logits for every token
+NONE = slice(0)      # rows: no logits, only keys and values
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Configuration: config.json, under its own field names
+
+@dataclass(frozen=True)
+class Config:
+    """What shapes the computation, read from config.json. `rope` holds `rope_type`, `rope_theta` and that type's
+    own numbers, whichever of the two ways config.json spells them."""
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict
+    sliding_window: int | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, c):
+        """Config from the contents of a config.json; ValueError names what is missing or not supported."""
+        kind = c.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"model_type {kind!r} is not supported: expected one of {', '.join(MODEL_TYPES)}")
+        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        if lacking := [k for k in needed if not isinstance(c.get(k), int)]:
+            raise ValueError(f"config.json lacks a whole number for: {', '.join(lacking)}")
+        if (act := c.get("hidden_act", "silu")) != "silu":
+            raise ValueError(f"hidden_act {act!r} is not supported: a {kind} model is expected to use silu")
+
+        # Up to transformers 4: rope_theta + rope_scaling ("type" is the older word). From 5 on: rope_parameters.
+        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+        rope["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+        if rope["rope_type"] not in ROPE_TYPES:
+            raise ValueError(f"RoPE type {rope['rope_type']!r} is not supported: expected one of {', '.join(ROPE_TYPES)}")
+        wanted = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+                                                   "original_max_position_embeddings"]}.get(rope["rope_type"], [])
+        if lacking := [k for k in wanted if k not in rope]:
+            raise ValueError(f"RoPE type {rope['rope_type']!r} needs {', '.join(lacking)} in config.json")
+        rope = {k: rope[k] for k in ["rope_type", "rope_theta", *wanted]}
+
+        heads = c["num_attention_heads"]
+        bias = bool(c.get("attention_bias", False))
+        return cls(
+            model_type=kind,
+            vocab_size=c["vocab_size"],
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            num_hidden_layers=c["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=c.get("num_key_value_heads") or heads,
+            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+            max_position_embeddings=c.get("max_position_embeddings") or 2048,
+            rms_norm_eps=c.get("rms_norm_eps", 1e-6),
+            rope=rope,
+            sliding_window=c.get("sliding_window") if c.get("use_sliding_window", kind == "mistral") else None,
+            qkv_bias=bias or kind == "qwen2",
+            o_bias=bias and kind != "qwen2",
+            mlp_bias=bool(c.get("mlp_bias", False)),
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no config.json: expected a folder with a Hugging Face checkpoint")
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def check_length(self, n):
+        """ValueError if a text of n tokens is more than the model can read."""
+        if self.sliding_window and n > self.sliding_window:
+            raise ValueError(f"{n} tokens are longer than the model's sliding window of {self.sliding_window}, "
+                             f"which is not supported: keep the text within {self.sliding_window} tokens")
+        if n > self.max_position_embeddings:
+            raise ValueError(f"{n} tokens are more than the model's limit of {self.max_position_embeddings}: "
+                             "shorten the prompt, or ask for fewer tokens")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Positions, masks, and what earlier tokens left behind
+
+def rotary(config, positions, dtype):
+    """Cosines and sines of RoPE (Su et al., 2104.09864) at `positions` (B, T): two tensors (B, 1, T, D/2)."""
+    rope, D = config.rope, config.head_dim
+    freq = rope["rope_theta"] ** -(torch.arange(0, D, 2, device=positions.device).float() / D)     # (D/2,)
+    if rope["rope_type"] == "linear":
+        freq = freq / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended linearly.
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)    # full turns in the old context
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (keep + (1 - keep) / rope["factor"])
+    angle = positions[:, None, :, None].float() * freq                                             # (B, 1, T, D/2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + D/2}) of x (B, heads, T, D) by its position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def may_attend(query_pos, key_pos, sees="causal"):
+    """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
+
+    Position -1 marks padding. Padding sees only padding, so that no softmax row is empty, and nothing else sees it.
+    """
+    q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
+    sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
+    return sight & ((q >= 0) == (k >= 0))
+
+
+class Past:
+    """Keys and values of earlier tokens: one (k, v) a layer, each (B, G, S, D). Joining makes new tensors, so that
+    gradients flow back into the pass that made them."""
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def __len__(self):
+        return self.layers[0][0].shape[2]
+
+    def join(self, layer, k, v):
+        past_k, past_v = self.layers[layer]
+        return torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+
+
+class KVCache:
+    """The same for decoding, without copying: buffers of `size` tokens, filled from the left and written in place.
+    Only where no gradient flows: overwriting would destroy what a backward pass needs."""
+
+    def __init__(self, layers, size):
+        self.length = 0
+        self.buffers = [tuple(t.new_empty(*t.shape[:2], size, t.shape[3]) for t in kv) for kv in layers]
+        for i, (k, v) in enumerate(layers):
+            self.join(i, k, v)
+
+    def __len__(self):
+        return self.length
+
+    def join(self, layer, k, v):
+        assert not torch.is_grad_enabled(), "KVCache overwrites its buffers: use Past while gradients flow"
+        start, end = self.length, self.length + k.shape[2]
+        k_all, v_all = self.buffers[layer]
+        k_all[:, :, start:end] = k
+        v_all[:, :, start:end] = v
+        if layer == len(self.buffers) - 1:      # the last layer has seen the new tokens: they are now past
+            self.length = end
+        return k_all[:, :, :end], v_all[:, :, :end]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The decoder, from the smallest part up
+
+class Linear(nn.Linear):
+    """A linear layer that is told which adapter set to use, and has none. lora.py puts those that have in its place."""
+
+    def forward(self, x, adapter=None):
+        return F.linear(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_q, self.n_kv, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = Linear(c.hidden_size, self.n_q * self.D, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, self.n_kv * self.D, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, self.n_kv * self.D, bias=c.qkv_bias)
+        self.o_proj = Linear(self.n_q * self.D, c.hidden_size, bias=c.o_bias)
+
+    def forward(self, x, rope, mask, past, layer, adapter, rows):
+        """x (B, T, C). Keys and values are made for all T tokens, queries only for `rows` of them (T' tokens)."""
+        cos, sin = rope
+        k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)             # (B, G, T, D)
+        v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)             # (B, G, T, D)
+        k = rotate(k, cos, sin)
+        q = self.q_proj(x[:, rows], adapter).unflatten(-1, (self.n_q, self.D)).transpose(1, 2)     # (B, H, T', D)
+        q = rotate(q, cos[:, :, rows], sin[:, :, rows])
+
+        k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                          # (B, G, S + T, D)
+        mask = None if mask is None else mask[:, :, rows]                                          # (B, 1, T', S + T)
+        y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=self.n_q != self.n_kv)
+        return self.o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                         # (B, T', C)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x, adapter):
+        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, mask, past, layer, adapter, rows):
+        y, kv = self.self_attn(self.input_layernorm(x), rope, mask, past, layer, adapter, rows)
+        x = x[:, rows] + y
+        return x + self.mlp(self.post_attention_layernorm(x), adapter), kv
+
+
+class Llama(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+        })
+        if not config.tie_word_embeddings:      # a tied head is the embedding itself
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, positions, mask=None, past=None, adapter=None, rows=ALL):
+        """Logits (B, T', V) of the tokens in `rows`, and the new keys and values: L pairs (k, v), each (B, G, T, D).
+
+        tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it; None
+        lets every token attend to all. past: a Past or KVCache. adapter: the name of the adapter set to run, None
+        for the bare base. rows: a slice of the T tokens. Nobody reads the last layer's output elsewhere, so its
+        attention and MLP, the final norm and the head run for these rows only; with NONE it stops at k and v.
+        """
+        if self.config.sliding_window:
+            self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
+        x = self.model.embed_tokens(tokens)                                                        # (B, T, C)
+        rope = rotary(self.config, positions, x.dtype)
+        keys_values = []
+        last = len(self.model.layers) - 1
+        for i, block in enumerate(self.model.layers):
+            x, kv = block(x, rope, mask, past, i, adapter, rows if i == last else ALL)
+            keys_values.append(kv)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(self.model.norm(x), head.weight), keys_values
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Read a Hugging Face checkpoint folder: config.json and model.safetensors, or shards with their index.
+
+        Built without memory, then filled tensor by tensor, so the host holds little more than the weights. All
+        missing, unexpected and misshapen tensors are reported in one ValueError before any of them is read.
+        """
+        folder = Path(folder)
+        config = Config.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+
+        where, have = {}, {}                    # tensor name -> its file, its shape
+        for file in checkpoint_files(folder):
+            try:
+                with safe_open(file, framework="pt") as f:
+                    for name in f.keys():
+                        where[name], have[name] = file, tuple(f.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
+        have = {n: s for n, s in have.items() if not n.endswith("rotary_emb.inv_freq")}   # old exports; computed here
+        if config.tie_word_embeddings:
+            have.pop("lm_head.weight", None)                                              # the embedding once more
+        wrong = [f"missing {n} {want[n]}" for n in want.keys() - have.keys()]
+        wrong += [f"unexpected {n} {have[n]}" for n in have.keys() - want.keys()]
+        wrong += [f"{n} is {have[n]}, expected {want[n]}" for n in want.keys() & have.keys() if have[n] != want[n]]
+        if wrong:
+            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {'; '.join(sorted(wrong))}")
+
+        state = {}
+        for file in sorted(set(where.values())):
+            with safe_open(file, framework="pt") as f:
+                state |= {n: f.get_tensor(n).to(device, dtype) for n in want if where[n] == file}
+        model.load_state_dict(state, assign=True)
+        return model
+
+
+def checkpoint_files(folder):
+    """The safetensors files of a checkpoint folder; ValueError if there are none or the index names absent ones."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    else:
+        files = [folder / "model.safetensors"]
+    if lacking := [f.name for f in files if not f.is_file()]:
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
+        hint = f" It has {', '.join(pickles)}: convert to safetensors, pickles are not read." if pickles else ""
+        raise ValueError(f"{folder} lacks {', '.join(lacking)}.{hint}")
+    return files
