@@ -1,0 +1,208 @@
+"""Low-rank adapters (LoRA, 2106.09685) on the model's linears: several named sets on one frozen base.
+
+    y = W x + (alpha / r) B A x        A (r, in) Kaiming-uniform, B (out, r) zero: training starts at the base model
+
+Which set runs is an argument of the call, `linear(x, adapter)`: there is no switch that a later call, or a
+recomputation in the backward pass, could read stale. Adapters are float32 on a base of any dtype: in bfloat16 a step
+of 3e-4 on a weight of 0.1 would be rounded away. Files are PEFT's, so other tools read and write the same adapters.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from model import Linear, Llama
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."        # PEFT's tensor names: this, the module's name, then .lora_A.weight or .lora_B.weight
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """How a set is made. The defaults are the paper's: rank 8, alpha 1 (so the scale is 1/8), no dropout."""
+    rank: int = 8
+    alpha: float = 1.0
+    dropout: float = 0.0
+    targets: tuple = TARGETS
+
+
+class LoRA(nn.Module):
+    """What one set adds to one linear layer."""
+
+    def __init__(self, linear, config):
+        super().__init__()
+        new = dict(dtype=torch.float32, device=linear.weight.device)
+        self.config, self.scale = config, config.alpha / config.rank
+        self.lora_A = nn.Parameter(torch.empty(config.rank, linear.in_features, **new))        # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, config.rank, **new))       # (out, r)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x, y):
+        """y + (alpha / r) B A x in float32, then back to the dtype of y = W x."""
+        x = x.to(self.lora_A.dtype)
+        if self.config.dropout and self.training:
+            x = F.dropout(x, self.config.dropout)
+        return torch.add(y, F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale).to(y.dtype)
+
+    def merged(self, weight):
+        """W + (alpha / r) B A in the dtype of W."""
+        delta = self.scale * self.lora_B @ self.lora_A
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+
+class AdaptedLinear(Linear):
+    """A frozen linear layer with adapter sets beside it. A subclass, so that the weight keeps its name."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.sets = nn.ModuleDict()             # set name -> LoRA
+
+    def forward(self, x, adapter=None):
+        y = F.linear(x, self.weight, self.bias)
+        return self.sets[adapter](x, y) if adapter in self.sets else y      # no such set here: the bare base
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Sets of adapters on a whole model
+
+def adapted(model, name=None):
+    """The layers that carry the set `name` (any set if None), by module name."""
+    return {path: m for path, m in model.named_modules()
+            if isinstance(m, AdaptedLinear) and (name is None or name in m.sets)}
+
+
+def add_adapter(model, name, config=LoRAConfig(), paths=None):
+    """Freeze the base and give every linear named in `config.targets` (or each of `paths`) a new set `name`."""
+    if paths is None:
+        paths = [p for p, m in model.named_modules() if isinstance(m, Linear) and p.split(".")[-1] in config.targets]
+    if unknown := set(config.targets) - {p.split(".")[-1] for p in paths}:
+        here = sorted({p.split(".")[-1] for p, m in model.named_modules() if isinstance(m, Linear)})
+        raise ValueError(f"no linear is named {', '.join(sorted(unknown))}: expected some of {', '.join(here)}")
+    if not adapted(model):
+        model.requires_grad_(False)
+    for path in paths:
+        linear = model.get_submodule(path)
+        if not isinstance(linear, AdaptedLinear):
+            linear = AdaptedLinear(linear)
+            model.set_submodule(path, linear)
+        linear.sets[name] = LoRA(linear, config)
+
+
+def merge(model, name):
+    """A plain model with the set `name` merged into a copy of the weights it adapts; the rest is shared."""
+    weights = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
+    weights |= {f"{path}.weight": linear.sets[name].merged(linear.weight) for path, linear in adapted(model, name).items()}
+    with torch.device("meta"):
+        plain = Llama(model.config)
+    plain.load_state_dict(weights, assign=True)
+    return plain.requires_grad_(False)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files: adapter_config.json and adapter_model.safetensors, as PEFT writes them
+
+def save_adapter(model, name, folder, base=""):
+    """Write the set `name` so that `peft.PeftModel.from_pretrained` reads it; `base` names the base model."""
+    linears = adapted(model, name)
+    config = next(iter(linears.values())).sets[name].config
+    write_json(Path(folder) / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "target_modules": sorted({path.split(".")[-1] for path in linears}),
+        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
+    })
+    tensors = {}
+    for path, linear in linears.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = linear.sets[name].lora_A
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = linear.sets[name].lora_B
+    write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
+
+
+def load_adapter(model, name, folder):
+    """Add the set saved in `folder` to the model under `name`; returns how many tensors were read.
+
+    Loads strictly: a tensor for a layer that the model lacks, a missing half or another shape is a ValueError that
+    lists them all, and so is an adapter of another kind than plain LoRA.
+    """
+    folder = Path(folder)
+    c = read_json(folder / "adapter_config.json")
+    if c.get("peft_type") != "LORA":
+        raise ValueError(f"{folder} holds an adapter of kind {c.get('peft_type')!r}: expected LORA")
+    extras = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+    if odd := [k for k in extras if c.get(k)] + (["bias"] if c.get("bias", "none") != "none" else []):
+        raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA")
+
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    paths = sorted({n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors})
+    linears = {p: m for p, m in model.named_modules() if isinstance(m, Linear)}
+    r = c["r"]
+    want = {}
+    for p in paths:
+        if p in linears:
+            want[f"{PREFIX}{p}.lora_A.weight"] = (r, linears[p].in_features)
+            want[f"{PREFIX}{p}.lora_B.weight"] = (linears[p].out_features, r)
+    wrong = [f"missing {n}" for n in want.keys() - tensors.keys()]
+    wrong += [f"unexpected {n}" for n in tensors.keys() - want.keys()]
+    wrong += [f"{n} is {tuple(tensors[n].shape)}, expected {want[n]}"
+              for n in want.keys() & tensors.keys() if tuple(tensors[n].shape) != want[n]]
+    if wrong or not paths:
+        raise ValueError(f"{folder} does not fit the model: {'; '.join(sorted(wrong)) or 'it holds no tensors'}")
+
+    targets = tuple(sorted({p.split(".")[-1] for p in paths}))
+    add_adapter(model, name, LoRAConfig(r, c["lora_alpha"], c.get("lora_dropout", 0.0), targets), paths)
+    with torch.no_grad():
+        for p in paths:
+            lora = model.get_submodule(p).sets[name]
+            lora.lora_A.copy_(tensors[f"{PREFIX}{p}.lora_A.weight"])
+            lora.lora_B.copy_(tensors[f"{PREFIX}{p}.lora_B.weight"])
+    return len(tensors)
+
+
+def write_file(path, data):
+    """Write bytes beside `path` and rename: a process that dies on the way leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    try:
+        with open(draft, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path, tensors, metadata=None):
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_file(path, save(tensors, {"format": "pt", **(metadata or {})}))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
