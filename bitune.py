@@ -1,0 +1,247 @@
+"""Bitune: bidirectional instruction-tuning (Kopiczko, Blankevoort, Asano; arXiv 2405.14862). The whole method.
+
+A causal decoder reads each prompt token before it has seen what follows. Bitune reads the prompt a second time with
+every token in sight, and mixes what the two passes leave behind, their keys and values, into the cache from which
+the answer is then written, causally as ever. A prompt x of P tokens and an answer y of A tokens are cut like this:
+
+    x[0] ... x[P-2]  |  x[P-1]  y[0]  y[1] ... y[A-1]
+        context      |         answer stream               its logits at row i predict y[i]
+
+    1  causal pass      context, adapter "causal",         each token sees earlier ones   ->  K_c, V_c  in each layer
+    2  second pass      context, adapter "bidirectional",  each token sees all the others ->  K_b, V_b  in each layer
+    3  mixing           K = (1 - α) K_c + α K_b            α = |θ| / (|θ| + c): one θ a layer for K, and one for V
+    4  answer pass      answer stream, adapter "causal",   causal, and attending to K, V of the context
+    5  decoding         goes on from that cache like any decoder: the prompt is read twice, once
+
+Shapes are those of model.py (B, T, S, G, D, L, V). Positions count from the start of the prompt; -1 is padding.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lora import adapted, load_adapter, read_json, read_tensors, save_adapter, write_json, write_tensors
+from model import NONE, KVCache, Past, may_attend
+
+# The method and its ablations differ only in how they read the prompt: each pass is (what a token sees, adapter set).
+# Two passes are mixed, one is taken as it is, and without any the prompt is part of the answer stream: plain LoRA.
+METHODS = {
+    "bitune":         [("causal", "causal"), ("bidirectional", "bidirectional")],
+    "naive-bidir":    [("bidirectional", "causal")],
+    "no-mixing":      [("bidirectional", "bidirectional")],
+    "only-causal":    [("causal", "causal"), ("causal", "bidirectional")],
+    "shared-weights": [("causal", "causal"), ("bidirectional", "causal")],
+    "lora":           [],
+}
+SECOND_MASKS = ("bidirectional", "causal", "anticausal")     # what a token may see in the bidirectional pass
+
+
+def adapter_sets(method):
+    """The names of the adapter sets that a method trains; "causal", which writes the answer, is always one."""
+    return ["causal"] + ["bidirectional"] * any(adapter == "bidirectional" for _, adapter in METHODS[method])
+
+
+class Tokens(NamedTuple):
+    ids: torch.Tensor           # (B, T)
+    positions: torch.Tensor     # (B, T), -1 for padding
+
+
+def pad(rows, fill, device):
+    """Lists of whole numbers, filled up on the right, as a tensor (B, T)."""
+    width = max(map(len, rows))
+    padded = [[*row] + [fill] * (width - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), width)
+
+
+class Bitune(nn.Module):
+    """A decoder with its adapter sets (see `lora.add_adapter`), trained and asked by one of METHODS. "lora" without a
+    set is the bare base model.
+
+    theta_init is c and where every θ starts, so α starts at 0.5 whatever it is: it sets how fast α moves for a given
+    learning rate. second_mask replaces what the bidirectional pass sees (the paper's ablation).
+    """
+
+    def __init__(self, model, method="bitune", theta_init=0.01, second_mask="bidirectional"):
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"method {method!r} is unknown: expected one of {', '.join(METHODS)}")
+        if second_mask not in SECOND_MASKS:
+            raise ValueError(f"second mask {second_mask!r} is unknown: expected one of {', '.join(SECOND_MASKS)}")
+        if not theta_init > 0:
+            raise ValueError(f"theta_init is {theta_init}: expected a number above 0")
+        if second_mask != "bidirectional" and not any(sees == "bidirectional" for sees, _ in METHODS[method]):
+            raise ValueError(f"method {method!r} has no bidirectional pass whose mask could be {second_mask!r}")
+        for name in adapter_sets(method):
+            assert adapted(model, name) or method == "lora", f"{method!r} needs an adapter set {name!r}: call lora.add_adapter"
+        self.model, self.method, self.theta_init, self.second_mask = model, method, theta_init, second_mask
+        self.passes = [(second_mask if sees == "bidirectional" else sees, adapter) for sees, adapter in METHODS[method]]
+        self.mixes = len(self.passes) == 2
+        if self.mixes:
+            start = torch.full((model.config.num_hidden_layers,), theta_init, device=self.device)
+            self.theta_key, self.theta_value = nn.Parameter(start), nn.Parameter(start.clone())     # (L,), float32
+
+    @property
+    def device(self):
+        return self.model.model.embed_tokens.weight.device
+
+    def split(self, prompt):
+        """Where the prompt ends: its ids as (context, opening of the answer stream). The last token opens the stream,
+        because its logits predict y[0]; without prompt passes there is no context, and all of it does."""
+        if not prompt:
+            raise ValueError("the prompt has no tokens: expected at least one, from which to predict the answer's first")
+        cut = len(prompt) - 1 if self.passes else 0
+        return prompt[:cut], prompt[cut:]
+
+    def lay_out(self, prompts, answers):
+        """A batch of prompts and answers (lists of ids) as two Tokens, the contexts and the answer streams."""
+        contexts, openings = zip(*map(self.split, prompts))
+        streams = [opening + answer for opening, answer in zip(openings, answers)]
+        starts = [len(c) for c in contexts]
+        return (Tokens(pad(contexts, 0, self.device), pad([range(n) for n in starts], -1, self.device)),
+                Tokens(pad(streams, 0, self.device),
+                       pad([range(n, n + len(s)) for n, s in zip(starts, streams)], -1, self.device)))
+
+    # ---- 1-3: read the prompt ----------------------------------------------------------------------------------
+
+    def alpha(self):
+        """The mixing coefficients α in [0, 1), of the keys and of the values: two tensors (L,)."""
+        def coefficient(theta):
+            size = theta.abs()
+            return size / (size + self.theta_init)
+        return coefficient(self.theta_key), coefficient(self.theta_value)
+
+    def encode(self, context):
+        """The keys and values of the context: a Past of L pairs (B, G, S, D), or None where there is no context."""
+        ids, positions = context
+        if ids.shape[1] == 0:
+            return None
+        passes = [self.model(ids, positions, may_attend(positions, positions, sees), adapter=adapter, rows=NONE)[1]
+                  for sees, adapter in self.passes]
+        return Past(self.mix(*passes) if self.mixes else passes[0])
+
+    def mix(self, causal, bidirectional):
+        """K = (1 - α) K_c + α K_b in each layer, and V alike. The hidden states of the two passes never meet: all
+        that the second reading has to say, it says here."""
+        def blend(a, c, b):                     # a (1,) is float32: so is the sum, which then returns to c's dtype
+            return ((1 - a) * c + a * b).to(c.dtype)
+        return [(blend(a_k, k_c, k_b), blend(a_v, v_c, v_b)) for a_k, a_v, (k_c, v_c), (k_b, v_b)
+                in zip(*(a.split(1) for a in self.alpha()), causal, bidirectional)]
+
+    # ---- 4: the answer pass ------------------------------------------------------------------------------------
+
+    def forward(self, prompts, answers):
+        """Logits (B, T', V) and labels (B, T') for lists of prompt ids and of answer ids: labels[b, t] is the answer
+        token that logits[b, t] should predict, -100 where there is none."""
+        context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
+        before = [len(self.split(p)[1]) - 1 for p in prompts]                   # tokens of the stream with no y to predict
+        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, self.device)
+
+        rows = slice(min(before), None)
+        sees = may_attend(stream.positions, torch.cat((context.positions, stream.positions), dim=1))
+        logits, _ = self.model(*stream, sees, self.encode(context), "causal", rows)
+        return logits, labels[:, rows]
+
+    def losses(self, prompts, answers):
+        """Each example's loss (B,): the mean cross-entropy over its own answer tokens, in float32."""
+        logits, labels = self(prompts, answers)
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+        return nll.sum(1) / (labels >= 0).sum(1)
+
+    # ---- 5: decoding -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        """Answer a batch of prompts, yielding after each step a list with every row's next id, None once it ended.
+
+        A row ends at a stop id, which is not yielded, or with the text at the model's limit. temperature 0 takes the
+        likeliest token; else it is drawn, from the top_k likeliest (0: all) that make up the first top_p of the mass.
+        """
+        config, longest = self.model.config, max(map(len, prompts), default=0)
+        config.check_length(longest + 1)
+        max_new_tokens = min(max_new_tokens, config.max_position_embeddings - longest)
+        generator = torch.Generator(self.device).manual_seed(seed)
+
+        context, stream = self.lay_out(prompts, [[]] * len(prompts))
+        keys = torch.cat((context.positions, stream.positions), dim=1)                        # (B, S)
+        past = self.encode(context)
+        ends = (stream.positions >= 0).sum(1) - 1                                             # each row's last token
+        rows = slice(int(ends.min()), None)
+        logits, new = self.model(*stream, may_attend(stream.positions, keys), past, "causal", rows)
+        logits = logits[torch.arange(len(prompts), device=self.device), ends - rows.start]    # (B, V)
+        cache = KVCache(new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)],
+                        keys.shape[1] + max_new_tokens)
+
+        ragged = len({*map(len, prompts)}) > 1          # else the cache has no padding, and nothing is masked
+        positions = torch.tensor([[len(p)] for p in prompts], device=self.device)             # (B, 1)
+        live = [True] * len(prompts)
+        for step in range(max_new_tokens):
+            token = pick(logits, temperature, top_k, top_p, generator)                        # (B,)
+            ids = token.tolist()
+            live = [alive and i not in stop_ids for alive, i in zip(live, ids)]
+            if not any(live):
+                return
+            yield [i if alive else None for alive, i in zip(live, ids)]
+            if step + 1 < max_new_tokens:
+                keys = torch.cat((keys, positions), dim=1)
+                mask = may_attend(positions, keys) if ragged else None
+                logits = self.model(token[:, None], positions, mask, cache, "causal")[0][:, -1]
+                positions = positions + 1
+
+    def generate(self, prompts, max_new_tokens, **options):
+        """The answers of `stream` as a list of lists of ids."""
+        steps = list(self.stream(prompts, max_new_tokens, **options))
+        return [[ids[b] for ids in steps if ids[b] is not None] for b in range(len(prompts))]
+
+    # ---- Files: a run is a folder ------------------------------------------------------------------------------
+
+    def save(self, folder, base, **about):
+        """Write the run: the causal set, which decodes, as a PEFT adapter of `folder` itself, the bidirectional one
+        in a subfolder, the thetas, and bitune.json with the method, the base's name and config, and `about`."""
+        folder = Path(folder)
+        for name in adapter_sets(self.method):
+            save_adapter(self.model, name, folder if name == "causal" else folder / name, base)
+        if self.mixes:
+            write_tensors(folder / "mixing.safetensors", {"key": self.theta_key, "value": self.theta_value})
+        write_json(folder / "bitune.json", {
+            "method": self.method, "theta_init": self.theta_init, "second_mask": self.second_mask, **about,
+            "base": base, "base_config": asdict(self.model.config)})
+
+    @classmethod
+    def load(cls, model, folder, base=""):
+        """The run in `folder` on `model`, which comes from `base`, how many tensors it holds, and its bitune.json
+        (a bare PEFT adapter has none: it is plain LoRA). ValueError if it was finetuned from another base."""
+        folder = Path(folder)
+        about = read_json(folder / "bitune.json") if (folder / "bitune.json").exists() else {"method": "lora"}
+        here = asdict(model.config)
+        there = about.get("base_config", here)
+        if differ := [k for k in here if there.get(k) != here[k]]:
+            raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
+                             ", ".join(f"{k} is {there.get(k)} there and {here[k]} here" for k in differ))
+        n = sum(load_adapter(model, name, folder if name == "causal" else folder / name)
+                for name in adapter_sets(about["method"]))
+        bitune = cls(model, **{k: about[k] for k in ("method", "theta_init", "second_mask") if k in about})
+        if bitune.mixes:
+            theta = read_tensors(folder / "mixing.safetensors")
+            if {k: t.shape for k, t in theta.items()} != dict.fromkeys(("key", "value"), bitune.theta_key.shape):
+                raise ValueError(f"{folder}/mixing.safetensors does not fit: expected key and value with one theta a layer")
+            bitune.theta_key.data.copy_(theta["key"])
+            bitune.theta_value.data.copy_(theta["value"])
+            n += 2
+        return bitune, n, about
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """The next token of each row: logits (B, V) to ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, order = (logits.float() / temperature).sort(dim=-1, descending=True)
+    if top_k:
+        logits[:, top_k:] = -torch.inf
+    p = logits.softmax(dim=-1)
+    if top_p < 1:
+        p[p.cumsum(dim=-1) - p >= top_p] = 0            # drop a token once those above it make up top_p
+    return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
