@@ -1,0 +1,296 @@
+"""Text to token ids and back, from the files that come with public checkpoints.
+
+Three kinds of file are read, told apart by what is in them:
+
+    tokenizer.model   tiktoken's format: base64 bytes and a rank a line (Llama 3)
+    tokenizer.json    byte-level BPE (Llama 3, SmolLM2, Qwen2): also run by tiktoken
+    tokenizer.json    SentencePiece BPE with byte fallback (Llama 2, TinyLlama, Mistral): run here
+
+Whatever is in a user's text stays text: a special token such as </s> is never made from a string.
+"""
+
+import base64
+import heapq
+import json
+import re
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+
+import tiktoken
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Digits are cut off one by one before GPT-2's pattern sees the text: white space before a digit then ends its stretch.
+DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+                  "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+                  *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+
+
+class Tokenizer:
+    """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text (None if
+    this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on (None if unknown)."""
+
+    def __init__(self, codec, special, added, bos_id, eos_id, stop_ids):
+        self.codec, self.special = codec, special
+        self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(stop_ids)
+        self.names = {i: name for name, i in (special | added).items()}
+        self.added = added                      # non-special tokens that match in plain text, the longest first
+        self.cut = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
+
+    @property
+    def n_ids(self):
+        """One more than the highest id."""
+        return 1 + max(self.codec.max_id, *self.names)
+
+    def encode(self, text, begin=True):
+        """The ids of a text, without BOS. begin=False says that it continues an earlier text: then SentencePiece's
+        dummy prefix, a space before the first word, is left away."""
+        ids, start = [], 0
+        for match in self.cut.finditer(text) if self.cut else ():
+            ids += self.codec.encode(text[start:match.start()], begin and start == 0)
+            ids.append(self.added[match.group()])
+            start = match.end()
+        return ids + self.codec.encode(text[start:], begin and start == 0)
+
+    def decode(self, ids):
+        """The text of ids; special tokens are written out, bytes that are no UTF-8 become U+FFFD."""
+        return self.codec.decode(ids, self.names)
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """Read the tokenizer of a checkpoint folder (or one tokenizer file in it); ValueError for another kind."""
+        path = Path(path)
+        files = [path] if path.is_file() else [path / f for f in ("tokenizer.json", "tokenizer.model")]
+        file = next((f for f in files if f.is_file()), None)
+        if file is None:
+            raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
+        settings = {}
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            if (file.parent / name).is_file():
+                settings[name] = json.loads((file.parent / name).read_text(encoding="utf-8"))
+        config = settings.get("tokenizer_config.json", {})
+        try:
+            codec, special, added, bos = (read_json if file.suffix == ".json" else read_tiktoken)(file, config)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{file} cannot be used: {error}") from None
+
+        def named(key):                         # "</s>", or {"content": "</s>", ...}, or null
+            token = config.get(key)
+            return special.get(token["content"] if isinstance(token, dict) else token)
+        bos_id = special.get(bos, named("bos_token") if config.get("add_bos_token") else None)
+        stop = settings.get("generation_config.json", {}).get("eos_token_id")
+        stop = settings.get("config.json", {}).get("eos_token_id") if stop is None else stop
+        stop = [stop] if isinstance(stop, int) else stop or []
+        eos_id = named("eos_token")
+        if eos_id is None:
+            eos_id = stop[0] if stop else special.get("<|end_of_text|>", special.get("</s>"))
+        return cls(codec, special, added, bos_id, eos_id, {eos_id, *stop} - {None})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Byte-level BPE
+
+class ByteLevel:
+    """BPE over bytes, run by tiktoken: `tokens` are (bytes, id) in order of merge priority."""
+
+    def __init__(self, pattern, tokens, normalize=str):
+        self.normalize = normalize
+        self.bytes = {i: token for token, i in tokens}
+        self.ids = [i for _, i in tokens]                           # tiktoken's own ids are the priorities
+        ranks = {token: rank for rank, (token, _) in enumerate(tokens)}
+        for byte in (bytes([b]) for b in range(256)):
+            if byte not in ranks:
+                ranks[byte] = len(ranks)                            # a byte that the vocabulary cannot say is dropped
+                self.ids.append(None)
+        self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.max_id = max(self.bytes)
+
+    def encode(self, text, begin):
+        ids = [self.ids[rank] for rank in self.encoding.encode_ordinary(self.normalize(text))]
+        return [i for i in ids if i is not None]
+
+    def decode(self, ids, names):
+        data = b"".join(names[i].encode() if i in names else self.bytes.get(i, b"") for i in ids)
+        return data.decode("utf-8", errors="replace")
+
+
+def read_tiktoken(file, config):
+    """A tokenizer.model of tiktoken's format, with Llama 3's pattern. The special tokens come from
+    tokenizer_config.json, or are Llama 3's, which follow the last rank."""
+    tokens = []
+    for line in file.read_bytes().splitlines():
+        if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line):
+            raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the tokenizer.json "
+                             "that is published beside it")
+        token, rank = line.split()
+        tokens.append((base64.b64decode(token), int(rank)))
+    tokens.sort(key=lambda pair: pair[1])
+    listed = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
+    special = listed or {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+    bos = next((name for name in ("<|begin_of_text|>",) if name in special), None)
+    return ByteLevel(LLAMA3_PATTERN, tokens), special, {}, bos
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# SentencePiece BPE
+
+class SentencePiece:
+    """BPE over characters, spaces written as U+2581; characters outside the vocabulary fall back to <0x00>-<0xFF>."""
+
+    def __init__(self, vocab, merges, normalize, strip):
+        self.vocab, self.normalize, self.strip = vocab, normalize, strip
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.pieces = {i: piece for piece, i in vocab.items()}
+        self.byte = {f"<0x{b:02X}>": b for b in range(256)}
+        self.max_id = max(self.pieces)
+        # Where no token has U+2581 behind another character, no merge crosses into the next word: a text can be
+        # cut there, and each word be merged once. (Gemma's tokens do, so its texts are merged whole.)
+        crossing = any(re.search("[^▁]▁", a + b) for a, b in merges)
+        self.words = re.compile(r"(?s).+" if crossing else r"▁*[^▁]+|▁+")
+        self.word_ids = lru_cache(maxsize=100_000)(self.word_ids)
+
+    def encode(self, text, begin):
+        return [i for word in self.words.findall(self.normalize(text, begin)) for i in self.word_ids(word)]
+
+    def word_ids(self, word):
+        """The ids of one word: the pair that was merged first in training is merged first, from the left."""
+        symbols = [s for c in word for s in ([c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode()])]
+        n = len(symbols)
+        left, right = list(range(-1, n)), list(range(1, n + 1))     # neighbours, as merged symbols drop out
+        queue = []
+
+        def offer(i):                                               # the pair that begins at symbol i
+            if i >= 0 and right[i] < n and (rank := self.ranks.get((symbols[i], symbols[right[i]]))) is not None:
+                heapq.heappush(queue, (rank, i))
+        for i in range(n):
+            offer(i)
+        while queue:
+            rank, i = heapq.heappop(queue)
+            j = right[i]
+            if j >= n or self.ranks.get((symbols[i], symbols[j])) != rank:
+                continue                                            # an earlier merge took one of the two
+            symbols[i], symbols[j] = symbols[i] + symbols[j], ""
+            right[i], left[right[j]] = right[j], i
+            offer(left[i])
+            offer(i)
+        return tuple(self.vocab[s] for s in symbols if s)
+
+    def decode(self, ids, names):
+        text, data = "", b""
+        for i in [*ids, None]:                                      # None flushes the last bytes
+            piece = names.get(i) or self.pieces.get(i, "")
+            if piece in self.byte:
+                data += bytes([self.byte[piece]])
+                continue
+            try:
+                text += data.decode()
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(data)
+            text, data = text + piece.replace("▁", " "), b""
+        return text.removeprefix(" ") if self.strip else text
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# tokenizer.json
+
+def read_json(file, config):
+    """The codec, special tokens, non-special added tokens and BOS of a tokenizer.json."""
+    spec = json.loads(file.read_text(encoding="utf-8"))
+    model = spec["model"]
+    if (kind := model.get("type", "BPE")) != "BPE":
+        raise ValueError(f"it is of kind {kind}: expected byte-level or SentencePiece BPE")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"its {key} is {model[key]!r}, which is not supported")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
+    added = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if not t["special"]}
+
+    template = next((p for p in steps(spec.get("post_processor")) if p["type"] == "TemplateProcessing"), {"single": []})
+    bos = next((p["SpecialToken"]["id"] for p in template["single"][:1] if "SpecialToken" in p), None)
+    pre = steps(spec.get("pre_tokenizer"))
+    if pre and pre[-1]["type"] == "ByteLevel":
+        tokens = merge_order(model["vocab"], merges, model.get("ignore_merges"), special | added)
+        normalize = normalizer(steps(spec.get("normalizer")))
+        codec = ByteLevel(split_pattern(pre), tokens, lambda text: normalize(text, True))
+    elif model.get("byte_fallback"):
+        codec = SentencePiece(model["vocab"], merges, normalizer(steps(spec.get("normalizer")) + pre),
+                              any(d["type"] == "Strip" for d in steps(spec.get("decoder"))))
+    else:
+        raise ValueError("it is a BPE over characters without byte fallback, which is not supported")
+    return codec, special, added, bos
+
+
+def steps(part):
+    """The steps of one part of tokenizer.json: null, a single step, or a Sequence of them."""
+    inner = {"normalizers", "pretokenizers", "processors", "decoders"} & set(part or ())
+    return [s for p in part[inner.pop()] for s in steps(p)] if inner else [part] if part else []
+
+
+def split_pattern(pre):
+    """The regular expression that cuts a text into the stretches within which byte-level BPE merges."""
+    names = [p["type"] for p in pre]
+    own = pre[-1].get("use_regex", True)
+    if not pre[-1].get("add_prefix_space"):
+        if names == ["ByteLevel"] and own:
+            return GPT2_PATTERN
+        if names == ["Digits", "ByteLevel"] and own and pre[0]["individual_digits"]:
+            return DIGITS_PATTERN
+        if names == ["Split", "ByteLevel"] and not own and "Regex" in pre[0]["pattern"] \
+                and (pre[0]["behavior"], pre[0]["invert"]) in (("Isolated", False), ("Removed", True)):
+            return pre[0]["pattern"]["Regex"]
+    raise ValueError(f"its pre_tokenizer, {' + '.join(names)}, is not supported in this form")
+
+
+def merge_order(vocab, merges, ignore_merges, added):
+    """The byte strings of a byte-level vocabulary and their ids, in the order in which they are merged."""
+    # GPT-2's alphabet: printable characters stand for their own byte, the other bytes for characters from 256 on
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in own]
+    byte = {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
+
+    order = dict.fromkeys(c for c in byte if c in vocab)
+    last = None
+    for a, b in merges:
+        if a + b in order and a + b != last:
+            raise ValueError(f"token {a + b!r} is merged at two priorities, which tiktoken cannot express")
+        last = a + b
+        order[last] = None
+    if ignore_merges:                           # whole stretches that no merge builds are tokens all the same
+        order |= dict.fromkeys(t for t in vocab if t not in added)
+    return [(bytes(byte[c] for c in token), vocab[token]) for token in order]
+
+
+def normalizer(parts):
+    """The steps before BPE as one function of (text, begin). The pre-tokenizers of SentencePiece files belong here."""
+    def one(p):
+        kind = p["type"]
+        if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+            return lambda text, begin: unicodedata.normalize(kind, text)
+        if kind == "Prepend":
+            return lambda text, begin: p["prepend"] + text if text and begin else text
+        if kind == "Replace" and "String" in p["pattern"]:
+            return lambda text, begin: text.replace(p["pattern"]["String"], p["content"])
+        if kind == "Replace":
+            regex, at_start = re.compile(p["pattern"]["Regex"]), p["pattern"]["Regex"].startswith(r"\A")
+            return lambda text, begin: regex.sub(p["content"], text) if begin or not at_start else text
+        if kind == "Metaspace" and not p.get("split", True):
+            mark, never = p["replacement"], p.get("prepend_scheme") == "never"
+
+            def metaspace(text, begin):
+                text = text.replace(" ", mark)
+                return text if not text or never or not begin or text.startswith(mark) else mark + text
+            return metaspace
+        if kind == "Split" and p["pattern"] == {"String": " "}:
+            return lambda text, begin: text     # Gemma's: no space is left to split at
+        raise ValueError(f"its {kind} step is not supported in this form")
+    functions = [one(p) for p in parts]
+
+    def normalize(text, begin):
+        for f in functions:
+            text = f(text, begin)
+        return text
+    return normalize
