@@ -1,0 +1,192 @@
+"""Rows of a data file to examples: prompt ids and answer ids.
+
+A row is put into words by a template, prompt and answer are encoded apart and their ids joined, so that where the
+prompt ends is a matter of ids and never of text. Training, evaluation and sampling all go through `encode_prompt`.
+"""
+
+import json
+import random
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+PROMPT_KEYS = ("prompt", "instruction", "question")
+ANSWER_KEYS = ("completion", "answer", "response", "output")
+
+
+class Example(NamedTuple):
+    prompt: list        # token ids, BOS first where the model has one
+    answer: list        # token ids, the stop token last
+
+
+class Row(NamedTuple):
+    turns: list         # (role, text), the last one asking
+    input: str          # Alpaca's optional second field
+    answer: str
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Templates: a row's turns and input to the pieces of a prompt, strings to encode and Special tokens
+
+class Special(str):
+    """The name of a special token, as against the same characters in a text."""
+
+
+def paper(turns, input):
+    question = "\n\n".join([text for _, text in turns] + [input] * bool(input))
+    return [f"Question: {question}\n\nAnswer:"]
+
+
+def alpaca(turns, input):
+    instruction = "\n\n".join(text for _, text in turns)
+    if input:
+        return ["Below is an instruction that describes a task, paired with an input that provides further context. "
+                "Write a response that appropriately completes the request.\n\n"
+                f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"]
+    return ["Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"\n\n### Instruction:\n{instruction}\n\n### Response:\n"]
+
+
+def llama3(turns, input):
+    turns = turns[:-1] + [(turns[-1][0], "\n\n".join([turns[-1][1]] + [input] * bool(input)))]
+    pieces = []
+    for role, text in turns:
+        pieces += [Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n" + text.strip(),
+                   Special("<|eot_id|>")]
+    return pieces + [Special("<|start_header_id|>"), "assistant", Special("<|end_header_id|>"), "\n\n"]
+
+
+def plain(turns, input):
+    return ["\n\n".join([text for _, text in turns] + [input] * bool(input))]
+
+
+# name: (prompt, what stands before the answer, the stop token or None for the tokenizer's own)
+TEMPLATES = {
+    "paper":  (paper, " ", None),
+    "alpaca": (alpaca, "", None),
+    "llama3": (llama3, "", "<|eot_id|>"),
+    "plain":  (plain, "", None),
+}
+
+
+def special_id(tokenizer, name):
+    if name not in tokenizer.special:
+        raise ValueError(f"the tokenizer has no special token {name}, which the template needs: choose another template")
+    return tokenizer.special[name]
+
+
+def stop_id(tokenizer, template):
+    """The token that ends an answer under a template."""
+    name = TEMPLATES[template][2]
+    if name is None and tokenizer.eos_id is None:
+        raise ValueError("no stop token: expected eos_token_id in the model's config.json or generation_config.json")
+    return special_id(tokenizer, name) if name else tokenizer.eos_id
+
+
+def encode_prompt(tokenizer, template, turns, input=""):
+    """The ids of a prompt: BOS if there is one, then the template's pieces."""
+    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    for i, piece in enumerate(TEMPLATES[template][0](turns, input)):
+        ids += [special_id(tokenizer, piece)] if isinstance(piece, Special) else tokenizer.encode(piece, begin=i == 0)
+    return ids
+
+
+def encode_answer(tokenizer, template, answer):
+    """The ids of an answer, which continues the prompt, and its stop token."""
+    return tokenizer.encode(TEMPLATES[template][1] + answer, begin=False) + [stop_id(tokenizer, template)]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files
+
+def read_rows(path):
+    """The rows of a JSON Lines file, or of one JSON list, as (place, dict), place being the line or item number."""
+    text = Path(path).read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON list: {error}") from None
+        return [(f"item {n}", row) for n, row in enumerate(rows, 1)]
+    rows = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"line {n}", json.loads(line)))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {n}: not JSON: {error}") from None
+    return rows
+
+
+def parse_row(row):
+    """A row in any of the known forms as a Row. The answer is "" where there is none; ValueError for another form."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {type(row).__name__}")
+
+    def text(key):
+        value = row.get(key)
+        if not isinstance(value, (str, type(None))):
+            raise ValueError(f"{key!r} is {type(value).__name__}, expected text")
+        return value or ""
+    if "messages" in row:
+        try:
+            turns = [(m["role"], m["content"]) for m in row["messages"]]
+        except (TypeError, KeyError):
+            turns = None
+        if turns is None or not all(isinstance(part, str) for turn in turns for part in turn):
+            raise ValueError("'messages' is not a list of objects with the texts 'role' and 'content'")
+        if turns and turns[-1][0] == "assistant":
+            return Row(turns[:-1], "", turns[-1][1])
+        return Row(turns, "", "")
+    prompt = next((k for k in PROMPT_KEYS if k in row), None)
+    if prompt is None:
+        raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of {', '.join(PROMPT_KEYS)} "
+                         f"with one of {', '.join(ANSWER_KEYS)}")
+    answer = next((text(k) for k in ANSWER_KEYS if k in row), "")
+    return Row([("user", text(prompt))] if text(prompt) else [], text("input") if prompt == "instruction" else "", answer)
+
+
+def load_examples(path, tokenizer, template, max_length):
+    """Examples of at most max_length tokens from a data file, and a Counter of the rows that were dropped and why.
+    ValueError names the line of a malformed row."""
+    examples, dropped = [], Counter()
+    for place, row in read_rows(path):
+        try:
+            row = parse_row(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from None
+        if not any(text.strip() for _, text in row.turns):
+            dropped["empty"] += 1
+        elif not row.answer.strip():
+            dropped["no answer"] += 1
+        else:
+            example = Example(encode_prompt(tokenizer, template, row.turns, row.input),
+                              encode_answer(tokenizer, template, row.answer))
+            if len(example.prompt) + len(example.answer) > max_length:
+                dropped["too long"] += 1
+            else:
+                examples.append(example)
+    return examples, dropped
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Order and batches
+
+@lru_cache(maxsize=2)
+def shuffled(n, seed, epoch):
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def draw(n, count, seed, step):
+    """The `count` examples, of n, that a step trains on: it follows from the step alone, so a resumed run goes on
+    where it was. Every epoch has its own order."""
+    return [shuffled(n, seed, i // n)[i % n] for i in range(step * count, (step + 1) * count)]
+
+
+def batches(examples, size):
+    """Examples cut into batches of similar length, the longest first: if memory is short, it shows at once."""
+    examples = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer), reverse=True)
+    return [examples[i:i + size] for i in range(0, len(examples), size)]
