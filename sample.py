@@ -1,0 +1,118 @@
+"""Ask a checkpoint, or a run finetuned from it:
+
+    python sample.py --model FOLDER [--adapter RUN] --prompt TEXT
+
+Without --prompt, each line of standard input is a prompt; in a terminal, you are asked for one. With a run, the text
+goes into the template the run was trained with; without, the text is the prompt as it stands. The answer goes to
+standard output, everything else to standard error.
+"""
+
+import argparse
+import sys
+import time
+
+from bitune import Bitune
+from text.examples import encode_prompt, stop_id
+from train import DTYPES, fail, load_base, number
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    arg = parser.add_argument
+    arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
+    arg("--adapter", metavar="RUN", help="a run of train.py, or a PEFT LoRA adapter")
+    arg("--prompt", metavar="TEXT", help="what to ask")
+    arg("--show-mixing", action="store_true", help="draw the mixing coefficients of the run, layer by layer")
+    arg("--max-new-tokens", type=number(int, 1), default=256, help="longest answer (default: 256)")
+    arg("--temperature", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)")
+    arg("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest tokens only; 0: all (default: 0)")
+    arg("--top-p", type=number(float, 1e-9, 1), default=1.0, help="draw from the likeliest that make up this mass (default: 1)")
+    arg("--seed", type=number(int, 0), default=0, help="seed of the draw (default: 0)")
+    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
+    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
+    return parser
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def draw_mixing(bitune):
+    """α of each layer, for keys and for values, as bars: empty is the causal pass alone, full the bidirectional."""
+    width = 30
+    say(f"{'layer':>5}  {'α of the keys':<{width + 6}}  α of the values")
+    for layer, pair in enumerate(zip(*(a.tolist() for a in bitune.alpha()))):
+        say(f"{layer:>5}  " + "  ".join(f"{a:.3f} " + ("█" * round(a * width)).ljust(width, "·") for a in pair))
+
+
+def answer(bitune, tokenizer, prompt, stop_ids, args):
+    """Stream one answer to standard output, then say how fast it came."""
+    ids, shown, start, first = [], "", time.perf_counter(), None
+    for (token,) in bitune.stream([prompt], args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, args.seed):
+        first = first or time.perf_counter()
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):                 # the rest of a character is still to come
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    end = time.perf_counter()
+    print(tokenizer.decode(ids)[len(shown):], flush=True)
+    speed = f"prompt: {len(prompt)} tokens, {len(prompt) / ((first or end) - start):,.0f} tokens/s"
+    if len(ids) > 1:
+        speed += f"; answer: {len(ids)} tokens, {(len(ids) - 1) / (end - first):,.0f} tokens/s"
+    say(f"[{speed}]")
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    try:
+        if args.model is None:
+            raise ValueError("--model not given: see --help")
+        model, tokenizer = load_base(args.model, args.device, args.dtype)
+        template = "plain"
+        if args.adapter:
+            bitune, n, about = Bitune.load(model, args.adapter, args.model)
+            template = about.get("template", "plain")
+            say(f"loaded {args.adapter}: {n} tensors, method {bitune.method}, template {template}"
+                + (f", trained for {about['step']} steps" if "step" in about else ""))
+        else:
+            bitune = Bitune(model, "lora")
+        bitune.eval()
+        if args.show_mixing and not bitune.mixes:
+            raise ValueError("--show-mixing: " + (f"{args.adapter} was trained with method {bitune.method}, which mixes "
+                             "nothing" if args.adapter else "give --adapter, a run whose method mixes"))
+        stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if args.adapter else set())
+        encode = lambda text: encode_prompt(tokenizer, template, [("user", text)])
+        if args.prompt is not None:
+            model.config.check_length(len(encode(args.prompt)) + 1)
+            if not encode(args.prompt):
+                raise ValueError("--prompt is empty: expected some text")
+    except (ValueError, OSError) as problem:
+        fail(problem)
+
+    if args.show_mixing:
+        draw_mixing(bitune)
+    if args.prompt is not None:
+        answer(bitune, tokenizer, encode(args.prompt), stop_ids, args)
+        return
+    terminal = sys.stdin.isatty()
+    if terminal:
+        say("Ask; an empty line or Ctrl-D ends.")
+    while True:
+        try:
+            line = input("> ") if terminal else next(sys.stdin).rstrip("\n")
+        except (EOFError, StopIteration, KeyboardInterrupt):
+            return
+        if not line:
+            if terminal:
+                return
+            continue
+        try:
+            answer(bitune, tokenizer, encode(line), stop_ids, args)
+        except ValueError as problem:                   # one prompt that is too long does not end the others
+            say(f"error: {problem}")
+
+
+if __name__ == "__main__":
+    main()

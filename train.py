@@ -1,0 +1,372 @@
+"""Finetune a public checkpoint with Bitune, or with any of its ablations:
+
+    python train.py --model FOLDER --data FILE --out RUN [--method bitune]
+
+The defaults are the paper's (2405.14862). A killed run loses nothing that was saved: python train.py --resume RUN
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets
+from lora import TARGETS, LoRAConfig, add_adapter, read_json, read_tensors, write_json, write_tensors
+from model import Llama
+from text.examples import TEMPLATES, batches, draw, load_examples
+from text.tokenizer import Tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Settings
+
+def fail(message):
+    """End with one line on standard error and exit status 2: the input was wrong, and no work has begun."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of `kind` within [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}"
+                                             + (f" and at most {high}" if high < math.inf else ""))
+        return value
+    parse.__name__ = {int: "whole number", float: "number"}[kind]
+    return parse
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+
+    def group(title):
+        section = parser.add_argument_group(title)
+        return lambda *names, help, default=None, **more: section.add_argument(
+            *names, default=default, help=help + ("" if default is None else f" (default: {default})"), **more)
+
+    arg = group("what")
+    arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
+    arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list; see README for the rows")
+    arg("--out", metavar="RUN", help="folder to write the run to")
+    arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings (no other flag)")
+
+    arg = group("method")
+    arg("--method", default="bitune", choices=METHODS, help="how the prompt is read: " + ", ".join(METHODS))
+    arg("--second-mask", default="bidirectional", choices=SECOND_MASKS, help="what a token sees in the bidirectional pass")
+    arg("--theta-init", default=0.01, type=number(float, 1e-9), help="c and the start of every θ: the speed of α")
+    arg("--rank", default=8, type=number(int, 1), help="rank of the adapters")
+    arg("--alpha", default=1.0, type=number(float, 0), help="LoRA's alpha: the scale is alpha / rank")
+    arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="dropout before the adapters")
+    arg("--targets", default=list(TARGETS), nargs="+", metavar="NAME", help="linears to adapt")
+
+    arg = group("data")
+    arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer: " + ", ".join(TEMPLATES))
+    arg("--max-length", default=512, type=number(int, 2), help="longest example in tokens; longer ones are dropped")
+    arg("--val-data", metavar="FILE", help="validation data; without it the last --val-size examples of --data")
+    arg("--val-size", default=1000, type=number(int, 0), help="validation examples, at most a tenth of --data; 0: none")
+
+    arg = group("optimisation")
+    arg("--steps", default=3000, type=number(int, 1), help="optimizer steps")
+    arg("--batch-size", default=10, type=number(int, 1), help="examples a step")
+    arg("--micro-batch-size", default=1, type=number(int, 1), help="examples at a time: memory and speed, same result")
+    arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
+    arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps over which the rate rises")
+    arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
+    arg("--eps", default=1e-6, type=number(float, 0), help="AdamW's epsilon")
+    arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
+    arg("--seed", default=42, type=number(int, 0), help="seed of the adapters and of the order of examples")
+
+    arg = group("running")
+    arg("--eval-every", type=number(int, 1), help="steps between validations (default: a tenth of --steps)")
+    arg("--save-every", type=number(int, 1), help="steps between saves (default: a tenth of --steps)")
+    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
+    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
+    return parser
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_base(folder, device, dtype):
+    """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in the dtype
+    (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
+    dtype = DTYPES[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder: expected a Hugging Face checkpoint")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = Llama.from_pretrained(folder, dtype, device)
+    if tokenizer.n_ids > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer's ids go up to {tokenizer.n_ids - 1}, but the model's vocabulary has "
+                         f"{model.config.vocab_size} tokens: they do not belong together")
+    return model, tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training: each of these is used by the loop below, and can be used without it
+
+def learning_rate(step, steps, warmup_steps, peak):
+    """Linear from 0 to the peak over warmup_steps, then linear to 0 at `steps`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak * (steps - step) / max(1, steps - warmup_steps)
+
+
+def make_optimizer(bitune, eps, weight_decay):
+    parameters = [p for p in bitune.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
+    """One optimizer step on the mean of the examples' losses, each of them a mean over its answer tokens. How the
+    examples are cut into micro-batches does not change the result. Returns the loss and the gradient norm before
+    clipping; FloatingPointError, before anything has changed, if either is not finite."""
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
+    total = 0.0
+    for batch in batches(examples, micro_batch_size):
+        loss = bitune.losses(*zip(*batch)).sum() / len(examples)
+        loss.backward()
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    total, norm = torch.stack([total, norm]).tolist()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise FloatingPointError(f"the loss is {total} and the gradient norm {norm}")
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    return total, norm
+
+
+@torch.inference_mode()
+def evaluate(bitune, examples, batch_size):
+    """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer token,
+    `accuracy`: how many of the answer tokens are the likeliest, given the right ones before."""
+    bitune.eval()
+    mean_sum = nll_sum = right = count = 0.0
+    for batch in batches(examples, batch_size):
+        logits, labels = bitune(*zip(*batch))
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+        n = (labels >= 0).sum(1)
+        mean_sum += (nll.sum(1) / n).sum().item()
+        nll_sum += nll.sum().item()
+        right += (logits.argmax(-1) == labels).sum().item()
+        count += n.sum().item()
+    bitune.train()
+    return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)), "accuracy": right / count}
+
+
+def save_state(path, bitune, optimizer, step):
+    """All that is needed to go on after `step` steps, in one file, so that it is whole or absent."""
+    tensors = {"step": torch.tensor(step), "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, p in bitune.named_parameters():
+        if p.requires_grad:
+            tensors[f"param.{name}"] = p
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    write_tensors(path, tensors)
+
+
+def load_state(path, bitune, optimizer):
+    """Put back what `save_state` wrote; returns the number of steps done."""
+    tensors = read_tensors(path)
+    torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    for name, p in bitune.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(tensors[f"param.{name}"])
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
+            optimizer.state[p].update({k: tensors[f"{k}.{name}"].to(p.device) for k in keys})
+    return int(tensors["step"])
+
+
+class Progress:
+    """One line that is rewritten in a terminal; in a pipe or file, a plain line every five seconds."""
+
+    def __init__(self, stream=sys.stdout):
+        self.stream, self.live, self.shown, self.open = stream, stream.isatty(), 0.0, False
+
+    def update(self, text, last=False):
+        if self.live:
+            width = os.get_terminal_size(self.stream.fileno()).columns
+            print(f"\r\033[K{text[:width - 1]}", end="", file=self.stream, flush=True)
+            self.open = True
+        elif last or time.monotonic() - self.shown > 5:
+            print(text, file=self.stream, flush=True)
+            self.shown = time.monotonic()
+
+    def note(self, text):
+        """A line that stays."""
+        print(("\n" if self.open else "") + text, file=self.stream, flush=True)
+        self.open = False
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The run
+
+def prepare(args):
+    """Everything that can go wrong, done before the work starts: model, data and settings, or ValueError."""
+    if missing := [f"--{k}" for k in ("model", "data", "out") if getattr(args, k) is None]:
+        raise ValueError(f"{', '.join(missing)} not given: see --help")
+    model, tokenizer = load_base(args.model, args.device, args.dtype)
+    model.config.check_length(args.max_length)
+    files = [f for f in (args.data, args.val_data) if f]
+    if absent := [f for f in files if not Path(f).is_file()]:
+        raise ValueError(f"{', '.join(absent)}: no such file")
+    examples, dropped = load_examples(args.data, tokenizer, args.template, args.max_length)
+    if args.val_data:
+        val, _ = load_examples(args.val_data, tokenizer, args.template, args.max_length)
+    else:
+        n = min(args.val_size, len(examples) // 10)
+        examples, val = examples[:len(examples) - n], examples[len(examples) - n:]
+    if not examples:
+        raise ValueError(f"{args.data}: no example left to train on; dropped: "
+                         + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none, it has no rows"))
+
+    torch.manual_seed(args.seed)
+    for name in adapter_sets(args.method):
+        add_adapter(model, name, LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)))
+    bitune = Bitune(model, args.method, args.theta_init, args.second_mask)
+    return bitune, tokenizer, examples, val, dropped
+
+
+def derive(args, bitune, examples, val, dropped):
+    """The numbers that follow from the settings and the data, printed at the start and saved."""
+    trainable = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
+    return {
+        "device": str(bitune.device),
+        "dtype": str(bitune.model.model.embed_tokens.weight.dtype).removeprefix("torch."),
+        "base_parameters": sum(p.numel() for p in bitune.parameters()) - trainable,
+        "trainable_parameters": trainable,
+        "train_examples": len(examples), "val_examples": len(val), "dropped": dict(dropped),
+        "prompt_tokens": sum(len(e.prompt) for e in examples), "answer_tokens": sum(len(e.answer) for e in examples),
+        "epochs": round(args.steps * args.batch_size / len(examples), 2),
+        "warmup_steps": int(args.warmup * args.steps),
+        "eval_every": args.eval_every or max(1, args.steps // 10),
+        "save_every": args.save_every or max(1, args.steps // 10),
+    }
+
+
+def open_run(args, derived):
+    """The run's folder with its settings in it. ValueError if it holds a run already, or if data changed since."""
+    out = Path(args.out)
+    if args.resume:
+        before = read_json(out / "settings.json")["derived"]
+        if changed := [k for k in ("train_examples", "prompt_tokens", "answer_tokens") if before[k] != derived[k]]:
+            raise ValueError(f"{args.data} has changed since {out} began: "
+                             + ", ".join(f"{k} was {before[k]} and is {derived[k]}" for k in changed))
+    elif (out / "bitune.json").exists():
+        raise ValueError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+    else:
+        write_json(out / "settings.json", {"args": vars(args), "derived": derived})
+    return out
+
+
+def train(args, bitune, optimizer, examples, val, derived, start):
+    """The loop: step, log, validate, save. Ctrl-C and SIGTERM end it after the step in hand, saved."""
+    out, progress, saved = Path(args.out), Progress(), start
+    signals = []
+    old = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    lines = (out / "log.jsonl").read_text().splitlines() if start else []
+    log = open(out / "log.jsonl", "w", buffering=1)
+    log.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= start)
+
+    def validate(step, model, what):
+        result = evaluate(model, val, args.micro_batch_size)
+        progress.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+                      f"answer-token accuracy {result['accuracy']:.1%}")
+        print(json.dumps({"step": step, **{f"val_{k}": v for k, v in result.items()}}), file=log)
+
+    try:
+        if val and not start:
+            validate(0, Bitune(bitune.model, "lora"), "base model")         # B = 0: the adapters are not there yet
+        begun = time.monotonic()
+        for step in range(start + 1, args.steps + 1):
+            now = time.monotonic()
+            batch = [examples[i] for i in draw(len(examples), args.batch_size, args.seed, step - 1)]
+            lr = learning_rate(step - 1, args.steps, derived["warmup_steps"], args.lr)
+            loss, norm = train_step(bitune, optimizer, batch, args.micro_batch_size, lr, args.clip)
+
+            rate = sum(len(e.prompt) + len(e.answer) for e in batch) / (time.monotonic() - now)
+            eta = (time.monotonic() - begun) / (step - start) * (args.steps - step)
+            alphas = dict(zip(("alpha_key", "alpha_value"), [a.mean().item() for a in bitune.alpha()])) if bitune.mixes else {}
+            print(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(rate, 1),
+                              **alphas}), file=log)
+            progress.update(f"step {step}/{args.steps}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.3f}  {rate:,.0f} tokens/s"
+                            + "".join(f"  {name} {a:.3f}" for name, a in zip(("α_K", "α_V"), alphas.values()))
+                            + f"  ETA {clock(eta)}", last=step == args.steps)
+
+            if val and (step % derived["eval_every"] == 0 or step == args.steps) and not signals:
+                validate(step, bitune, f"step {step}")
+            if step % derived["save_every"] == 0 or step == args.steps or signals:
+                bitune.save(out, args.model, template=args.template, step=step)
+                save_state(out / "state.safetensors", bitune, optimizer, step)
+                saved = step
+            if signals:
+                progress.note(f"stopped by {signal.Signals(signals[0]).name} after step {step}, which is saved: "
+                              f"go on with python train.py --resume {out}")
+                sys.exit(128 + signals[0])
+        progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
+                      f"python sample.py --model {args.model} --adapter {out}")
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as problem:
+        advice = {FloatingPointError: "try a lower --lr", torch.OutOfMemoryError: "try a smaller --micro-batch-size"}
+        progress.note("")
+        print(f"error: step {step}: {problem}: {advice.get(type(problem), 'free the disk')}. "
+              + (f"The save of step {saved} is whole: python train.py --resume {out}" if saved else "Nothing was saved yet."),
+              file=sys.stderr)
+        sys.exit(1)
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+        log.close()
+
+
+def main(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.resume:
+            if vars(args) != vars(parser.parse_args(["--resume", args.resume])):
+                raise ValueError("--resume goes on with a run's own settings: give no other flag")
+            args = argparse.Namespace(**read_json(Path(args.resume) / "settings.json")["args"] | {
+                "resume": args.resume, "out": args.resume})
+        bitune, tokenizer, examples, val, dropped = prepare(args)
+        derived = derive(args, bitune, examples, val, dropped)
+        out = open_run(args, derived)
+        optimizer, start = make_optimizer(bitune, args.eps, args.weight_decay), 0
+        if args.resume:
+            start = load_state(out / "state.safetensors", bitune, optimizer)
+        if start == args.steps:
+            raise ValueError(f"{out} is finished: all of its {start} steps are done")
+    except (ValueError, OSError) as problem:
+        fail(problem)
+
+    for title, values in (("settings", vars(args)), ("derived", derived)):
+        print(f"{title}: " + "  ".join(f"{k} {v}" for k, v in values.items() if v is not None))
+    first = tokenizer.decode(examples[0].prompt)
+    answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
+    print(f"first example, the answer it learns in [[ ]]:\n{first}[[{answer}]]", flush=True)
+    train(args, bitune, optimizer, examples, val, derived, start)
+
+
+if __name__ == "__main__":
+    main()
