@@ -1,0 +1,157 @@
+"""Speed on random weights, as ratios within one run: what Bitune costs beside what it must cost.
+
+    python -m experiments.benchmark [--size small|1b] [--device cuda] [--against transformers]
+
+Training: a Bitune step over a LoRA step of the same code, beside the ratio of the tokens the two must process,
+(2(P-1) + A) / (P + A - 1). Decoding: tokens per second at batch 1, beside the bound of reading every weight once per
+token at the measured memory bandwidth, and beside transformers' `generate` on the same weights if asked for.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from bitune import Bitune, adapter_sets
+from lora import add_adapter
+from model import Config, Llama
+from text.examples import Example
+from train import DTYPES, make_optimizer, train_step
+
+SIZES = {
+    "small": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+                  num_key_value_heads=8, vocab_size=32000),
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, vocab_size=128256),
+}
+
+
+def random_model(size, device, dtype):
+    torch.manual_seed(0)
+    config = Config.from_dict({"model_type": "llama", "max_position_embeddings": 2048, "tie_word_embeddings": size == "1b",
+                               **SIZES[size]})
+    with torch.device(device):
+        model = Llama(config).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
+    return model
+
+
+def finetunable(model, method):
+    """`method` on fresh adapters beside the model's weights, which all methods share."""
+    with torch.device("meta"):
+        own = Llama(model.config)
+    own.load_state_dict(model.state_dict(), assign=True)
+    for name in adapter_sets(method):
+        add_adapter(own, name)
+    return Bitune(own, method)
+
+
+def synchronize(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def medians(device, repeats, **functions):
+    """Median seconds of each function, called in turn, so that a busy machine slows them all alike."""
+    times = {name: [] for name in functions}
+    for i in range(repeats + 2):
+        for name, f in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            f()
+            synchronize(device)
+            if i >= 2:                          # the first two warm up
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def bench_training(model, device, repeats, P, A):
+    vocab = model.config.vocab_size
+    tasks = {m: finetunable(model, m) for m in ("lora", "bitune")}
+    optimizers = {m: make_optimizer(b, 1e-6, 0.0) for m, b in tasks.items()}
+    bound = (2 * (P - 1) + A) / (P + A - 1)
+    for B in (1, 8):
+        ids = torch.randint(vocab, (B, P + A)).tolist()
+        examples = [Example(row[:P], row[P:]) for row in ids]
+        step = lambda m: lambda: train_step(tasks[m], optimizers[m], examples, B, 1e-4, 1.0)
+        t = medians(device, repeats, lora=step("lora"), bitune=step("bitune"))
+        peak = {}
+        if device.startswith("cuda"):
+            for m in tasks:
+                torch.cuda.reset_peak_memory_stats()
+                step(m)()
+                peak[m] = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        ratio = t["bitune"] / t["lora"]
+        print(f"training step, P {P}, A {A}, batch {B}:  bitune / lora {ratio:.2f}  token bound {bound:.2f}  "
+              f"ratio over bound {ratio / bound:.2f}")
+        for m in t:
+            print(f"    {m:<7} {t[m] * 1e3:8.1f} ms  {B * (P + A) / t[m]:8,.0f} tokens/s{peak.get(m, '')}")
+
+
+def bench_decoding(model, device, repeats, P, new, against):
+    prompt = [torch.randint(model.config.vocab_size, (P,)).tolist()]
+    tasks = {"base": Bitune(model, "lora"), "lora": finetunable(model, "lora"), "bitune": finetunable(model, "bitune")}
+    # One long and one short answer: their difference is decoding alone, without the prompt.
+    calls = {f"{m} {n}": lambda b=b, n=n: b.generate(prompt, n) for m, b in tasks.items() for n in (1, new)}
+    if against:
+        theirs, ids = hugging_face(model), torch.tensor(prompt, device=device)
+        calls |= {f"transformers {n}": lambda n=n: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
+                                                                   min_new_tokens=n, do_sample=False) for n in (1, new)}
+    t = medians(device, repeats, **calls)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= model.model.embed_tokens.weight.numel() * model.model.embed_tokens.weight.element_size()
+    bound = bandwidth(device) / weights
+    print(f"decoding, P {P}, batch 1: the bound is {bound:,.0f} tokens/s, all {weights / 1e6:,.0f} MB of weights once a token")
+    for m in [*tasks] + ["transformers"] * bool(against):
+        rate = (new - 1) / (t[f"{m} {new}"] - t[f"{m} 1"])
+        vs = "" if not against else f"  over transformers {rate * (t[f'transformers {new}'] - t['transformers 1']) / (new - 1):.2f}"
+        print(f"    {m:<12} {rate:8,.1f} tokens/s  of the bound {rate / bound:.2f}  prompt {t[f'{m} 1'] * 1e3:.1f} ms{vs}")
+
+
+def bandwidth(device):
+    """Bytes per second of reading memory: a matrix-vector product far larger than any cache."""
+    w = torch.ones(2 ** 14, 2 ** 13, device=device)
+    x = torch.ones(2 ** 13, device=device)
+    return w.numel() * w.element_size() / medians(device, 8, read=lambda: w @ x)["read"]
+
+
+def hugging_face(model):
+    import transformers
+    c = model.config
+    with torch.device("meta"):
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
+            num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, vocab_size=c.vocab_size,
+            max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
+            tie_word_embeddings=c.tie_word_embeddings, eos_token_id=None))
+    theirs.load_state_dict(model.state_dict(), strict=False, assign=True)
+    theirs.tie_weights()
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(model.model.embed_tokens.weight.device)
+    return theirs.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small", help="shape of the random model (default: small)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--prompt-length", type=int, default=128, help="P (default: 128)")
+    parser.add_argument("--answer-length", type=int, default=64, help="A (default: 64)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each, after two to warm up (default: 10)")
+    parser.add_argument("--against", choices=["transformers"], help="also time this library, which must be installed")
+    args = parser.parse_args()
+    dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+    model = random_model(args.size, args.device, dtype)
+    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters, {dtype}, {where}, "
+          f"torch {torch.__version__}, median of {args.repeats}")
+    bench_training(model, args.device, args.repeats, args.prompt_length, args.answer_length)
+    bench_decoding(model, args.device, args.repeats, args.prompt_length, args.answer_length, args.against)
+
+
+if __name__ == "__main__":
+    main()
