@@ -162,7 +162,7 @@ class Bitune(nn.Module):
         """
         config, longest = self.model.config, max(map(len, prompts), default=0)
         config.check_length(longest + 1)
-        max_new_tokens = min(max_new_tokens, config.max_position_embeddings - longest)
+        max_new_tokens = min(max_new_tokens, config.max_length - longest)
         generator = torch.Generator(self.device).manual_seed(seed)
 
         context, stream = self.lay_out(prompts, [[]] * len(prompts))

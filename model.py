@@ -105,14 +105,15 @@ class Config:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    @property
+    def max_length(self):
+        """The longest text, in tokens, that the model can read."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
     def check_length(self, n):
-        """ValueError if a text of n tokens is more than the model can read."""
-        if self.sliding_window and n > self.sliding_window:
-            raise ValueError(f"{n} tokens are longer than the model's sliding window of {self.sliding_window}, "
-                             f"which is not supported: keep the text within {self.sliding_window} tokens")
-        if n > self.max_position_embeddings:
-            raise ValueError(f"{n} tokens are more than the model's limit of {self.max_position_embeddings}: "
-                             "shorten the prompt, or ask for fewer tokens")
+        if n > self.max_length:
+            name = "max_position_embeddings" if self.max_length == self.max_position_embeddings else "sliding_window"
+            raise ValueError(f"{n} tokens are more than the model's {name} of {self.max_length}: keep the text within that")
 
 
 # ----------------------------------------------------------------------------------------------------------------

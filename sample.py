@@ -70,12 +70,12 @@ def main(argv=None):
         if args.model is None:
             raise ValueError("--model not given: see --help")
         model, tokenizer = load_base(args.model, args.device, args.dtype)
-        template = "plain"
+        template, loaded = "plain", ""
         if args.adapter:
             bitune, n, about = Bitune.load(model, args.adapter, args.model)
             template = about.get("template", "plain")
-            say(f"loaded {args.adapter}: {n} tensors, method {bitune.method}, template {template}"
-                + (f", trained for {about['step']} steps" if "step" in about else ""))
+            loaded = f"loaded {args.adapter}: {n} tensors, method {bitune.method}, template {template}" + (
+                f", trained for {about['step']} steps" if "step" in about else "")
         else:
             bitune = Bitune(model, "lora")
         bitune.eval()
@@ -91,6 +91,8 @@ def main(argv=None):
     except (ValueError, OSError) as problem:
         fail(problem)
 
+    if loaded:
+        say(loaded)
     if args.show_mixing:
         draw_mixing(bitune)
     if args.prompt is not None:

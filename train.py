@@ -8,7 +8,7 @@ The defaults are the paper's (2405.14862). A killed run loses nothing that was s
 import argparse
 import json
 import math
-import os
+import shutil
 import signal
 import sys
 import time
@@ -71,7 +71,8 @@ def make_parser():
 
     arg = group("data")
     arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer: " + ", ".join(TEMPLATES))
-    arg("--max-length", default=512, type=number(int, 2), help="longest example in tokens; longer ones are dropped")
+    arg("--max-length", type=number(int, 2), help="longest example in tokens, longer ones are dropped (default: 512, "
+                                                  "or what the model can read)")
     arg("--val-data", metavar="FILE", help="validation data; without it the last --val-size examples of --data")
     arg("--val-size", default=1000, type=number(int, 0), help="validation examples, at most a tenth of --data; 0: none")
 
@@ -198,21 +199,21 @@ def load_state(path, bitune, optimizer):
 class Progress:
     """One line that is rewritten in a terminal; in a pipe or file, a plain line every five seconds."""
 
-    def __init__(self, stream=sys.stdout):
-        self.stream, self.live, self.shown, self.open = stream, stream.isatty(), 0.0, False
+    def __init__(self):
+        self.live, self.shown, self.open = sys.stdout.isatty(), 0.0, False
 
     def update(self, text, last=False):
         if self.live:
-            width = os.get_terminal_size(self.stream.fileno()).columns
-            print(f"\r\033[K{text[:width - 1]}", end="", file=self.stream, flush=True)
+            width = shutil.get_terminal_size().columns
+            print(f"\r\033[K{text[:width - 1]}", end="", flush=True)
             self.open = True
         elif last or time.monotonic() - self.shown > 5:
-            print(text, file=self.stream, flush=True)
+            print(text, flush=True)
             self.shown = time.monotonic()
 
     def note(self, text):
         """A line that stays."""
-        print(("\n" if self.open else "") + text, file=self.stream, flush=True)
+        print(("\n" if self.open else "") + text, flush=True)
         self.open = False
 
 
@@ -228,6 +229,7 @@ def prepare(args):
     if missing := [f"--{k}" for k in ("model", "data", "out") if getattr(args, k) is None]:
         raise ValueError(f"{', '.join(missing)} not given: see --help")
     model, tokenizer = load_base(args.model, args.device, args.dtype)
+    args.max_length = args.max_length or min(512, model.config.max_length)
     model.config.check_length(args.max_length)
     files = [f for f in (args.data, args.val_data) if f]
     if absent := [f for f in files if not Path(f).is_file()]:

@@ -1,0 +1,285 @@
+"""The two commands, end to end on a tiny checkpoint: what they write, what they say, and what a kill leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sample
+import train
+from bitune import METHODS, Bitune
+from text.examples import Example
+from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The flags of a short run; `flags("--lr", 1)` adds some."""
+    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+    base = ["--model", model, "--data", data, "--out", tmp_path / "run", "--steps", 6, "--batch-size", 4, "--lr", 0.01,
+            "--save-every", 2, "--eval-every", 3]
+    return lambda *more: [str(x) for x in base + list(more)]
+
+
+def files(folder):
+    """All tensors and settings of a run, by file name."""
+    found = {}
+    for f in sorted(folder.rglob("*")):
+        if f.suffix == ".safetensors":
+            found |= {f"{f.relative_to(folder)}:{n}": t for n, t in load_file(f).items()}
+        elif f.name in ("bitune.json", "adapter_config.json"):
+            found[str(f.relative_to(folder))] = json.loads(f.read_text())
+    return found
+
+
+def assert_same_run(a, b):
+    a, b = files(a), files(b)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key], key
+
+
+def log(folder, key="loss"):
+    return [r[key] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in r]
+
+
+def exits(code, main, argv, capsys):
+    """The one line that a command says on standard error as it ends with `code`."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in argv])
+    assert end.value.code == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# ---- train and ask ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_then_ask(method, flags, tmp_path, capsys):
+    train.main(flags("--method", method, "--dropout", 0.1))
+    said = capsys.readouterr().out
+    assert "[[ It is 0.</s>]]" in said and "base model: validation loss" in said and "step 6/6" in said
+    run = tmp_path / "run"
+    two = method in ("bitune", "no-mixing", "only-causal")
+    assert (run / "bidirectional/adapter_model.safetensors").exists() == two
+    assert (run / "mixing.safetensors").exists() == (method in ("bitune", "only-causal", "shared-weights"))
+    assert len(log(run)) == 6 and len(log(run, "val_loss")) == 3
+    assert log(run, "val_loss")[-1] < log(run, "val_loss")[0]
+
+    sample.main(["--model", str(tmp_path / "model"), "--adapter", str(run), "--prompt", "What is 3?", "--max-new-tokens", "5"])
+    said = capsys.readouterr()
+    assert f"loaded {run}:" in said.err and f"method {method}, template paper, trained for 6 steps" in said.err
+    assert "tensors" in said.err and "tokens/s" in said.err and len(said.out) > 0
+
+
+def test_settings_and_derived_numbers_are_saved(flags, tmp_path):
+    train.main(flags("--rank", 3))
+    saved = json.loads((tmp_path / "run/settings.json").read_text())
+    assert saved["args"]["rank"] == 3 and saved["args"]["eps"] == 1e-6
+    d = saved["derived"]
+    assert (d["train_examples"], d["val_examples"], d["warmup_steps"]) == (36, 4, 0)
+    assert d["trainable_parameters"] == 2 * 3 * 3 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3) + 6
+    assert d["answer_tokens"] == sum(len(f" It is {i + i % 7}.") + 1 for i in range(36))
+
+
+def test_a_run_loaded_answers_as_the_one_trained(flags, tmp_path):
+    train.main(flags())
+    bitune, n, about = Bitune.load(train.load_base(tmp_path / "model", "cpu", None)[0], tmp_path / "run")
+    state = load_file(tmp_path / "run/state.safetensors")
+    assert n == 2 * 2 * 21 + 2 and about["template"] == "paper"
+    for name, p in bitune.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(p, state[f"param.{name}"]), name
+
+
+def test_micro_batches_do_not_change_a_step():
+    results = []
+    for size in (1, 3, 4):
+        bitune = tiny_bitune(dtype=torch.float64)
+        optimizer = train.make_optimizer(bitune, 1e-6, 0.0)
+        examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
+        results.append((*train.train_step(bitune, optimizer, examples, size, 0.01, 1.0), *(
+            p.detach().clone() for p in bitune.parameters() if p.requires_grad)))
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=1e-6, rtol=1e-6)
+
+
+def test_the_schedule_rises_and_falls_linearly():
+    rates = [train.learning_rate(s, 10, 2, 1.0) for s in range(10)]
+    assert rates == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert train.learning_rate(0, 10, 0, 1.0) == 1.0
+
+
+def test_validation_numbers():
+    bitune = tiny_bitune()
+    examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
+    losses = [bitune.losses([p], [a]).item() for p, a in examples]
+    result = train.evaluate(bitune, examples, 3)
+    n = [len(a) for a in ANSWERS]
+    assert result["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(torch.tensor([l * k for l, k in zip(losses, n)]).sum().div(sum(n)).exp().item(), rel=1e-4)
+    greedy = [bitune([p], [a])[0][0].argmax(-1).tolist() for p, a in examples]
+    assert result["accuracy"] == sum(x == y for g, a in zip(greedy, ANSWERS) for x, y in zip(g, a)) / sum(n)
+
+
+# ---- interrupted ------------------------------------------------------------------------------------------------
+
+def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch):
+    """Bit for bit, with dropout drawing random numbers on the way: SIGTERM after step 3, then on to the end."""
+    train.main(flags("--dropout", 0.2, "--out", tmp_path / "whole"))
+
+    step = train.train_step
+    def interrupted(*args):
+        result = step(*args)
+        interrupted.count += 1
+        if interrupted.count == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+    interrupted.count = 0
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(SystemExit) as end:
+        train.main(flags("--dropout", 0.2))
+    assert end.value.code == 128 + signal.SIGTERM and len(log(tmp_path / "run")) == 3
+    monkeypatch.setattr(train, "train_step", step)
+    torch.manual_seed(999)
+    train.main(["--resume", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert log(tmp_path / "whole") == log(tmp_path / "run")
+
+
+def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
+    """SIGKILL three times over, at moments that move through the save; each time the run loads and goes on."""
+    env = os.environ | {"PYTHONPATH": ROOT}
+    command = [sys.executable, os.path.join(ROOT, "train.py")]
+    more = flags("--steps", 5000, "--save-every", 1, "--batch-size", 1, "--val-size", 0)
+    run = tmp_path / "run"
+    for i in range(3):
+        process = subprocess.Popen(command + more, env=env, stdout=subprocess.DEVNULL)
+        more = ["--resume", str(run)]
+        before = len(log(run)) if (run / "log.jsonl").exists() else 0
+        while not (run / "log.jsonl").exists() or len(log(run)) < before + 3 or not (run / "state.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.013 * i)
+        process.kill()
+        process.wait()
+        Bitune.load(tiny_model(), run)
+        assert load_file(run / "state.safetensors")["step"] >= len(log(run)) - 1
+
+
+@pytest.mark.parametrize("fault, advice", [(FloatingPointError("the loss is nan and the gradient norm nan"), "try a lower --lr"),
+                                           (OSError(28, "No space left on device"), "free the disk"),
+                                           (torch.OutOfMemoryError("out of memory"), "try a smaller --micro-batch-size")])
+def test_what_goes_wrong_later_loses_nothing_that_was_saved(fault, advice, flags, tmp_path, monkeypatch, capsys):
+    step = train.train_step
+    def failing(*args):
+        failing.count += 1
+        if failing.count == 4:
+            raise fault
+        return step(*args)
+    failing.count = 0
+    monkeypatch.setattr(train, "train_step", failing)
+    line = exits(1, train.main, flags(), capsys)
+    assert "step 4" in line and advice in line and "The save of step 2 is whole: python train.py --resume" in line
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(["--resume", str(tmp_path / "run")])
+    assert len(log(tmp_path / "run")) == 6
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_applied():
+    bitune = tiny_bitune()
+    optimizer = train.make_optimizer(bitune, 1e-6, 0.0)
+    bitune.theta_key.data[0] = float("nan")
+    before = [p.detach().clone() for p in bitune.parameters()]
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        train.train_step(bitune, optimizer, [Example(RAGGED[0], ANSWERS[0])], 1, 0.01, 1.0)
+    assert all(torch.equal(a, b.detach()) or a.isnan().any() for a, b in zip(before, bitune.parameters()))
+
+
+# ---- wrong input ------------------------------------------------------------------------------------------------
+
+def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, capsys):
+    bad = lambda *more: exits(2, train.main, flags(*more), capsys)
+    assert "--model, --data, --out not given" in exits(2, train.main, [], capsys)
+    assert "nowhere is not a folder" in bad("--model", "nowhere")
+    assert "nowhere: no such file" in bad("--data", "nowhere")
+    assert "argument --rank: 0 is out of range: expected at least 1" in bad("--rank", 0)
+    assert "invalid choice: 'bitun'" in bad("--method", "bitun")
+    assert "has no bidirectional pass whose mask" in bad("--method", "lora", "--second-mask", "causal")
+    assert "no linear is named fc1" in bad("--targets", "fc1")
+    assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)
+    assert "no example left to train on; dropped: 40 too long" in bad("--max-length", 5)
+    assert "device 'tpu' cannot be used" in bad("--device", "tpu")
+    (tmp_path / "data.jsonl").write_text('{"question": "a"}\n')
+    assert "dropped: 1 no answer" in bad("--data", tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text('{"question"\n')
+    assert "data.jsonl, line 1: not JSON" in bad()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):
+    train.main(flags())
+    capsys.readouterr()
+    assert "already holds a run: go on with --resume" in exits(2, train.main, flags(), capsys)
+    assert "is finished: all of its 6 steps are done" in exits(2, train.main, ["--resume", tmp_path / "run"], capsys)
+    assert "give no other flag" in exits(2, train.main, ["--resume", tmp_path / "run", "--lr", 1], capsys)
+    write_data(tmp_path / "data.jsonl", 41)
+    assert "data.jsonl has changed since" in exits(2, train.main, ["--resume", tmp_path / "run"], capsys)
+    assert "has no settings.json" in exits(2, train.main, ["--resume", tmp_path / "nowhere"], capsys)
+
+
+def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, capsys):
+    train.main(flags("--method", "lora"))
+    capsys.readouterr()
+    bad = lambda *argv: exits(2, sample.main, argv, capsys)
+    model, run = ["--model", tmp_path / "model"], ["--adapter", tmp_path / "run"]
+    assert "--model not given" in bad("--prompt", "x")
+    assert "nowhere has no adapter_config.json" in bad(*model, "--adapter", tmp_path / "nowhere", "--prompt", "x")
+    assert "was trained with method lora, which mixes nothing" in bad(*model, *run, "--show-mixing")
+    assert "are more than the model's max_position_embeddings of 256" in bad(*model, *run, "--prompt", "x" * 300)
+    other = write_checkpoint(tmp_path / "other", hidden_size=64, rope_theta=5e5)
+    line = bad("--model", other, *run, "--prompt", "x")
+    assert f"{tmp_path / 'run'} was finetuned from {tmp_path / 'model'}, which {other} is not" in line
+    assert "hidden_size is 32 there and 64 here" in line and "rope is" in line
+    (tmp_path / "model/tokenizer_config.json").write_text('{"added_tokens_decoder": {"300": {"content": "<s>"}}}')
+    assert "the tokenizer's ids go up to 300, but the model's vocabulary has 300" in bad(*model, "--prompt", "x")
+
+
+# ---- asking -----------------------------------------------------------------------------------------------------
+
+def test_a_base_model_goes_on_with_the_text_as_it_stands(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "model")
+    sample.main(["--model", str(folder), "--prompt", "ab", "--max-new-tokens", "8"])
+    ids = Bitune(tiny_model(), "lora").generate([[256, 97, 98]], 8, stop_ids={257})[0]
+    text = bytes(i for i in ids if i < 256).decode(errors="replace")
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_lines_of_standard_input_are_prompts(tmp_path):
+    folder = write_checkpoint(tmp_path / "model")
+    ask = lambda *argv, **more: subprocess.run([sys.executable, os.path.join(ROOT, "sample.py"), "--model", folder, *argv],
+                                               capture_output=True, text=True, **more)
+    done = ask("--max-new-tokens", "4", input="ab\n\n" + "x" * 300 + "\ncd\n")
+    assert done.returncode == 0 and done.stderr.count("tokens/s; answer") == 2
+    assert "error: 302 tokens are more than the model's max_position_embeddings of 256" in done.stderr
+
+
+def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
+    train.main(flags())
+    capsys.readouterr()
+    sample.main(["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "run"), "--show-mixing", "--prompt", "x",
+                 "--max-new-tokens", "1"])
+    lines = capsys.readouterr().err.splitlines()
+    assert "α of the keys" in lines[1] and [l.split()[0] for l in lines[2:5]] == ["0", "1", "2"]
+    alpha = Bitune.load(tiny_model(), tmp_path / "run")[0].alpha()
+    assert float(lines[3].split()[1]) == pytest.approx(alpha[0][1].item(), abs=5e-4)

@@ -1,0 +1,111 @@
+"""Adapters: how they start, what they adapt, and the files they share with PEFT."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bitune import Bitune
+from lora import LoRAConfig, adapted, add_adapter, load_adapter, save_adapter, write_file
+from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
+
+
+def test_a_new_set_starts_at_the_base_model_and_only_it_trains():
+    model = tiny_model()
+    before = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
+    add_adapter(model, "causal", LoRAConfig())
+    assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], before)
+    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    assert len(adapted(model, "causal")) == 7 * 3 and not adapted(model, "bidirectional")
+    A = model.model.layers[0].mlp.down_proj.sets["causal"].lora_A
+    assert A.shape == (8, 48) and A.abs().max() <= 1 / math.sqrt(48) and A.abs().max() > 0.9 / math.sqrt(48)
+
+
+def test_adapters_are_float32_on_a_bfloat16_base_and_the_output_keeps_its_dtype():
+    model = tiny_model(torch.bfloat16)
+    add_adapter(model, "causal", LoRAConfig())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert Bitune(model, "lora")(RAGGED, ANSWERS)[0].dtype == torch.bfloat16
+
+
+def test_targets_and_sets_are_independent():
+    model = tiny_model()
+    add_adapter(model, "causal", LoRAConfig(targets=("q_proj", "v_proj")))
+    add_adapter(model, "bidirectional", LoRAConfig(rank=2, targets=("down_proj",)))
+    assert {p.split(".")[-1] for p in adapted(model, "causal")} == {"q_proj", "v_proj"}
+    assert {p.split(".")[-1] for p in adapted(model, "bidirectional")} == {"down_proj"}
+    Bitune(model)(RAGGED, ANSWERS)
+    with pytest.raises(ValueError, match="no linear is named fc1: expected some of down_proj, gate_proj, k_proj"):
+        add_adapter(tiny_model(), "causal", LoRAConfig(targets=("fc1", "q_proj")))
+
+
+def test_dropout_acts_in_training_only():
+    bitune = tiny_bitune("lora")
+    for linear in adapted(bitune.model).values():
+        linear.sets["causal"].config = LoRAConfig(rank=4, dropout=0.5)
+    run = lambda: bitune(RAGGED, ANSWERS)[0]
+    assert not torch.equal(run(), run())
+    bitune.eval()
+    assert torch.equal(run(), run())
+
+
+def test_saved_and_loaded_is_the_same(tmp_path):
+    bitune = tiny_bitune("lora")
+    save_adapter(bitune.model, "causal", tmp_path, "base")
+    model = tiny_model()
+    assert load_adapter(model, "causal", tmp_path) == 2 * 7 * 3
+    assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], bitune(RAGGED, ANSWERS)[0])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda c, t: t.pop("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"), "missing .*layers.0.mlp.up_proj.lora_A"),
+    (lambda c, t: t.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)}), "unexpected .*layers.9"),
+    (lambda c, t: c.update(r=5), r"is \(4, 32\), expected \(5, 32\)"),
+    (lambda c, t: t.clear(), "it holds no tensors"),
+    (lambda c, t: c.update(peft_type="IA3"), "an adapter of kind 'IA3': expected LORA"),
+    (lambda c, t: c.update(use_rslora=True, bias="all"), "uses use_rslora, bias, which is not supported"),
+])
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
+    save_adapter(tiny_bitune("lora").model, "causal", tmp_path)
+    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    spoil(config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tiny_model(), "causal", tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_file(tmp_path / "f", b"old")
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_file(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    folder = write_checkpoint(tmp_path / "base")
+    ids = torch.tensor([RAGGED[3]])
+    theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+    ours = tiny_bitune("lora")                          # on the same weights: tiny_model's, seed 0
+    ours.save(tmp_path / "run", str(folder))
+    read = peft.PeftModel.from_pretrained(theirs(), tmp_path / "run")
+    with torch.inference_mode():
+        logits, _ = ours([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
+        torch.testing.assert_close(logits, read(ids).logits, atol=1e-4, rtol=0)
+
+    made = peft.get_peft_model(theirs(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "lora_" in name:
+                p.normal_(0, 0.3)
+    made.save_pretrained(tmp_path / "peft")
+    loaded, n, _ = Bitune.load(tiny_model(), tmp_path / "peft")
+    with torch.inference_mode():
+        logits, _ = loaded([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
+        torch.testing.assert_close(logits, made(ids).logits, atol=1e-4, rtol=0)
+    assert n == 2 * 2 * 3

@@ -1,0 +1,61 @@
+"""Small random models and checkpoints for the tests."""
+
+import base64
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from bitune import Bitune, adapter_sets
+from lora import LoRAConfig, add_adapter
+from model import Config, Llama
+
+CONFIG = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+          "bos_token_id": 256, "eos_token_id": 257}
+RAGGED = [[5, 9, 250, 3, 7, 7, 1, 80], [4], [11, 12], [9, 8, 7, 6, 5, 4, 3, 2, 1, 77, 66, 55, 44]]
+ANSWERS = [[3, 2, 1], [7, 9, 200, 14, 15], [8], [1, 2]]
+
+
+def tiny_model(dtype=torch.float32, seed=0, **config):
+    """Weights are drawn wide (std 0.3): with small ones, a wrong mask or position hides in the tolerances."""
+    torch.manual_seed(seed)
+    model = Llama(Config.from_dict(CONFIG | config)).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3) if p.dim() > 1 else p.uniform_(0.5, 1.5)
+    return model
+
+
+def tiny_bitune(method="bitune", dtype=torch.float32, rank=4, **options):
+    """A method on a tiny model, its adapters and thetas away from where training starts (B is not zero)."""
+    model = tiny_model(dtype)
+    for name in adapter_sets(method):
+        add_adapter(model, name, LoRAConfig(rank=rank))
+    bitune = Bitune(model, method, **options)
+    with torch.no_grad():
+        for name, p in bitune.named_parameters():
+            if "theta" in name:
+                p.copy_(torch.tensor([0.02, -0.005, 0.01]))
+            elif "lora" in name:
+                p.normal_(0, 0.5)
+    return bitune.to(dtype)
+
+
+def write_checkpoint(folder, seed=0, **config):
+    """A checkpoint folder as published ones are: config, weights, and a tokenizer of bytes with <s> and </s>."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | config))
+    save_file(tiny_model(seed=seed, **config).state_dict(), folder / "model.safetensors")
+    lines = (base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
+        "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}}}))
+    return folder
+
+
+def write_data(path, n=40):
+    rows = [{"question": f"What is {i} and {i % 7}?", "answer": f"It is {i + i % 7}."} for i in range(n)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
