@@ -153,11 +153,11 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
 
 
 @torch.inference_mode()
-def evaluate(bitune, examples, batch_size):
+def evaluate(bitune, examples, batch_size, show=lambda text: None):
     """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer token,
-    `accuracy`: how many of the answer tokens are the likeliest, given the right ones before."""
+    `accuracy`: how many of the answer tokens are the likeliest, given the right ones before. `show` hears how far."""
     bitune.eval()
-    mean_sum = nll_sum = right = count = 0.0
+    mean_sum = nll_sum = right = count = done = 0.0
     for batch in batches(examples, batch_size):
         logits, labels = bitune(*zip(*batch))
         nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
@@ -166,6 +166,8 @@ def evaluate(bitune, examples, batch_size):
         nll_sum += nll.sum().item()
         right += (logits.argmax(-1) == labels).sum().item()
         count += n.sum().item()
+        done += len(batch)
+        show(f"validating {done:.0f}/{len(examples)}")
     bitune.train()
     return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)), "accuracy": right / count}
 
@@ -200,21 +202,23 @@ class Progress:
     """One line that is rewritten in a terminal; in a pipe or file, a plain line every five seconds."""
 
     def __init__(self):
-        self.live, self.shown, self.open = sys.stdout.isatty(), 0.0, False
+        self.live, self.shown = sys.stdout.isatty(), time.monotonic()
 
     def update(self, text, last=False):
         if self.live:
-            width = shutil.get_terminal_size().columns
-            print(f"\r\033[K{text[:width - 1]}", end="", flush=True)
-            self.open = True
+            print(f"\r\033[K{text[:shutil.get_terminal_size().columns - 1]}", end="\n" if last else "", flush=True)
         elif last or time.monotonic() - self.shown > 5:
             print(text, flush=True)
             self.shown = time.monotonic()
 
+    def clear(self):
+        if self.live:
+            print("\r\033[K", end="", flush=True)
+
     def note(self, text):
         """A line that stays."""
-        print(("\n" if self.open else "") + text, flush=True)
-        self.open = False
+        self.clear()
+        print(text, flush=True)
 
 
 def clock(seconds):
@@ -284,21 +288,27 @@ def open_run(args, derived):
 
 
 def train(args, bitune, optimizer, examples, val, derived, start):
-    """The loop: step, log, validate, save. Ctrl-C and SIGTERM end it after the step in hand, saved."""
+    """The loop: step, log, validate, save. Ctrl-C and SIGTERM end it after the step in hand, saved; twice, at once."""
     out, progress, saved = Path(args.out), Progress(), start
     signals = []
-    old = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def end_soon(number, frame):
+        if signals:
+            raise KeyboardInterrupt             # asked twice: at once
+        signals.append(number)
+    old = {s: signal.signal(s, end_soon) for s in (signal.SIGINT, signal.SIGTERM)}
     lines = (out / "log.jsonl").read_text().splitlines() if start else []
     log = open(out / "log.jsonl", "w", buffering=1)
     log.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= start)
 
     def validate(step, model, what):
-        result = evaluate(model, val, args.micro_batch_size)
+        result = evaluate(model, val, args.micro_batch_size, progress.update)
         progress.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
                       f"answer-token accuracy {result['accuracy']:.1%}")
         print(json.dumps({"step": step, **{f"val_{k}": v for k, v in result.items()}}), file=log)
 
     try:
+        step = start
         if val and not start:
             validate(0, Bitune(bitune.model, "lora"), "base model")         # B = 0: the adapters are not there yet
         begun = time.monotonic()
@@ -329,9 +339,10 @@ def train(args, bitune, optimizer, examples, val, derived, start):
                 sys.exit(128 + signals[0])
         progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
                       f"python sample.py --model {args.model} --adapter {out}")
-    except (FloatingPointError, OSError, torch.OutOfMemoryError) as problem:
-        advice = {FloatingPointError: "try a lower --lr", torch.OutOfMemoryError: "try a smaller --micro-batch-size"}
-        progress.note("")
+    except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
+        advice = {FloatingPointError: "try a lower --lr", torch.OutOfMemoryError: "try a smaller --micro-batch-size",
+                  KeyboardInterrupt: "stopped at once"}
+        progress.clear()
         print(f"error: step {step}: {problem}: {advice.get(type(problem), 'free the disk')}. "
               + (f"The save of step {saved} is whole: python train.py --resume {out}" if saved else "Nothing was saved yet."),
               file=sys.stderr)

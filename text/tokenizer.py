@@ -67,27 +67,34 @@ class Tokenizer:
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
-        settings = {}
-        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-            if (file.parent / name).is_file():
-                settings[name] = json.loads((file.parent / name).read_text(encoding="utf-8"))
-        config = settings.get("tokenizer_config.json", {})
+        config = settings(file.parent / "tokenizer_config.json")
         try:
-            codec, special, added, bos = (read_json if file.suffix == ".json" else read_tiktoken)(file, config)
-        except (ValueError, KeyError) as error:
+            codec, special, added, bos = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
+        except KeyError as error:
+            raise ValueError(f"{file} cannot be used: it lacks {error}") from None
+        except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
         def named(key):                         # "</s>", or {"content": "</s>", ...}, or null
             token = config.get(key)
             return special.get(token["content"] if isinstance(token, dict) else token)
         bos_id = special.get(bos, named("bos_token") if config.get("add_bos_token") else None)
-        stop = settings.get("generation_config.json", {}).get("eos_token_id")
-        stop = settings.get("config.json", {}).get("eos_token_id") if stop is None else stop
+        stop = settings(file.parent / "generation_config.json").get("eos_token_id")
+        if stop is None:
+            stop = settings(file.parent / "config.json").get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         eos_id = named("eos_token")
         if eos_id is None:
             eos_id = stop[0] if stop else special.get("<|end_of_text|>", special.get("</s>"))
         return cls(codec, special, added, bos_id, eos_id, {eos_id, *stop} - {None})
+
+
+def settings(path):
+    """What a JSON file beside the tokenizer says, if it is there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -196,7 +203,7 @@ class SentencePiece:
 # ----------------------------------------------------------------------------------------------------------------
 # tokenizer.json
 
-def read_json(file, config):
+def read_tokenizer_json(file, config):
     """The codec, special tokens, non-special added tokens and BOS of a tokenizer.json."""
     spec = json.loads(file.read_text(encoding="utf-8"))
     model = spec["model"]
