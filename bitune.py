@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lora import adapted, load_adapter, read_json, read_tensors, save_adapter, write_json, write_tensors
+from lora import adapted, adapter_files, json_bytes, load_adapter, read_json, read_tensors, tensor_bytes
 from model import NONE, KVCache, Past, may_attend
 
 # The method and its ablations differ only in how they read the prompt: each pass is (what a token sees, adapter set).
@@ -198,17 +198,19 @@ class Bitune(nn.Module):
 
     # ---- Files: a run is a folder ------------------------------------------------------------------------------
 
-    def save(self, folder, base, **about):
-        """Write the run: the causal set, which decodes, as a PEFT adapter of `folder` itself, the bidirectional one
-        in a subfolder, the thetas, and bitune.json with the method, the base's name and config, and `about`."""
+    def files(self, folder, base, **about):
+        """The run's files, for `lora.write_files`: bitune.json with the method, the base's name and config, and
+        `about`; the thetas; the causal set, which decodes, as a PEFT adapter in `folder` itself, and the
+        bidirectional one in a subfolder."""
         folder = Path(folder)
-        for name in adapter_sets(self.method):
-            save_adapter(self.model, name, folder if name == "causal" else folder / name, base)
-        if self.mixes:
-            write_tensors(folder / "mixing.safetensors", {"key": self.theta_key, "value": self.theta_value})
-        write_json(folder / "bitune.json", {
+        files = {folder / "bitune.json": json_bytes({
             "method": self.method, "theta_init": self.theta_init, "second_mask": self.second_mask, **about,
-            "base": base, "base_config": asdict(self.model.config)})
+            "base": base, "base_config": asdict(self.model.config)})}
+        if self.mixes:
+            files[folder / "mixing.safetensors"] = tensor_bytes({"key": self.theta_key, "value": self.theta_value})
+        for name in reversed(adapter_sets(self.method)):
+            files |= adapter_files(self.model, name, folder if name == "causal" else folder / name, base)
+        return files
 
     @classmethod
     def load(cls, model, folder, base=""):

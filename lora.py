@@ -110,21 +110,23 @@ def merge(model, name):
 # ----------------------------------------------------------------------------------------------------------------
 # Files: adapter_config.json and adapter_model.safetensors, as PEFT writes them
 
-def save_adapter(model, name, folder, base=""):
-    """Write the set `name` so that `peft.PeftModel.from_pretrained` reads it; `base` names the base model."""
+def adapter_files(model, name, folder, base=""):
+    """The files of the set `name`, for `write_files`: `peft.PeftModel.from_pretrained` reads them too. `base` names
+    the base model."""
     linears = adapted(model, name)
     config = next(iter(linears.values())).sets[name].config
-    write_json(Path(folder) / "adapter_config.json", {
+    settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
         "target_modules": sorted({path.split(".")[-1] for path in linears}),
         "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
-    })
+    }
     tensors = {}
     for path, linear in linears.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = linear.sets[name].lora_A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = linear.sets[name].lora_B
-    write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
+    return {Path(folder) / "adapter_model.safetensors": tensor_bytes(tensors),
+            Path(folder) / "adapter_config.json": json_bytes(settings)}
 
 
 def load_adapter(model, name, folder):
@@ -167,27 +169,30 @@ def load_adapter(model, name, folder):
     return len(tensors)
 
 
-def write_file(path, data):
-    """Write bytes beside `path` and rename: a process that dies on the way leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
+def write_files(files):
+    """Write a dict of path to bytes as one: all of them beside their places, then renamed at a stroke. A process that
+    dies on the way, or a full disk, leaves the old files whole."""
+    drafts = {path: path.with_name(path.name + ".part") for path in files}
     try:
-        with open(draft, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(draft, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(drafts[path], "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        for path, draft in drafts.items():
+            os.replace(draft, path)
     finally:
-        draft.unlink(missing_ok=True)
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+def json_bytes(value):
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def write_tensors(path, tensors, metadata=None):
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_file(path, save(tensors, {"format": "pt", **(metadata or {})}))
+def tensor_bytes(tensors):
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
 
 
 def read_json(path):

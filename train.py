@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets
-from lora import TARGETS, LoRAConfig, add_adapter, read_json, read_tensors, write_json, write_tensors
+from lora import TARGETS, LoRAConfig, add_adapter, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from model import Llama
 from text.examples import TEMPLATES, batches, draw, load_examples
 from text.tokenizer import Tokenizer
@@ -172,8 +172,8 @@ def evaluate(bitune, examples, batch_size, show=lambda text: None):
     return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)), "accuracy": right / count}
 
 
-def save_state(path, bitune, optimizer, step):
-    """All that is needed to go on after `step` steps, in one file, so that it is whole or absent."""
+def state_bytes(bitune, optimizer, step):
+    """The file with all that is needed to go on after `step` steps: one file, whole or absent."""
     tensors = {"step": torch.tensor(step), "rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -181,11 +181,11 @@ def save_state(path, bitune, optimizer, step):
         if p.requires_grad:
             tensors[f"param.{name}"] = p
             tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
-    write_tensors(path, tensors)
+    return tensor_bytes(tensors)
 
 
 def load_state(path, bitune, optimizer):
-    """Put back what `save_state` wrote; returns the number of steps done."""
+    """Put back what `state_bytes` holds; returns the number of steps done."""
     tensors = read_tensors(path)
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and torch.cuda.is_available():
@@ -280,10 +280,10 @@ def open_run(args, derived):
         if changed := [k for k in ("train_examples", "prompt_tokens", "answer_tokens") if before[k] != derived[k]]:
             raise ValueError(f"{args.data} has changed since {out} began: "
                              + ", ".join(f"{k} was {before[k]} and is {derived[k]}" for k in changed))
-    elif (out / "bitune.json").exists():
+    elif (out / "adapter_config.json").exists():            # what a save writes last
         raise ValueError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     else:
-        write_json(out / "settings.json", {"args": vars(args), "derived": derived})
+        write_files({out / "settings.json": json_bytes({"args": vars(args), "derived": derived})})
     return out
 
 
@@ -330,8 +330,8 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             if val and (step % derived["eval_every"] == 0 or step == args.steps) and not signals:
                 validate(step, bitune, f"step {step}")
             if step % derived["save_every"] == 0 or step == args.steps or signals:
-                bitune.save(out, args.model, template=args.template, step=step)
-                save_state(out / "state.safetensors", bitune, optimizer, step)
+                write_files({out / "state.safetensors": state_bytes(bitune, optimizer, step),
+                             **bitune.files(out, args.model, template=args.template, step=step)})
                 saved = step
             if signals:
                 progress.note(f"stopped by {signal.Signals(signals[0]).name} after step {step}, which is saved: "

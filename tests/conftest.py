@@ -9,6 +9,7 @@ tokenizers are tested too.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
-torch.set_num_threads(2)
+torch.set_num_threads(1)                # the models are tiny: threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"     # and those of the commands run by the tests
 
 
 def pytest_addoption(parser):

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
-from lora import LoRAConfig, adapted, add_adapter, load_adapter, save_adapter, write_file
+from lora import LoRAConfig, adapted, adapter_files, add_adapter, load_adapter, write_files
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
 
 
@@ -53,7 +54,7 @@ def test_dropout_acts_in_training_only():
 
 def test_saved_and_loaded_is_the_same(tmp_path):
     bitune = tiny_bitune("lora")
-    save_adapter(bitune.model, "causal", tmp_path, "base")
+    write_files(adapter_files(bitune.model, "causal", tmp_path, "base"))
     model = tiny_model()
     assert load_adapter(model, "causal", tmp_path) == 2 * 7 * 3
     assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], bitune(RAGGED, ANSWERS)[0])
@@ -68,7 +69,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     (lambda c, t: c.update(use_rslora=True, bias="all"), "uses use_rslora, bias, which is not supported"),
 ])
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
-    save_adapter(tiny_bitune("lora").model, "causal", tmp_path)
+    write_files(adapter_files(tiny_bitune("lora").model, "causal", tmp_path))
     config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
     spoil(config, tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -77,12 +78,23 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
         load_adapter(tiny_model(), "causal", tmp_path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    write_file(tmp_path / "f", b"old")
-    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+def test_a_write_that_fails_leaves_all_the_old_files(tmp_path, monkeypatch):
+    old, new = ({tmp_path / name: data for name in ("a", "b", "c")} for data in (b"old", b"new"))
+    write_files(old)
+    sync, calls = os.fsync, []
+    def full(fd):
+        calls.append(fd)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        sync(fd)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError):
-        write_file(tmp_path / "f", b"new")
-    assert (tmp_path / "f").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+        write_files(new)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == old
+    with open(tmp_path / "a", "rb") as held:            # a new file takes the old one's name; none is overwritten
+        write_files(new)
+        assert held.read() == b"old"
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == new
 
 
 def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path):
@@ -92,7 +104,7 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path):
     theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
     ours = tiny_bitune("lora")                          # on the same weights: tiny_model's, seed 0
-    ours.save(tmp_path / "run", str(folder))
+    write_files(ours.files(tmp_path / "run", str(folder)))
     read = peft.PeftModel.from_pretrained(theirs(), tmp_path / "run")
     with torch.inference_mode():
         logits, _ = ours([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])

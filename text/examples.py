@@ -102,7 +102,10 @@ def encode_answer(tokenizer, template, answer):
 
 def read_rows(path):
     """The rows of a JSON Lines file, or of one JSON list, as (place, dict), place being the line or item number."""
-    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)

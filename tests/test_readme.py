@@ -1,0 +1,49 @@
+"""What the README says of the code is so."""
+
+import re
+
+import pytest
+import torch
+
+import bitune
+import train
+from edits import ROOT, edited, edits
+from tiny import ANSWERS, RAGGED, tiny_bitune
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_line_counts():
+    counts = re.findall(r"^\| \[(\S+\.py)\]\(\S+\) \| (\d+) \|", README, re.M)
+    assert len(counts) == 7
+    assert [(f, int(n)) for f, n in counts] == [(f, len((ROOT / f).read_text().splitlines())) for f, _ in counts]
+
+
+def test_flags_and_links_exist():
+    known = train.make_parser().format_help() + "--model --adapter --prompt --reference --size --against"
+    assert {f for f in re.findall(r"--[a-z][a-z-]+", README) if f not in known} == set()
+    assert [p for p in re.findall(r"\]\(((?!http)[^)#]+)\)", README) if not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("name", edits())
+def test_edits_apply_and_train(name, monkeypatch):
+    module = edited(name)
+    if hasattr(module, "may_attend") and not hasattr(module, "Bitune"):
+        monkeypatch.setattr(bitune, "may_attend", module.may_attend)
+        module = bitune
+    torch.manual_seed(0)
+    prompts = [p * 10 for p in RAGGED]
+    before = bitune.Bitune(tiny_bitune().model)
+    after = module.Bitune(before.model)
+    losses = after.losses(prompts, ANSWERS)
+    losses.sum().backward()
+    assert losses.isfinite().all() and len(after.generate(prompts, 3)) == 4
+    monkeypatch.undo()
+    same = {"relu": True, "heads": True, "window": False, "values": False}[name]      # at the start α is a half everywhere
+    assert torch.allclose(losses, before.losses(prompts, ANSWERS)) == same
+
+
+def test_a_theta_per_head_moves_each_head():
+    after = edited("heads").Bitune(tiny_bitune().model)
+    after.losses(RAGGED, ANSWERS).sum().backward()
+    assert after.theta_key.shape == (3, 2, 1, 1) and after.theta_key.grad.unique().numel() == 6
