@@ -42,6 +42,8 @@ SECOND_MASKS = ("bidirectional", "causal", "anticausal")     # what a token may 
 
 def adapter_sets(method):
     """The names of the adapter sets that a method trains; "causal", which writes the answer, is always one."""
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown: expected one of {', '.join(METHODS)}")
     return ["causal"] + ["bidirectional"] * any(adapter == "bidirectional" for _, adapter in METHODS[method])
 
 
@@ -67,16 +69,15 @@ class Bitune(nn.Module):
 
     def __init__(self, model, method="bitune", theta_init=0.01, second_mask="bidirectional"):
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(f"method {method!r} is unknown: expected one of {', '.join(METHODS)}")
+        sets = adapter_sets(method)
         if second_mask not in SECOND_MASKS:
             raise ValueError(f"second mask {second_mask!r} is unknown: expected one of {', '.join(SECOND_MASKS)}")
         if not theta_init > 0:
             raise ValueError(f"theta_init is {theta_init}: expected a number above 0")
         if second_mask != "bidirectional" and not any(sees == "bidirectional" for sees, _ in METHODS[method]):
             raise ValueError(f"method {method!r} has no bidirectional pass whose mask could be {second_mask!r}")
-        for name in adapter_sets(method):
-            assert adapted(model, name) or method == "lora", f"{method!r} needs an adapter set {name!r}: call lora.add_adapter"
+        if method != "lora":
+            assert all(adapted(model, s) for s in sets), f"{method!r} needs the adapter sets {sets}: see lora.add_adapter"
         self.model, self.method, self.theta_init, self.second_mask = model, method, theta_init, second_mask
         self.passes = [(second_mask if sees == "bidirectional" else sees, adapter) for sees, adapter in METHODS[method]]
         self.mixes = len(self.passes) == 2
@@ -119,17 +120,25 @@ class Bitune(nn.Module):
         ids, positions = context
         if ids.shape[1] == 0:
             return None
-        passes = [self.model(ids, positions, may_attend(positions, positions, sees), adapter=adapter, rows=NONE)[1]
-                  for sees, adapter in self.passes]
+        passes = []
+        for sees, adapter in self.passes:
+            mask = may_attend(positions, positions, sees)                                     # (B, 1, T, T)
+            _, keys_values = self.model(ids, positions, mask, adapter=adapter, rows=NONE)     # L pairs (B, G, T, D)
+            passes.append(keys_values)
         return Past(self.mix(*passes) if self.mixes else passes[0])
 
     def mix(self, causal, bidirectional):
-        """K = (1 - α) K_c + α K_b in each layer, and V alike. The hidden states of the two passes never meet: all
-        that the second reading has to say, it says here."""
-        def blend(a, c, b):                     # a (1,) is float32: so is the sum, which then returns to c's dtype
+        """The keys and values of the two passes, layer by layer, to those of the cache. The hidden states of the
+        passes never meet: all that the second reading has to say, it says here."""
+        def blend(a, c, b):                     # (1 - α) K_c + α K_b
             return ((1 - a) * c + a * b).to(c.dtype)
-        return [(blend(a_k, k_c, k_b), blend(a_v, v_c, v_b)) for a_k, a_v, (k_c, v_c), (k_b, v_b)
-                in zip(*(a.split(1) for a in self.alpha()), causal, bidirectional)]
+        alpha_key, alpha_value = self.alpha()   # float32; [layer, None] is (1,): () would be rounded to K's bfloat16
+        mixed = []
+        for layer, ((k_c, v_c), (k_b, v_b)) in enumerate(zip(causal, bidirectional)):
+            k = blend(alpha_key[layer, None], k_c, k_b)                                       # (B, G, T, D)
+            v = blend(alpha_value[layer, None], v_c, v_b)                                     # (B, G, T, D)
+            mixed.append((k, v))
+        return mixed
 
     # ---- 4: the answer pass ------------------------------------------------------------------------------------
 
@@ -148,13 +157,12 @@ class Bitune(nn.Module):
     def losses(self, prompts, answers):
         """Each example's loss (B,): the mean cross-entropy over its own answer tokens, in float32."""
         logits, labels = self(prompts, answers)
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
-        return nll.sum(1) / (labels >= 0).sum(1)
+        return surprise(logits, labels).sum(1) / (labels >= 0).sum(1)
 
     # ---- 5: decoding -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    def answer(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Answer a batch of prompts, yielding after each step a list with every row's next id, None once it ended.
 
         A row ends at a stop id, which is not yielded, or with the text at the model's limit. temperature 0 takes the
@@ -192,8 +200,8 @@ class Bitune(nn.Module):
                 positions = positions + 1
 
     def generate(self, prompts, max_new_tokens, **options):
-        """The answers of `stream` as a list of lists of ids."""
-        steps = list(self.stream(prompts, max_new_tokens, **options))
+        """The answers, as `answer` yields them, as a list of ids for each prompt."""
+        steps = list(self.answer(prompts, max_new_tokens, **options))
         return [[ids[b] for ids in steps if ids[b] is not None] for b in range(len(prompts))]
 
     # ---- Files: a run is a folder ------------------------------------------------------------------------------
@@ -220,9 +228,9 @@ class Bitune(nn.Module):
         about = read_json(folder / "bitune.json") if (folder / "bitune.json").exists() else {"method": "lora"}
         here = asdict(model.config)
         there = about.get("base_config", here)
-        if differ := [k for k in here if there.get(k) != here[k]]:
+        if differ := [k for k in here if k in there and there[k] != here[k]]:
             raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
-                             ", ".join(f"{k} is {there.get(k)} there and {here[k]} here" for k in differ))
+                             ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
         n = sum(load_adapter(model, name, folder if name == "causal" else folder / name)
                 for name in adapter_sets(about["method"]))
         bitune = cls(model, **{k: about[k] for k in ("method", "theta_init", "second_mask") if k in about})
@@ -234,6 +242,11 @@ class Bitune(nn.Module):
             bitune.theta_value.data.copy_(theta["value"])
             n += 2
         return bitune, n, about
+
+
+def surprise(logits, labels):
+    """-log p of each label (B, T') under logits (B, T', V), in float32; 0 where there is no label."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
 
 
 def pick(logits, temperature, top_k, top_p, generator):

@@ -46,16 +46,20 @@ def draw_mixing(bitune):
         say(f"{layer:>5}  " + "  ".join(f"{a:.3f} " + ("█" * round(a * width)).ljust(width, "·") for a in pair))
 
 
-def answer(bitune, tokenizer, prompt, stop_ids, args):
+def ask(bitune, tokenizer, prompt, stop_ids, args):
     """Stream one answer to standard output, then say how fast it came."""
     ids, shown, start, first = [], "", time.perf_counter(), None
-    for (token,) in bitune.stream([prompt], args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, args.seed):
-        first = first or time.perf_counter()
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):                 # the rest of a character is still to come
-            print(text[len(shown):], end="", flush=True)
-            shown = text
+    try:
+        for (token,) in bitune.answer([prompt], args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p,
+                                      args.seed):
+            first = first or time.perf_counter()
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):             # else the rest of a character is still to come
+                print(text[len(shown):], end="", flush=True)
+                shown = text
+    except KeyboardInterrupt:                           # enough of this answer
+        pass
     end = time.perf_counter()
     print(tokenizer.decode(ids)[len(shown):], flush=True)
     speed = f"prompt: {len(prompt)} tokens, {len(prompt) / ((first or end) - start):,.0f} tokens/s"
@@ -96,7 +100,7 @@ def main(argv=None):
     if args.show_mixing:
         draw_mixing(bitune)
     if args.prompt is not None:
-        answer(bitune, tokenizer, encode(args.prompt), stop_ids, args)
+        ask(bitune, tokenizer, encode(args.prompt), stop_ids, args)
         return
     terminal = sys.stdin.isatty()
     if terminal:
@@ -111,7 +115,7 @@ def main(argv=None):
                 return
             continue
         try:
-            answer(bitune, tokenizer, encode(line), stop_ids, args)
+            ask(bitune, tokenizer, encode(line), stop_ids, args)
         except ValueError as problem:                   # one prompt that is too long does not end the others
             say(f"error: {problem}")
 

@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets
+from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets, surprise
 from lora import TARGETS, LoRAConfig, add_adapter, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from model import Llama
 from text.examples import TEMPLATES, batches, draw, load_examples
@@ -160,7 +159,7 @@ def evaluate(bitune, examples, batch_size, show=lambda text: None):
     mean_sum = nll_sum = right = count = done = 0.0
     for batch in batches(examples, batch_size):
         logits, labels = bitune(*zip(*batch))
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+        nll = surprise(logits, labels)
         n = (labels >= 0).sum(1)
         mean_sum += (nll.sum(1) / n).sum().item()
         nll_sum += nll.sum().item()

@@ -43,6 +43,17 @@ def test_ignore_merges_takes_a_whole_word_that_no_merge_builds(tmp_path):
     assert Tokenizer.from_pretrained(tokenizer_json(tmp_path, ignore_merges=True)).encode("whole") == [97]
 
 
+def test_digits_are_cut_off_before_the_pattern_sees_the_spaces(tmp_path):
+    """SmolLM2's form: to GPT-2's pattern the stretch before a digit ends there, so all of its spaces stay together."""
+    digits = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
+    vocab = BYTES | {"Ġ": 94, "ĠĠ": 95, "12": 96}
+    folder = tokenizer_json(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": digits}, model={
+        "type": "BPE", "vocab": vocab, "merges": ["Ġ Ġ", "1 2"]})
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert tokenizer.encode("a  12") == [BYTES["a"], 95, BYTES["1"], BYTES["2"]]
+    assert tokenizer.encode("a  b") == [BYTES["a"], 94, 94, BYTES["b"]]
+
+
 def test_added_tokens_that_are_not_special_match_in_text(tmp_path):
     added = [{"id": 99, "content": "</s>", "special": True}, {"id": 100, "content": "<x>", "special": False},
              {"id": 101, "content": "<x><x>", "special": False}]
@@ -120,6 +131,11 @@ def test_prompt_and_answer_join_to_the_templates_text(tmp_path):
     t = sentencepiece_json(tmp_path)
     ids = encode_prompt(t, "paper", [("user", "ab")]) + encode_answer(t, "paper", "ba")
     assert t.decode(ids) == "<s> Question: ab\n\nAnswer: ba</s>"
+    names = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    t.special |= {name: 300 + i for i, name in enumerate(names)}
+    t.names |= {300 + i: name for i, name in enumerate(names)}
+    assert t.decode(encode_prompt(t, "llama3", [("a", "b")])) == (
+        "<s><|start_header_id|>a<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
 # ---- rows and templates -------------------------------------------------------------------------------------------
@@ -166,7 +182,7 @@ def test_loading_drops_and_counts(tmp_path, tokenizer):
             {"question": "c", "answer": "d"}]
     for text in ("\n".join(map(json.dumps, rows)) + "\n\n", json.dumps(rows, indent=1)):
         (tmp_path / "data").write_text(text)
-        examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 40)
+        examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 24)      # what "a" and "b" come to
         assert [tokenizer.decode(e.prompt + e.answer) for e in examples] == [
             f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")]
         assert dropped == Counter({"empty": 1, "no answer": 3, "too long": 1})
