@@ -11,6 +11,7 @@ import math
 import shutil
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -340,7 +341,7 @@ def train(args, bitune, optimizer, examples, val, derived, start):
                       f"python sample.py --model {args.model} --adapter {out}")
     except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
         advice = {FloatingPointError: "try a lower --lr", torch.OutOfMemoryError: "try a smaller --micro-batch-size",
-                  KeyboardInterrupt: "stopped at once"}
+                  KeyboardInterrupt: "stopped at once", BrokenPipeError: "nobody reads the output"}
         progress.clear()
         print(f"error: step {step}: {problem}: {advice.get(type(problem), 'free the disk')}. "
               + (f"The save of step {saved} is whole: python train.py --resume {out}" if saved else "Nothing was saved yet."),
@@ -373,7 +374,8 @@ def main(argv=None):
         fail(problem)
 
     for title, values in (("settings", vars(args)), ("derived", derived)):
-        print(f"{title}: " + "  ".join(f"{k} {v}" for k, v in values.items() if v is not None))
+        words = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in values.items() if v not in (None, {})]
+        print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
     first = tokenizer.decode(examples[0].prompt)
     answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
     print(f"first example, the answer it learns in [[ ]]:\n{first}[[{answer}]]", flush=True)
