@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bitune
+import sample
 import train
 from edits import ROOT, edited, edits
 from tiny import ANSWERS, RAGGED, tiny_bitune
@@ -21,7 +22,7 @@ def test_line_counts():
 
 
 def test_flags_and_links_exist():
-    known = train.make_parser().format_help() + "--model --adapter --prompt --reference --size --against"
+    known = train.make_parser().format_help() + sample.make_parser().format_help() + "--reference --size --against"
     assert {f for f in re.findall(r"--[a-z][a-z-]+", README) if f not in known} == set()
     assert [p for p in re.findall(r"\]\(((?!http)[^)#]+)\)", README) if not (ROOT / p).exists()] == []
 
