@@ -320,12 +320,13 @@ def train(args, bitune, optimizer, examples, val, derived, start):
 
             rate = sum(len(e.prompt) + len(e.answer) for e in batch) / (time.monotonic() - now)
             eta = (time.monotonic() - begun) / (step - start) * (args.steps - step)
-            alphas = dict(zip(("alpha_key", "alpha_value"), [a.mean().item() for a in bitune.alpha()])) if bitune.mixes else {}
-            print(json.dumps({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(rate, 1),
-                              **alphas}), file=log)
-            progress.update(f"step {step}/{args.steps}  loss {loss:.4f}  lr {lr:.2e}  grad {norm:.3f}  {rate:,.0f} tokens/s"
-                            + "".join(f"  {name} {a:.3f}" for name, a in zip(("α_K", "α_V"), alphas.values()))
-                            + f"  ETA {clock(eta)}", last=step == args.steps)
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(rate, 1)}
+            line = f"step {step}/{args.steps}  ETA {clock(eta)}  loss {loss:.3f}  lr {lr:.1e}  grad {norm:.2f}"
+            if bitune.mixes:
+                record["alpha_key"], record["alpha_value"] = (a.mean().item() for a in bitune.alpha())
+                line += f"  α_K {record['alpha_key']:.2f}  α_V {record['alpha_value']:.2f}"
+            print(json.dumps(record), file=log)
+            progress.update(f"{line}  {rate:,.0f} tokens/s", last=step == args.steps)
 
             if val and (step % derived["eval_every"] == 0 or step == args.steps) and not signals:
                 validate(step, bitune, f"step {step}")
