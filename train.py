@@ -13,6 +13,7 @@ import signal
 import sys
 import textwrap
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -287,6 +288,12 @@ def open_run(args, derived):
     return out
 
 
+def logged(path, start):
+    """What the log says up to the step `start`: later lines, of which the last may be torn, are of steps that were lost."""
+    lines = path.read_text().splitlines() if start else []
+    return "".join(line + "\n" for line in takewhile(lambda l: l.endswith("}") and json.loads(l)["step"] <= start, lines))
+
+
 def train(args, bitune, optimizer, examples, val, derived, start):
     """The loop: step, log, validate, save. Ctrl-C and SIGTERM end it after the step in hand, saved; twice, at once."""
     out, progress, saved = Path(args.out), Progress(), start
@@ -297,9 +304,8 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             raise KeyboardInterrupt             # asked twice: at once
         signals.append(number)
     old = {s: signal.signal(s, end_soon) for s in (signal.SIGINT, signal.SIGTERM)}
-    lines = (out / "log.jsonl").read_text().splitlines() if start else []
-    log = open(out / "log.jsonl", "w", buffering=1)
-    log.writelines(line + "\n" for line in lines if json.loads(line)["step"] <= start)
+    write_files({out / "log.jsonl": logged(out / "log.jsonl", start).encode()})
+    log = open(out / "log.jsonl", "a", buffering=1)
 
     def validate(step, model, what):
         result = evaluate(model, val, args.micro_batch_size, progress.update)
@@ -341,10 +347,10 @@ def train(args, bitune, optimizer, examples, val, derived, start):
         progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
                       f"python sample.py --model {args.model} --adapter {out}")
     except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
-        advice = {FloatingPointError: "try a lower --lr", torch.OutOfMemoryError: "try a smaller --micro-batch-size",
-                  KeyboardInterrupt: "stopped at once", BrokenPipeError: "nobody reads the output"}
+        advice = {FloatingPointError: ": try a lower --lr", torch.OutOfMemoryError: ": try a smaller --micro-batch-size",
+                  KeyboardInterrupt: "stopped at once"}
         progress.clear()
-        print(f"error: step {step}: {problem}: {advice.get(type(problem), 'free the disk')}. "
+        print(f"error: step {step}: {problem}{advice.get(type(problem), '')}. "
               + (f"The save of step {saved} is whole: python train.py --resume {out}" if saved else "Nothing was saved yet."),
               file=sys.stderr)
         sys.exit(1)

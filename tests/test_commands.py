@@ -150,6 +150,8 @@ def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         train.main(flags("--dropout", 0.2))
     assert end.value.code == 128 + signal.SIGTERM and len(log(tmp_path / "run")) == 3
+    with open(tmp_path / "run/log.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')                      # what a kill may leave of a line
     monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(999)
     train.main(["--resume", str(tmp_path / "run")])
@@ -178,7 +180,7 @@ def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
 
 
 @pytest.mark.parametrize("fault, advice", [(FloatingPointError("the loss is nan and the gradient norm nan"), "try a lower --lr"),
-                                           (OSError(28, "No space left on device"), "free the disk"),
+                                           (OSError(28, "No space left on device"), "No space left on device. "),
                                            (torch.OutOfMemoryError("out of memory"), "try a smaller --micro-batch-size")])
 def test_what_goes_wrong_later_loses_nothing_that_was_saved(fault, advice, flags, tmp_path, monkeypatch, capsys):
     step = train.train_step
