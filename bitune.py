@@ -168,7 +168,9 @@ class Bitune(nn.Module):
         A row ends at a stop id, which is not yielded, or with the text at the model's limit. temperature 0 takes the
         likeliest token; else it is drawn, from the top_k likeliest (0: all) that make up the first top_p of the mass.
         """
-        config, longest = self.model.config, max(map(len, prompts), default=0)
+        if not prompts:
+            return
+        config, longest = self.model.config, max(map(len, prompts))
         config.check_length(longest + 1)
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
         generator = torch.Generator(self.device).manual_seed(seed)

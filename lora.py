@@ -81,7 +81,8 @@ def adapted(model, name=None):
 
 
 def add_adapter(model, name, config=LoRAConfig(), paths=None):
-    """Freeze the base and give every linear named in `config.targets` (or each of `paths`) a new set `name`."""
+    """Freeze the base and give every linear named in `config.targets` (of these only `paths`, if given) a new set
+    `name`, in place of one it has. ValueError if no linear bears a target's name."""
     if paths is None:
         paths = [p for p, m in model.named_modules() if isinstance(m, Linear) and p.split(".")[-1] in config.targets]
     if unknown := set(config.targets) - {p.split(".")[-1] for p in paths}:
@@ -139,8 +140,12 @@ def load_adapter(model, name, folder):
     c = read_json(folder / "adapter_config.json")
     if c.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of kind {c.get('peft_type')!r}: expected LORA")
-    extras = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-    if odd := [k for k in extras if c.get(k)] + (["bias"] if c.get("bias", "none") != "none" else []):
+    extras = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
+              "layer_replication", "use_qalora", "alora_invocation_tokens")
+    odd = [k for k in extras if c.get(k)] + (["bias"] if c.get("bias", "none") != "none" else [])
+    if str(c.get("init_lora_weights")).split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+        odd.append("init_lora_weights")         # starts that change the base as well
+    if odd:
         raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA")
 
     tensors = read_tensors(folder / "adapter_model.safetensors")
@@ -170,8 +175,8 @@ def load_adapter(model, name, folder):
 
 
 def write_files(files):
-    """Write a dict of path to bytes as one: all of them beside their places, then renamed at a stroke. A process that
-    dies on the way, or a full disk, leaves the old files whole."""
+    """Write a dict of path to bytes: all of them beside their places, and only then rename one after the other. A
+    process that dies while writing, or a full disk, leaves all the old files as they were."""
     drafts = {path: path.with_name(path.name + ".part") for path in files}
     try:
         for path, data in files.items():

@@ -2,9 +2,10 @@
 
 Shapes, here and in every other file:
 
-    B  batch              H  query heads             C  width (hidden_size)
-    T  new tokens         G  key/value heads         V  vocabulary
-    S  tokens before      D  size of one head        L  layers
+    B  batch                          H  query heads             C  width (hidden_size)
+    T  new tokens                     G  key/value heads         V  vocabulary
+    T' those that are read on         D  size of one head        L  layers
+    S  tokens before
 
 The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens and the
 name of the adapter set come in as arguments; logits and the new tokens' keys and values go out. Modules carry the
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3")
 ALL = slice(None)    # rows: logits for every token
-NONE = slice(0)      # rows: no logits, only keys and values
+NONE = slice(0)      # rows: no logits, the keys and values are all that is wanted
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -220,7 +221,11 @@ class Attention(nn.Module):
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                          # (B, G, S + T, D)
         mask = None if mask is None else mask[:, :, rows]                                          # (B, 1, T', S + T)
-        y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=self.n_q != self.n_kv)
+        grouped = self.n_q != self.n_kv
+        if grouped and mask is not None and x.is_cuda:      # no fused CUDA kernel takes a mask and grouped heads at once
+            k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
+            grouped = False
+        y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=grouped)              # (B, H, T', D)
         return self.o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                         # (B, T', C)
 
 
@@ -244,6 +249,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, mask, past, layer, adapter, rows):
+        """x (B, T, C) to (B, T', C), and the layer's new (k, v). The arguments are those of Llama.forward."""
         y, kv = self.self_attn(self.input_layernorm(x), rope, mask, past, layer, adapter, rows)
         x = x[:, rows] + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kv
@@ -267,9 +273,9 @@ class Llama(nn.Module):
         tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it; None
         lets every token attend to all. past: a Past or KVCache. adapter: the name of the adapter set to run, None
         for the bare base. rows: a slice of the T tokens. Nobody reads the last layer's output elsewhere, so its
-        attention and MLP, the final norm and the head run for these rows only; with NONE it stops at k and v.
+        attention and MLP, the final norm and the head run for these rows only: with NONE, for no token at all.
         """
-        if self.config.sliding_window:
+        if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
             self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
         x = self.model.embed_tokens(tokens)                                                        # (B, T, C)
         rope = rotary(self.config, positions, x.dtype)

@@ -11,6 +11,8 @@ import argparse
 import sys
 import time
 
+import torch
+
 from bitune import Bitune
 from text.examples import encode_prompt, stop_id
 from train import DTYPES, fail, load_base, number
@@ -92,7 +94,7 @@ def main(argv=None):
             model.config.check_length(len(encode(args.prompt)) + 1)
             if not encode(args.prompt):
                 raise ValueError("--prompt is empty: expected some text")
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, torch.OutOfMemoryError) as problem:
         fail(problem)
 
     if loaded:
@@ -107,7 +109,9 @@ def main(argv=None):
         say("Ask; an empty line or Ctrl-D ends.")
     while True:
         try:
-            line = input("> ") if terminal else next(sys.stdin).rstrip("\n")
+            if terminal:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input() if terminal else next(sys.stdin).rstrip("\n")
         except (EOFError, StopIteration, KeyboardInterrupt):
             return
         if not line:

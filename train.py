@@ -59,7 +59,8 @@ def make_parser():
     arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
     arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list; see README for the rows")
     arg("--out", metavar="RUN", help="folder to write the run to")
-    arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings (no other flag)")
+    arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings; only where things are "
+                                        "and how they fit may change: " + " ".join(f"--{k}" for k in MAY_CHANGE))
 
     arg = group("method")
     arg("--method", default="bitune", choices=METHODS, help="how the prompt is read: " + ", ".join(METHODS))
@@ -84,7 +85,7 @@ def make_parser():
     arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
     arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps over which the rate rises")
     arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
-    arg("--eps", default=1e-6, type=number(float, 0), help="AdamW's epsilon")
+    arg("--eps", default=1e-6, type=number(float, 1e-12), help="AdamW's epsilon")
     arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
     arg("--seed", default=42, type=number(int, 0), help="seed of the adapters and of the order of examples")
 
@@ -96,18 +97,27 @@ def make_parser():
     return parser
 
 
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # between the parts of a resumed run
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_base(folder, device, dtype):
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device):
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
+
+
+def load_base(folder, device=None, dtype=None):
     """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in the dtype
     (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
-    dtype = DTYPES[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
+    dtype = DTYPES[dtype] if dtype else default_dtype(device)
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder: expected a Hugging Face checkpoint")
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -176,8 +186,8 @@ def evaluate(bitune, examples, batch_size, show=lambda text: None):
 def state_bytes(bitune, optimizer, step):
     """The file with all that is needed to go on after `step` steps: one file, whole or absent."""
     tensors = {"step": torch.tensor(step), "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    if bitune.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(bitune.device)
     for name, p in bitune.named_parameters():
         if p.requires_grad:
             tensors[f"param.{name}"] = p
@@ -189,8 +199,8 @@ def load_state(path, bitune, optimizer):
     """Put back what `state_bytes` holds; returns the number of steps done."""
     tensors = read_tensors(path)
     torch.set_rng_state(tensors["rng"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    if "rng.cuda" in tensors and bitune.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], bitune.device)
     for name, p in bitune.named_parameters():
         if p.requires_grad:
             p.data.copy_(tensors[f"param.{name}"])
@@ -288,6 +298,16 @@ def open_run(args, derived):
     return out
 
 
+def resumed(parser, args, argv):
+    """The settings of the run args.resume, with what was given of MAY_CHANGE. ValueError if another flag was given."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))                 # else defaults would look like flags
+    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+    if more := [f"--{k}" for k in (name.replace("_", "-") for name in given) if k not in (*MAY_CHANGE, "resume")]:
+        raise ValueError(f"--resume goes on with a run's own settings, which {', '.join(more)} would change")
+    before = read_json(Path(args.resume) / "settings.json")["args"]
+    return argparse.Namespace(**before | given | {"out": args.resume})
+
+
 def logged(path, start):
     """What the log says up to the step `start`: later lines, of which the last may be torn, are of steps that were lost."""
     lines = path.read_text().splitlines() if start else []
@@ -295,28 +315,35 @@ def logged(path, start):
 
 
 def train(args, bitune, optimizer, examples, val, derived, start):
-    """The loop: step, log, validate, save. Ctrl-C and SIGTERM end it after the step in hand, saved; twice, at once."""
-    out, progress, saved = Path(args.out), Progress(), start
-    signals = []
-
-    def end_soon(number, frame):
-        if signals:
-            raise KeyboardInterrupt             # asked twice: at once
-        signals.append(number)
-    old = {s: signal.signal(s, end_soon) for s in (signal.SIGINT, signal.SIGTERM)}
+    """The loop: step, log, save, validate. Ctrl-C and SIGTERM end it, saved, after the step in hand; twice, at once."""
+    out, progress = Path(args.out), Progress()
+    step = saved = start
     write_files({out / "log.jsonl": logged(out / "log.jsonl", start).encode()})
     log = open(out / "log.jsonl", "a", buffering=1)
 
-    def validate(step, model, what):
+    asked, at_once = [], False                  # signals so far, and whether nothing would be lost by stopping here
+
+    def end(number, frame):
+        asked.append(number)
+        if at_once or len(asked) > 1:
+            raise KeyboardInterrupt
+    old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def validate(model, what):
+        nonlocal at_once
+        at_once = True
         result = evaluate(model, val, args.micro_batch_size, progress.update)
+        at_once = False
         progress.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
                       f"answer-token accuracy {result['accuracy']:.1%}")
         print(json.dumps({"step": step, **{f"val_{k}": v for k, v in result.items()}}), file=log)
 
     try:
-        step = start
+        # The longest micro-batch, for nothing: if memory is short, it shows now and not in the middle of the night.
+        with torch.random.fork_rng():
+            bitune.losses(*zip(*batches(examples, args.micro_batch_size)[0])).sum().backward()
         if val and not start:
-            validate(0, Bitune(bitune.model, "lora"), "base model")         # B = 0: the adapters are not there yet
+            validate(Bitune(bitune.model, "lora"), "base model")            # B = 0: the adapters are not there yet
         begun = time.monotonic()
         for step in range(start + 1, args.steps + 1):
             now = time.monotonic()
@@ -334,26 +361,27 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             print(json.dumps(record), file=log)
             progress.update(f"{line}  {rate:,.0f} tokens/s", last=step == args.steps)
 
-            if val and (step % derived["eval_every"] == 0 or step == args.steps) and not signals:
-                validate(step, bitune, f"step {step}")
-            if step % derived["save_every"] == 0 or step == args.steps or signals:
+            last = step == args.steps
+            validates = bool(val) and (last or step % derived["eval_every"] == 0)
+            if last or validates or asked or step % derived["save_every"] == 0:
                 write_files({out / "state.safetensors": state_bytes(bitune, optimizer, step),
                              **bitune.files(out, args.model, template=args.template, step=step)})
                 saved = step
-            if signals:
-                progress.note(f"stopped by {signal.Signals(signals[0]).name} after step {step}, which is saved: "
-                              f"go on with python train.py --resume {out}")
-                sys.exit(128 + signals[0])
+            if asked:
+                raise KeyboardInterrupt
+            if validates:
+                validate(bitune, f"step {step}")
         progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
                       f"python sample.py --model {args.model} --adapter {out}")
     except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
-        advice = {FloatingPointError: ": try a lower --lr", torch.OutOfMemoryError: ": try a smaller --micro-batch-size",
-                  KeyboardInterrupt: "stopped at once"}
+        what = {FloatingPointError: f"{problem}: try a lower --lr",
+                torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
+                KeyboardInterrupt: "stopped by " + " and ".join(signal.Signals(n).name for n in asked)}
         progress.clear()
-        print(f"error: step {step}: {problem}{advice.get(type(problem), '')}. "
+        print(f"error: step {step}: {what.get(type(problem), problem)}. "
               + (f"The save of step {saved} is whole: python train.py --resume {out}" if saved else "Nothing was saved yet."),
               file=sys.stderr)
-        sys.exit(1)
+        sys.exit(128 + asked[0] if asked else 1)
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
@@ -365,10 +393,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.resume:
-            if vars(args) != vars(parser.parse_args(["--resume", args.resume])):
-                raise ValueError("--resume goes on with a run's own settings: give no other flag")
-            args = argparse.Namespace(**read_json(Path(args.resume) / "settings.json")["args"] | {
-                "resume": args.resume, "out": args.resume})
+            args = resumed(parser, args, argv)
         bitune, tokenizer, examples, val, dropped = prepare(args)
         derived = derive(args, bitune, examples, val, dropped)
         out = open_run(args, derived)
@@ -377,7 +402,7 @@ def main(argv=None):
             start = load_state(out / "state.safetensors", bitune, optimizer)
         if start == args.steps:
             raise ValueError(f"{out} is finished: all of its {start} steps are done")
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, torch.OutOfMemoryError) as problem:
         fail(problem)
 
     for title, values in (("settings", vars(args)), ("derived", derived)):

@@ -17,7 +17,7 @@ from bitune import Bitune, adapter_sets
 from lora import add_adapter
 from model import Config, Llama
 from text.examples import Example
-from train import DTYPES, make_optimizer, train_step
+from train import DTYPES, default_device, default_dtype, make_optimizer, train_step
 
 SIZES = {
     "small": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
@@ -137,14 +137,14 @@ def hugging_face(model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="small", help="shape of the random model (default: small)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device(), help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--prompt-length", type=int, default=128, help="P (default: 128)")
     parser.add_argument("--answer-length", type=int, default=64, help="A (default: 64)")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each, after two to warm up (default: 10)")
     parser.add_argument("--against", choices=["transformers"], help="also time this library, which must be installed")
     args = parser.parse_args()
-    dtype = DTYPES[args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
     model = random_model(args.size, args.device, dtype)
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters, {dtype}, {where}, "

@@ -179,6 +179,31 @@ def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
         assert load_file(run / "state.safetensors")["step"] >= len(log(run)) - 1
 
 
+def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp_path, monkeypatch, capsys):
+    evaluate = train.evaluate
+    def interrupted(bitune, *args):
+        if len(log(tmp_path / "run")) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("validation went on")
+        return evaluate(bitune, *args)
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    line = exits(128 + signal.SIGINT, train.main, flags("--save-every", 6), capsys)
+    assert "step 3: stopped by SIGINT. The save of step 3 is whole" in line
+
+
+def test_the_longest_micro_batch_is_tried_before_the_first_step(flags, tmp_path, monkeypatch, capsys):
+    losses, seen = Bitune.losses, []
+    def limited(self, prompts, answers):
+        seen.append(max(len(p) + len(a) for p, a in zip(prompts, answers)))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return losses(self, prompts, answers)
+    monkeypatch.setattr(Bitune, "losses", limited)
+    assert "step 0: out of memory: try a smaller --micro-batch-size. Nothing was saved yet." in exits(1, train.main, flags(), capsys)
+    train.main(flags())
+    assert seen[0] == max(seen)
+
+
 @pytest.mark.parametrize("fault, advice", [(FloatingPointError("the loss is nan and the gradient norm nan"), "try a lower --lr"),
                                            (OSError(28, "No space left on device"), "No space left on device. "),
                                            (torch.OutOfMemoryError("out of memory"), "try a smaller --micro-batch-size")])
@@ -192,9 +217,9 @@ def test_what_goes_wrong_later_loses_nothing_that_was_saved(fault, advice, flags
     failing.count = 0
     monkeypatch.setattr(train, "train_step", failing)
     line = exits(1, train.main, flags(), capsys)
-    assert "step 4" in line and advice in line and "The save of step 2 is whole: python train.py --resume" in line
+    assert "step 4" in line and advice in line and "The save of step 3 is whole: python train.py --resume" in line
     monkeypatch.setattr(train, "train_step", step)
-    train.main(["--resume", str(tmp_path / "run")])
+    train.main(["--resume", str(tmp_path / "run"), "--micro-batch-size", "2"])
     assert len(log(tmp_path / "run")) == 6
 
 
@@ -234,7 +259,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     capsys.readouterr()
     assert "already holds a run: go on with --resume" in exits(2, train.main, flags(), capsys)
     assert "is finished: all of its 6 steps are done" in exits(2, train.main, ["--resume", tmp_path / "run"], capsys)
-    assert "give no other flag" in exits(2, train.main, ["--resume", tmp_path / "run", "--lr", 1], capsys)
+    assert "which --lr would change" in exits(2, train.main, ["--resume", tmp_path / "run", "--lr", 3e-4], capsys)
     write_data(tmp_path / "data.jsonl", 41)
     assert "data.jsonl has changed since" in exits(2, train.main, ["--resume", tmp_path / "run"], capsys)
     assert "has no settings.json" in exits(2, train.main, ["--resume", tmp_path / "nowhere"], capsys)

@@ -190,6 +190,6 @@ def draw(n, count, seed, step):
 
 
 def batches(examples, size):
-    """Examples cut into batches of similar length, the longest first: if memory is short, it shows at once."""
+    """Examples cut into batches of similar length, the longest first."""
     examples = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer), reverse=True)
     return [examples[i:i + size] for i in range(0, len(examples), size)]

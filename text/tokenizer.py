@@ -43,7 +43,7 @@ class Tokenizer:
     @property
     def n_ids(self):
         """One more than the highest id."""
-        return 1 + max(self.codec.max_id, *self.names)
+        return 1 + max([self.codec.max_id, *self.names])
 
     def encode(self, text, begin=True):
         """The ids of a text, without BOS. begin=False says that it continues an earlier text: then SentencePiece's
