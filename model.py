@@ -7,9 +7,9 @@ Shapes, here and in every other file:
     T' those that are read on         D  size of one head        L  layers
     S  tokens before
 
-The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens and the
-name of the adapter set come in as arguments; logits and the new tokens' keys and values go out. Modules carry the
-checkpoint's own names, so a Hugging Face checkpoint loads without a rename table.
+The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens
+and the name of the adapter set come in as arguments; logits and the new tokens' keys and values go out.
+Modules carry the checkpoint's own names, so a Hugging Face checkpoint loads without a rename table.
 """
 
 import json
@@ -22,18 +22,22 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = {       # and the numbers of config.json that each needs besides rope_theta
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+}
 ALL = slice(None)    # rows: logits for every token
 NONE = slice(0)      # rows: no logits, the keys and values are all that is wanted
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Configuration: config.json, under its own field names
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation, read from config.json. `rope` holds `rope_type`, `rope_theta` and that type's
-    own numbers, whichever of the two ways config.json spells them."""
+    """What shapes the computation, read from config.json. `rope` holds `rope_type`, `rope_theta` and that
+    type's own numbers, whichever of the two ways config.json spells them."""
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -56,27 +60,28 @@ class Config:
         """Config from the contents of a config.json; ValueError names what is missing or not supported."""
         kind = c.get("model_type")
         if kind not in MODEL_TYPES:
-            raise ValueError(f"model_type {kind!r} is not supported: expected one of {', '.join(MODEL_TYPES)}")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        if lacking := [k for k in needed if not isinstance(c.get(k), int)]:
-            raise ValueError(f"config.json lacks a whole number for: {', '.join(lacking)}")
+            raise ValueError(f"model_type {kind!r} is not supported: expected {' or '.join(MODEL_TYPES)}")
+        needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+        if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
+            raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
         if (act := c.get("hidden_act", "silu")) != "silu":
             raise ValueError(f"hidden_act {act!r} is not supported: a {kind} model is expected to use silu")
 
-        # Up to transformers 4: rope_theta + rope_scaling ("type" is the older word). From 5 on: rope_parameters.
+        # Up to transformers 4: rope_theta + rope_scaling ("type" is the older word); then rope_parameters.
         rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
         rope["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
         if rope["rope_type"] not in ROPE_TYPES:
-            raise ValueError(f"RoPE type {rope['rope_type']!r} is not supported: expected one of {', '.join(ROPE_TYPES)}")
-        wanted = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor",
-                                                   "original_max_position_embeddings"]}.get(rope["rope_type"], [])
+            kinds = " or ".join(ROPE_TYPES)
+            raise ValueError(f"RoPE type {rope['rope_type']!r} is not supported: expected {kinds}")
+        wanted = ROPE_TYPES[rope["rope_type"]]
         if lacking := [k for k in wanted if k not in rope]:
             raise ValueError(f"RoPE type {rope['rope_type']!r} needs {', '.join(lacking)} in config.json")
         rope = {k: rope[k] for k in ["rope_type", "rope_theta", *wanted]}
 
         heads = c["num_attention_heads"]
         bias = bool(c.get("attention_bias", False))
+        slides = c.get("use_sliding_window", kind == "mistral")
         return cls(
             model_type=kind,
             vocab_size=c["vocab_size"],
@@ -89,7 +94,7 @@ class Config:
             max_position_embeddings=c.get("max_position_embeddings") or 2048,
             rms_norm_eps=c.get("rms_norm_eps", 1e-6),
             rope=rope,
-            sliding_window=c.get("sliding_window") if c.get("use_sliding_window", kind == "mistral") else None,
+            sliding_window=c.get("sliding_window", 4096) if slides else None,
             qkv_bias=bias or kind == "qwen2",
             o_bias=bias and kind != "qwen2",
             mlp_bias=bool(c.get("mlp_bias", False)),
@@ -100,10 +105,10 @@ class Config:
     def from_pretrained(cls, folder):
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise ValueError(f"{folder} has no config.json: expected a folder with a Hugging Face checkpoint")
+            raise ValueError(f"{folder} has no config.json: expected a Hugging Face checkpoint folder")
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:  # the last two: a value of another kind
             raise ValueError(f"{path}: {error}") from None
 
     @property
@@ -113,26 +118,26 @@ class Config:
 
     def check_length(self, n):
         if n > self.max_length:
-            name = "max_position_embeddings" if self.max_length == self.max_position_embeddings else "sliding_window"
-            raise ValueError(f"{n} tokens are more than the model's {name} of {self.max_length}: keep the text within that")
+            name = "sliding_window" if self.max_length == self.sliding_window else "max_position_embeddings"
+            raise ValueError(f"{n} tokens are more than the model's {name} of {self.max_length}: use fewer")
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Positions, masks, and what earlier tokens left behind
 
 def rotary(config, positions, dtype):
-    """Cosines and sines of RoPE (Su et al., 2104.09864) at `positions` (B, T): two tensors (B, 1, T, D/2)."""
+    """Cosines and sines of RoPE (2104.09864) at `positions` (B, T): two tensors (B, 1, T, D/2)."""
     rope, D = config.rope, config.head_dim
     freq = rope["rope_theta"] ** -(torch.arange(0, D, 2, device=positions.device).float() / D)     # (D/2,)
     if rope["rope_type"] == "linear":
         freq = freq / rope["factor"]
     if rope["rope_type"] == "llama3":
-        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended linearly.
+        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)    # full turns in the old context
+        turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)       # in the old context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (keep + (1 - keep) / rope["factor"])
-    angle = positions[:, None, :, None].float() * freq                                             # (B, 1, T, D/2)
+    angle = positions[:, None, :, None].float() * freq                                    # (B, 1, T, D/2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -145,7 +150,8 @@ def rotate(x, cos, sin):
 def may_attend(query_pos, key_pos, sees="causal"):
     """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
 
-    Position -1 marks padding. Padding sees only padding, so that no softmax row is empty, and nothing else sees it.
+    Position -1 marks padding. Padding sees only padding, so that no softmax row is empty, and nothing else
+    sees it.
     """
     q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
     sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
@@ -153,8 +159,8 @@ def may_attend(query_pos, key_pos, sees="causal"):
 
 
 class Past:
-    """Keys and values of earlier tokens: one (k, v) a layer, each (B, G, S, D). Joining makes new tensors, so that
-    gradients flow back into the pass that made them."""
+    """Keys and values of earlier tokens: one (k, v) a layer, each (B, G, S, D). Joining makes new tensors,
+    so that gradients flow back into the pass that made them."""
 
     def __init__(self, layers):
         self.layers = layers
@@ -168,8 +174,8 @@ class Past:
 
 
 class KVCache:
-    """The same for decoding, without copying: buffers of `size` tokens, filled from the left and written in place.
-    Only where no gradient flows: overwriting would destroy what a backward pass needs."""
+    """The same for decoding, without copying: buffers of `size` tokens, filled from the left and written in
+    place. Only where no gradient flows: overwriting would destroy what a backward pass needs."""
 
     def __init__(self, layers, size):
         self.length = 0
@@ -191,11 +197,11 @@ class KVCache:
         return k_all[:, :, :end], v_all[:, :, :end]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The decoder, from the smallest part up
 
 class Linear(nn.Linear):
-    """A linear layer that is told which adapter set to use, and has none. lora.py puts those that have in its place."""
+    """A linear layer that is told which adapter set to use, and has none; lora.py swaps in those that do."""
 
     def forward(self, x, adapter=None):
         return F.linear(x, self.weight, self.bias)
@@ -211,22 +217,23 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.n_q * self.D, c.hidden_size, bias=c.o_bias)
 
     def forward(self, x, rope, mask, past, layer, adapter, rows):
-        """x (B, T, C). Keys and values are made for all T tokens, queries only for `rows` of them (T' tokens)."""
+        """x (B, T, C). Keys and values are made for all T tokens, queries only for `rows`, T' of them."""
         cos, sin = rope
-        k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)             # (B, G, T, D)
-        v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)             # (B, G, T, D)
+        k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
+        v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         k = rotate(k, cos, sin)
-        q = self.q_proj(x[:, rows], adapter).unflatten(-1, (self.n_q, self.D)).transpose(1, 2)     # (B, H, T', D)
+        q = self.q_proj(x[:, rows], adapter).unflatten(-1, (self.n_q, self.D))
+        q = q.transpose(1, 2)                                                             # (B, H, T', D)
         q = rotate(q, cos[:, :, rows], sin[:, :, rows])
 
-        k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                          # (B, G, S + T, D)
-        mask = None if mask is None else mask[:, :, rows]                                          # (B, 1, T', S + T)
+        k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)
+        mask = None if mask is None else mask[:, :, rows]                                # (B, 1, T', S + T)
         grouped = self.n_q != self.n_kv
-        if grouped and mask is not None and x.is_cuda:      # no fused CUDA kernel takes a mask and grouped heads at once
+        if grouped and mask is not None and x.is_cuda:      # no fused kernel takes both: spell the heads out
             k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
             grouped = False
-        y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=grouped)              # (B, H, T', D)
-        return self.o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                         # (B, T', C)
+        y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=grouped)     # (B, H, T', D)
+        return self.o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                # (B, T', C)
 
 
 class MLP(nn.Module):
@@ -249,7 +256,8 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, mask, past, layer, adapter, rows):
-        """x (B, T, C) to (B, T', C), and the layer's new (k, v). The arguments are those of Llama.forward."""
+        """x (B, T, C) to (B, T', C), and the layer's new (k, v). The arguments are those of
+        Llama.forward."""
         y, kv = self.self_attn(self.input_layernorm(x), rope, mask, past, layer, adapter, rows)
         x = x[:, rows] + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kv
@@ -268,16 +276,17 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens, positions, mask=None, past=None, adapter=None, rows=ALL):
-        """Logits (B, T', V) of the tokens in `rows`, and the new keys and values: L pairs (k, v), each (B, G, T, D).
+        """Logits (B, T', V) of the tokens in `rows`, and the new keys and values: L pairs (B, G, T, D).
 
-        tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it; None
-        lets every token attend to all. past: a Past or KVCache. adapter: the name of the adapter set to run, None
-        for the bare base. rows: a slice of the T tokens. Nobody reads the last layer's output elsewhere, so its
-        attention and MLP, the final norm and the head run for these rows only: with NONE, for no token at all.
+        tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it;
+        None lets every token attend to all. past: a Past or KVCache. adapter: the name of the adapter set
+        to run, None for the bare base. rows: a slice of the T tokens. Nobody reads the last layer's output
+        elsewhere, so its attention and MLP, the final norm and the head run for these rows only: with NONE,
+        for no token at all.
         """
         if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
             self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
-        x = self.model.embed_tokens(tokens)                                                        # (B, T, C)
+        x = self.model.embed_tokens(tokens)                                               # (B, T, C)
         rope = rotary(self.config, positions, x.dtype)
         keys_values = []
         last = len(self.model.layers) - 1
@@ -289,10 +298,11 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Read a Hugging Face checkpoint folder: config.json and model.safetensors, or shards with their index.
+        """Read a checkpoint folder: config.json and model.safetensors, or shards with their index.
 
-        Built without memory, then filled tensor by tensor, so the host holds little more than the weights. All
-        missing, unexpected and misshapen tensors are reported in one ValueError before any of them is read.
+        Built without memory, then filled tensor by tensor, so the host holds little more than the weights.
+        All missing, unexpected and misshapen tensors are reported in one ValueError before any of them is
+        read.
         """
         folder = Path(folder)
         config = Config.from_pretrained(folder)
@@ -305,17 +315,22 @@ class Llama(nn.Module):
             try:
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():
-                        where[name], have[name] = file, tuple(f.get_slice(name).get_shape())
+                        entry = f.get_slice(name)
+                        where[name], have[name] = file, tuple(entry.get_shape())
+                        if name in want and "F" not in entry.get_dtype():       # F32, F16, BF16
+                            raise ValueError(f"{file}: {name} is {entry.get_dtype()}, expected floats")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
-        have = {n: s for n, s in have.items() if not n.endswith("rotary_emb.inv_freq")}   # old exports; computed here
+        have = {n: s for n, s in have.items() if not n.endswith("rotary_emb.inv_freq")}    # in old exports
         if config.tie_word_embeddings:
-            have.pop("lm_head.weight", None)                                              # the embedding once more
+            have.pop("lm_head.weight", None)                                     # the embedding once more
         wrong = [f"missing {n} {want[n]}" for n in want.keys() - have.keys()]
         wrong += [f"unexpected {n} {have[n]}" for n in have.keys() - want.keys()]
-        wrong += [f"{n} is {have[n]}, expected {want[n]}" for n in want.keys() & have.keys() if have[n] != want[n]]
+        both = want.keys() & have.keys()
+        wrong += [f"{n} is {have[n]}, expected {want[n]}" for n in both if have[n] != want[n]]
         if wrong:
-            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {'; '.join(sorted(wrong))}")
+            listed = "; ".join(sorted(wrong))
+            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed}")
 
         state = {}
         for file in sorted(set(where.values())):
@@ -326,14 +341,18 @@ class Llama(nn.Module):
 
 
 def checkpoint_files(folder):
-    """The safetensors files of a checkpoint folder; ValueError if there are none or the index names absent ones."""
+    """The safetensors files of a checkpoint folder; ValueError if any are missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted({folder / f for f in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]    # tensor name -> file name
+            files = sorted({folder / name for name in where.values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is not an index of shards: expected a weight_map of names") from None
     else:
         files = [folder / "model.safetensors"]
     if lacking := [f.name for f in files if not f.is_file()]:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
-        hint = f" It has {', '.join(pickles)}: convert to safetensors, pickles are not read." if pickles else ""
+        hint = f" It has {', '.join(pickles)}: convert to safetensors, they are not read" if pickles else ""
         raise ValueError(f"{folder} lacks {', '.join(lacking)}.{hint}")
     return files

@@ -2,25 +2,21 @@
 
     python sample.py --model FOLDER [--adapter RUN] --prompt TEXT
 
-Without --prompt, each line of standard input is a prompt; in a terminal, you are asked for one. With a run, the text
-goes into the template the run was trained with; without, the text is the prompt as it stands. The answer goes to
-standard output, everything else to standard error.
+Without --prompt, each line of standard input is a prompt; in a terminal, you are asked for one. With a run,
+the text goes into the template the run was trained with; without, the text is the prompt as it stands. The
+answer goes to standard output, everything else to standard error.
 """
 
-import argparse
 import sys
 import time
 
-import torch
-
 from bitune import Bitune
-from text.examples import encode_prompt, stop_id
-from train import DTYPES, fail, load_base, number
+from text.examples import TEMPLATES, encode_prompt, stop_id
+from train import DTYPES, fail, load_base, new_parser, number, set_up_streams
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = new_parser(__doc__)
     arg = parser.add_argument
     arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
     arg("--adapter", metavar="RUN", help="a run of train.py, or a PEFT LoRA adapter")
@@ -28,9 +24,10 @@ def make_parser():
     arg("--show-mixing", action="store_true", help="draw the mixing coefficients of the run, layer by layer")
     arg("--max-new-tokens", type=number(int, 1), default=256, help="longest answer (default: 256)")
     arg("--temperature", type=number(float, 0), default=0.0, help="0 takes the likeliest token (default: 0)")
-    arg("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest tokens only; 0: all (default: 0)")
-    arg("--top-p", type=number(float, 1e-9, 1), default=1.0, help="draw from the likeliest that make up this mass (default: 1)")
-    arg("--seed", type=number(int, 0), default=0, help="seed of the draw (default: 0)")
+    arg("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest; 0: all (default: 0)")
+    arg("--top-p", type=number(float, 1e-9, 1), default=1.0,
+        help="draw from the likeliest that make up this mass (default: 1)")
+    arg("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the draw (default: 0)")
     arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
     arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     return parser
@@ -41,19 +38,20 @@ def say(text):
 
 
 def draw_mixing(bitune):
-    """α of each layer, for keys and for values, as bars: empty is the causal pass alone, full the bidirectional."""
+    """α of each layer, for keys and for values, as bars: empty is the causal pass, full the second."""
     width = 30
     say(f"{'layer':>5}  {'α of the keys':<{width + 6}}  α of the values")
     for layer, pair in enumerate(zip(*(a.tolist() for a in bitune.alpha()))):
-        say(f"{layer:>5}  " + "  ".join(f"{a:.3f} " + ("█" * round(a * width)).ljust(width, "·") for a in pair))
+        bars = [f"{a:.3f} " + ("█" * round(a * width)).ljust(width, "·") for a in pair]
+        say(f"{layer:>5}  " + "  ".join(bars))
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):
     """Stream one answer to standard output, then say how fast it came."""
     ids, shown, start, first = [], "", time.perf_counter(), None
+    options = (args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, args.seed)
     try:
-        for (token,) in bitune.answer([prompt], args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p,
-                                      args.seed):
+        for (token,) in bitune.answer([prompt], *options):
             first = first or time.perf_counter()
             ids.append(token)
             text = tokenizer.decode(ids)
@@ -71,30 +69,35 @@ def ask(bitune, tokenizer, prompt, stop_ids, args):
 
 
 def main(argv=None):
+    set_up_streams()
     args = make_parser().parse_args(argv)
     try:
-        if args.model is None:
+        if not args.model:
             raise ValueError("--model not given: see --help")
         model, tokenizer = load_base(args.model, args.device, args.dtype)
         template, loaded = "plain", ""
-        if args.adapter:
+        if args.adapter is not None:
             bitune, n, about = Bitune.load(model, args.adapter, args.model)
             template = about.get("template", "plain")
+            if template not in TEMPLATES:
+                names = " or ".join(TEMPLATES)
+                raise ValueError(f"{args.adapter} has the template {template!r}: expected {names}")
             loaded = f"loaded {args.adapter}: {n} tensors, method {bitune.method}, template {template}" + (
                 f", trained for {about['step']} steps" if "step" in about else "")
         else:
             bitune = Bitune(model, "lora")
         bitune.eval()
         if args.show_mixing and not bitune.mixes:
-            raise ValueError("--show-mixing: " + (f"{args.adapter} was trained with method {bitune.method}, which mixes "
-                             "nothing" if args.adapter else "give --adapter, a run whose method mixes"))
+            raise ValueError("--show-mixing: " + (
+                "give --adapter, a run whose method mixes" if not args.adapter else
+                f"{args.adapter} was trained with method {bitune.method}, which mixes nothing"))
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if args.adapter else set())
         encode = lambda text: encode_prompt(tokenizer, template, [("user", text)])
         if args.prompt is not None:
             model.config.check_length(len(encode(args.prompt)) + 1)
             if not encode(args.prompt):
                 raise ValueError("--prompt is empty: expected some text")
-    except (ValueError, OSError, torch.OutOfMemoryError) as problem:
+    except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
         fail(problem)
 
     if loaded:
@@ -104,7 +107,7 @@ def main(argv=None):
     if args.prompt is not None:
         ask(bitune, tokenizer, encode(args.prompt), stop_ids, args)
         return
-    terminal = sys.stdin.isatty()
+    terminal, status = sys.stdin.isatty(), 0
     if terminal:
         say("Ask; an empty line or Ctrl-D ends.")
     while True:
@@ -113,16 +116,21 @@ def main(argv=None):
                 print("> ", end="", file=sys.stderr, flush=True)
             line = input() if terminal else next(sys.stdin).rstrip("\n")
         except (EOFError, StopIteration, KeyboardInterrupt):
-            return
+            sys.exit(status)
+        if not line and terminal:
+            sys.exit(status)
         if not line:
-            if terminal:
-                return
             continue
         try:
             ask(bitune, tokenizer, encode(line), stop_ids, args)
-        except ValueError as problem:                   # one prompt that is too long does not end the others
+        except ValueError as problem:       # one prompt that is too long does not end the others,
+            print()                         # nor shift their answers
             say(f"error: {problem}")
+            status = 1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:                           # while loading
+        sys.exit(130)

@@ -2,10 +2,12 @@
 
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
-The defaults are the paper's (2405.14862). A killed run loses nothing that was saved: python train.py --resume RUN
+The defaults are the paper's (2405.14862). A killed run loses nothing that was saved: python train.py
+--resume RUN
 """
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -13,81 +15,99 @@ import signal
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets, surprise
-from lora import TARGETS, LoRAConfig, add_adapter, json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from lora import TARGETS, LoRAConfig, add_adapter
+from lora import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from model import Llama
 from text.examples import TEMPLATES, batches, draw, load_examples
 from text.tokenizer import Tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Settings
 
 def fail(message):
     """End with one line on standard error and exit status 2: the input was wrong, and no work has begun."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", *str(message).splitlines()[:1], file=sys.stderr)
     sys.exit(2)
+
+
+def set_up_streams():
+    """Let no α or byte that a terminal cannot show, or a pipe should not hold, end a run."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def number(kind, low, high=math.inf):
     """An argparse type: a number of `kind` within [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
+        if not low <= value <= high or not math.isfinite(value):
+            limit = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}{limit}")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def new_parser(description):
+    """An argument parser whose errors are one line, too."""
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=as_it_stands)
     parser.error = fail
+    return parser
+
+
+def make_parser():
+    parser = new_parser(__doc__)
 
     def group(title):
         section = parser.add_argument_group(title)
-        return lambda *names, help, default=None, **more: section.add_argument(
-            *names, default=default, help=help + ("" if default is None else f" (default: {default})"), **more)
+        def add(name, *, help, default=None, **more):
+            shown = "" if default is None else f" (default: {default})"
+            section.add_argument(name, default=default, help=help + shown, **more)
+        return add
 
     arg = group("what")
     arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
     arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list; see README for the rows")
     arg("--out", metavar="RUN", help="folder to write the run to")
-    arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings; only where things are "
-                                        "and how they fit may change: " + " ".join(f"--{k}" for k in MAY_CHANGE))
+    arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings; only "
+        "these flags may be given with it: " + " ".join(f"--{k}" for k in MAY_CHANGE))
 
     arg = group("method")
     arg("--method", default="bitune", choices=METHODS, help="how the prompt is read: " + ", ".join(METHODS))
-    arg("--second-mask", default="bidirectional", choices=SECOND_MASKS, help="what a token sees in the bidirectional pass")
-    arg("--theta-init", default=0.01, type=number(float, 1e-9), help="c and the start of every θ: the speed of α")
-    arg("--rank", default=8, type=number(int, 1), help="rank of the adapters")
-    arg("--alpha", default=1.0, type=number(float, 0), help="LoRA's alpha: the scale is alpha / rank")
+    arg("--second-mask", default="bidirectional", choices=SECOND_MASKS, help="what its second pass sees")
+    arg("--theta-init", default=0.01, type=number(float, 1e-9, 1e9), help="c and first θ: the speed of α")
+    arg("--rank", default=8, type=number(int, 1, 65536), help="rank of the adapters")
+    arg("--alpha", default=1.0, type=number(float, 0, 1e9), help="LoRA's alpha: the scale is alpha / rank")
     arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="dropout before the adapters")
     arg("--targets", default=list(TARGETS), nargs="+", metavar="NAME", help="linears to adapt")
 
     arg = group("data")
-    arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer: " + ", ".join(TEMPLATES))
-    arg("--max-length", type=number(int, 2), help="longest example in tokens, longer ones are dropped (default: 512, "
-                                                  "or what the model can read)")
-    arg("--val-data", metavar="FILE", help="validation data; without it the last --val-size examples of --data")
-    arg("--val-size", default=1000, type=number(int, 0), help="validation examples, at most a tenth of --data; 0: none")
+    arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer")
+    arg("--max-length", type=number(int, 2), help="longest example in tokens, longer ones are dropped "
+        "(default: 512, or what the model can read)")
+    arg("--val-data", metavar="FILE", help="validation data; without it the last examples of --data")
+    arg("--val-size", default=1000, type=number(int, 0), help="how many of these, at most a tenth; 0: none")
 
     arg = group("optimisation")
-    arg("--steps", default=3000, type=number(int, 1), help="optimizer steps")
-    arg("--batch-size", default=10, type=number(int, 1), help="examples a step")
-    arg("--micro-batch-size", default=1, type=number(int, 1), help="examples at a time: memory and speed, same result")
+    arg("--steps", default=3000, type=number(int, 1, 10**9), help="optimizer steps")
+    arg("--batch-size", default=10, type=number(int, 1, 10**9), help="examples a step")
+    arg("--micro-batch-size", default=1, type=number(int, 1), help="examples at a time (same result)")
     arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
-    arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps over which the rate rises")
+    arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps in which the rate rises")
     arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
     arg("--eps", default=1e-6, type=number(float, 1e-12), help="AdamW's epsilon")
     arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
-    arg("--seed", default=42, type=number(int, 0), help="seed of the adapters and of the order of examples")
+    arg("--seed", default=42, type=number(int, 0, 2**63 - 1), help="of adapters and order of examples")
 
     arg = group("running")
     arg("--eval-every", type=number(int, 1), help="steps between validations (default: a tenth of --steps)")
@@ -97,7 +117,7 @@ def make_parser():
     return parser
 
 
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # between the parts of a resumed run
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # when a run is resumed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -110,10 +130,12 @@ def default_dtype(device):
 
 
 def load_base(folder, device=None, dtype=None):
-    """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in the dtype
-    (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU)."""
+    """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in
+    the dtype (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU)."""
     device = device or default_device()
     try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
@@ -123,12 +145,12 @@ def load_base(folder, device=None, dtype=None):
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Llama.from_pretrained(folder, dtype, device)
     if tokenizer.n_ids > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer's ids go up to {tokenizer.n_ids - 1}, but the model's vocabulary has "
-                         f"{model.config.vocab_size} tokens: they do not belong together")
+        raise ValueError(f"{folder}: the tokenizer's ids go up to {tokenizer.n_ids - 1}, but the model's "
+                         f"vocabulary has {model.config.vocab_size} tokens: they do not belong together")
     return model, tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Training: each of these is used by the loop below, and can be used without it
 
 def learning_rate(step, steps, warmup_steps, peak):
@@ -144,9 +166,10 @@ def make_optimizer(bitune, eps, weight_decay):
 
 
 def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
-    """One optimizer step on the mean of the examples' losses, each of them a mean over its answer tokens. How the
-    examples are cut into micro-batches does not change the result. Returns the loss and the gradient norm before
-    clipping; FloatingPointError, before anything has changed, if either is not finite."""
+    """One optimizer step on the mean of the examples' losses, each of them a mean over its answer tokens.
+    How the examples are cut into micro-batches does not change the result. Returns the loss and the
+    gradient norm before clipping; FloatingPointError, before anything has changed, if either is not
+    finite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     total = 0.0
@@ -165,8 +188,9 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
 
 @torch.inference_mode()
 def evaluate(bitune, examples, batch_size, show=lambda text: None):
-    """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer token,
-    `accuracy`: how many of the answer tokens are the likeliest, given the right ones before. `show` hears how far."""
+    """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer
+    token, `accuracy`: how many of the answer tokens are the likeliest, given the right ones before. `show`
+    hears how far."""
     bitune.eval()
     mean_sum = nll_sum = right = count = done = 0.0
     for batch in batches(examples, batch_size):
@@ -180,7 +204,10 @@ def evaluate(bitune, examples, batch_size, show=lambda text: None):
         done += len(batch)
         show(f"validating {done:.0f}/{len(examples)}")
     bitune.train()
-    return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)), "accuracy": right / count}
+    if not math.isfinite(nll_sum):
+        raise FloatingPointError(f"the validation loss is {nll_sum}")
+    perplexity = math.exp(min(700, nll_sum / count))
+    return {"loss": mean_sum / len(examples), "perplexity": perplexity, "accuracy": right / count}
 
 
 def state_bytes(bitune, optimizer, step):
@@ -197,6 +224,8 @@ def state_bytes(bitune, optimizer, step):
 
 def load_state(path, bitune, optimizer):
     """Put back what `state_bytes` holds; returns the number of steps done."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no save yet: start again, with the same --out")
     tensors = read_tensors(path)
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and bitune.device.type == "cuda":
@@ -217,7 +246,8 @@ class Progress:
 
     def update(self, text, last=False):
         if self.live:
-            print(f"\r\033[K{text[:shutil.get_terminal_size().columns - 1]}", end="\n" if last else "", flush=True)
+            fits = text if last else text[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{fits}", end="\n" if last else "", flush=True)
         elif last or time.monotonic() - self.shown > 5:
             print(text, flush=True)
             self.shown = time.monotonic()
@@ -236,34 +266,43 @@ def clock(seconds):
     return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The run
 
 def prepare(args):
     """Everything that can go wrong, done before the work starts: model, data and settings, or ValueError."""
-    if missing := [f"--{k}" for k in ("model", "data", "out") if getattr(args, k) is None]:
+    if missing := [f"--{k}" for k in ("model", "data", "out") if not getattr(args, k)]:
         raise ValueError(f"{', '.join(missing)} not given: see --help")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a file: expected a folder, or a new name")
+    for file in (args.data, args.val_data):
+        if file is not None and not Path(file).is_file():
+            found = "a folder" if Path(file).is_dir() else "not there"
+            raise ValueError(f"{file!r} is {found}: expected a data file")
     model, tokenizer = load_base(args.model, args.device, args.dtype)
     args.max_length = args.max_length or min(512, model.config.max_length)
     model.config.check_length(args.max_length)
-    files = [f for f in (args.data, args.val_data) if f]
-    if absent := [f for f in files if not Path(f).is_file()]:
-        raise ValueError(f"{', '.join(absent)}: no such file")
     examples, dropped = load_examples(args.data, tokenizer, args.template, args.max_length)
     if args.val_data:
-        val, _ = load_examples(args.val_data, tokenizer, args.template, args.max_length)
+        val, val_dropped = load_examples(args.val_data, tokenizer, args.template, args.max_length)
+        dropped = {"train": dict(dropped), "val": dict(val_dropped)}
     else:
         n = min(args.val_size, len(examples) // 10)
         examples, val = examples[:len(examples) - n], examples[len(examples) - n:]
-    if not examples:
-        raise ValueError(f"{args.data}: no example left to train on; dropped: "
-                         + (", ".join(f"{n} {why}" for why, n in dropped.items()) or "none, it has no rows"))
 
     torch.manual_seed(args.seed)
     for name in adapter_sets(args.method):
         add_adapter(model, name, LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)))
     bitune = Bitune(model, args.method, args.theta_init, args.second_mask)
     return bitune, tokenizer, examples, val, dropped
+
+
+def digest(examples):
+    """A hash of the examples and their order."""
+    h = hashlib.sha256()
+    for e in examples:
+        h.update(f"{e.prompt}{e.answer}".encode())
+    return h.hexdigest()[:16]
 
 
 def derive(args, bitune, examples, val, dropped):
@@ -275,7 +314,9 @@ def derive(args, bitune, examples, val, dropped):
         "base_parameters": sum(p.numel() for p in bitune.parameters()) - trainable,
         "trainable_parameters": trainable,
         "train_examples": len(examples), "val_examples": len(val), "dropped": dict(dropped),
-        "prompt_tokens": sum(len(e.prompt) for e in examples), "answer_tokens": sum(len(e.answer) for e in examples),
+        "prompt_tokens": sum(len(e.prompt) for e in examples),
+        "answer_tokens": sum(len(e.answer) for e in examples),
+        "data_hash": digest(examples + val),
         "epochs": round(args.steps * args.batch_size / len(examples), 2),
         "warmup_steps": int(args.warmup * args.steps),
         "eval_every": args.eval_every or max(1, args.steps // 10),
@@ -284,44 +325,50 @@ def derive(args, bitune, examples, val, dropped):
 
 
 def open_run(args, derived):
-    """The run's folder with its settings in it. ValueError if it holds a run already, or if data changed since."""
+    """The run's folder with its settings in it. ValueError if it holds one already, or the data changed."""
     out = Path(args.out)
     if args.resume:
-        before = read_json(out / "settings.json")["derived"]
-        if changed := [k for k in ("train_examples", "prompt_tokens", "answer_tokens") if before[k] != derived[k]]:
-            raise ValueError(f"{args.data} has changed since {out} began: "
-                             + ", ".join(f"{k} was {before[k]} and is {derived[k]}" for k in changed))
+        before = read_json(out / "settings.json", "derived")["derived"]
+        if before["data_hash"] != derived["data_hash"]:
+            raise ValueError(f"{args.data}, or the validation data, has changed since {out} began")
     elif (out / "adapter_config.json").exists():            # what a save writes last
         raise ValueError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     else:
-        write_files({out / "settings.json": json_bytes({"args": vars(args), "derived": derived})})
+        write_files(out, {"settings.json": json_bytes({"args": vars(args), "derived": derived})})
     return out
 
 
 def resumed(parser, args, argv):
-    """The settings of the run args.resume, with what was given of MAY_CHANGE. ValueError if another flag was given."""
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))                 # else defaults would look like flags
+    """The settings of the run args.resume, with what was given of MAY_CHANGE. ValueError for other flags."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))        # else defaults would look like flags
     given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
-    if more := [f"--{k}" for k in (name.replace("_", "-") for name in given) if k not in (*MAY_CHANGE, "resume")]:
-        raise ValueError(f"--resume goes on with a run's own settings, which {', '.join(more)} would change")
-    before = read_json(Path(args.resume) / "settings.json")["args"]
+    more = {name.replace("_", "-") for name in given} - {"resume", *MAY_CHANGE}
+    if more:
+        flags = " --".join(sorted(more))
+        raise ValueError(f"--resume goes on with a run's own settings, which --{flags} would change")
+    finish_writing(Path(args.resume))
+    before = read_json(Path(args.resume) / "settings.json", "args")["args"]
     return argparse.Namespace(**before | given | {"out": args.resume})
 
 
 def logged(path, start):
-    """What the log says up to the step `start`: later lines, of which the last may be torn, are of steps that were lost."""
-    lines = path.read_text().splitlines() if start else []
-    return "".join(line + "\n" for line in takewhile(lambda l: l.endswith("}") and json.loads(l)["step"] <= start, lines))
+    """What the log says up to the step `start`: later lines, of which the last may be torn, are of steps
+    that were lost."""
+    lines = path.read_text().splitlines() if start and path.exists() else []
+    kept = takewhile(lambda line: line.endswith("}") and json.loads(line)["step"] <= start, lines)
+    return "".join(line + "\n" for line in kept)
 
 
 def train(args, bitune, optimizer, examples, val, derived, start):
-    """The loop: step, log, save, validate. Ctrl-C and SIGTERM end it, saved, after the step in hand; twice, at once."""
+    """The loop: step, log, save, validate. Ctrl-C and SIGTERM end it, saved, after the step in hand; twice,
+    at once."""
     out, progress = Path(args.out), Progress()
     step = saved = start
-    write_files({out / "log.jsonl": logged(out / "log.jsonl", start).encode()})
+    kept = logged(out / "log.jsonl", start)
+    write_files(out, {"log.jsonl": kept.encode()})
     log = open(out / "log.jsonl", "a", buffering=1)
 
-    asked, at_once = [], False                  # signals so far, and whether nothing would be lost by stopping here
+    asked, at_once = [], False         # signals so far, and whether nothing would be lost by stopping here
 
     def end(number, frame):
         asked.append(number)
@@ -334,16 +381,20 @@ def train(args, bitune, optimizer, examples, val, derived, start):
         at_once = True
         result = evaluate(model, val, args.micro_batch_size, progress.update)
         at_once = False
-        progress.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-                      f"answer-token accuracy {result['accuracy']:.1%}")
+        progress.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}"
+                      f"  answer-token accuracy {result['accuracy']:.1%}")
         print(json.dumps({"step": step, **{f"val_{k}": v for k, v in result.items()}}), file=log)
 
     try:
-        # The longest micro-batch, for nothing: if memory is short, it shows now and not in the middle of the night.
+        # The longest micro-batch, for nothing: if memory is short, it shows now and not in the middle of
+        # the night.
         with torch.random.fork_rng():
             bitune.losses(*zip(*batches(examples, args.micro_batch_size)[0])).sum().backward()
         if val and not start:
-            validate(Bitune(bitune.model, "lora"), "base model")            # B = 0: the adapters are not there yet
+            validate(Bitune(bitune.model, "lora"), "base model")        # B = 0: there are no adapters yet
+        due = val and start and start % derived["eval_every"] == 0
+        if due and f'"step": {start}, "val_loss"' not in kept:
+            validate(bitune, f"step {start}")                           # which an interruption had cut short
         begun = time.monotonic()
         for step in range(start + 1, args.steps + 1):
             now = time.monotonic()
@@ -353,8 +404,9 @@ def train(args, bitune, optimizer, examples, val, derived, start):
 
             rate = sum(len(e.prompt) + len(e.answer) for e in batch) / (time.monotonic() - now)
             eta = (time.monotonic() - begun) / (step - start) * (args.steps - step)
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(rate, 1)}
-            line = f"step {step}/{args.steps}  ETA {clock(eta)}  loss {loss:.3f}  lr {lr:.1e}  grad {norm:.2f}"
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate)}
+            line = (f"step {step}/{args.steps}  ETA {clock(eta)}  loss {loss:.3f}  lr {lr:.1e}  "
+                    f"grad {norm:.2f}")
             if bitune.mixes:
                 record["alpha_key"], record["alpha_value"] = (a.mean().item() for a in bitune.alpha())
                 line += f"  α_K {record['alpha_key']:.2f}  α_V {record['alpha_value']:.2f}"
@@ -364,31 +416,35 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             last = step == args.steps
             validates = bool(val) and (last or step % derived["eval_every"] == 0)
             if last or validates or asked or step % derived["save_every"] == 0:
-                write_files({out / "state.safetensors": state_bytes(bitune, optimizer, step),
-                             **bitune.files(out, args.model, template=args.template, step=step)})
+                evaluate(bitune, batches(batch, 1)[0], 1)       # raises if this step has ruined the model
+                write_files(out, {"state.safetensors": state_bytes(bitune, optimizer, step),
+                                  **bitune.files(args.model, template=args.template, step=step)})
                 saved = step
-            if asked:
+            if asked and not last:
                 raise KeyboardInterrupt
             if validates:
                 validate(bitune, f"step {step}")
         progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
                       f"python sample.py --model {args.model} --adapter {out}")
     except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
-        what = {FloatingPointError: f"{problem}: try a lower --lr",
+        what = {FloatingPointError: f"{problem}: start again with a lower --lr",
                 torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
                 KeyboardInterrupt: "stopped by " + " and ".join(signal.Signals(n).name for n in asked)}
         progress.clear()
-        print(f"error: step {step}: {what.get(type(problem), problem)}. "
-              + (f"The save of step {saved} is whole: python train.py --resume {out}" if saved else "Nothing was saved yet."),
-              file=sys.stderr)
+        rest = "Nothing was saved yet."
+        if saved:
+            rest = f"The save of step {saved} is whole: python train.py --resume {out}"
+        print(f"error: step {step}: {what.get(type(problem), problem)}. {rest}", file=sys.stderr)
         sys.exit(128 + asked[0] if asked else 1)
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
-        log.close()
+        with suppress(OSError):                 # a disk that is full has been reported
+            log.close()
 
 
 def main(argv=None):
+    set_up_streams()
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
@@ -402,11 +458,11 @@ def main(argv=None):
             start = load_state(out / "state.safetensors", bitune, optimizer)
         if start == args.steps:
             raise ValueError(f"{out} is finished: all of its {start} steps are done")
-    except (ValueError, OSError, torch.OutOfMemoryError) as problem:
+    except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
         fail(problem)
 
     for title, values in (("settings", vars(args)), ("derived", derived)):
-        words = [f"{k} {' '.join(v) if isinstance(v, list) else v}" for k, v in values.items() if v not in (None, {})]
+        words = [f"{k} {v}" for k, v in values.items() if v is not None]
         print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
     first = tokenizer.decode(examples[0].prompt)
     answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
@@ -415,4 +471,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:                   # while loading
+        sys.exit(130)

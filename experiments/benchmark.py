@@ -2,12 +2,12 @@
 
     python -m experiments.benchmark [--size small|1b] [--device cuda] [--against transformers]
 
-Training: a Bitune step over a LoRA step of the same code, beside the ratio of the tokens the two must process,
-(2(P-1) + A) / (P + A - 1). Decoding: tokens per second at batch 1, beside the bound of reading every weight once per
-token at the measured memory bandwidth, and beside transformers' `generate` on the same weights if asked for.
+Training: a Bitune step over a LoRA step of the same code, beside the ratio of the tokens the two must
+process, (2(P-1) + A) / (P + A - 1). Decoding: tokens per second at batch 1, beside the bound of reading
+every weight once per token at the measured memory bandwidth, and beside transformers' `generate` on the
+same weights if asked for.
 """
 
-import argparse
 import statistics
 import time
 
@@ -17,20 +17,19 @@ from bitune import Bitune, adapter_sets
 from lora import add_adapter
 from model import Config, Llama
 from text.examples import Example
-from train import DTYPES, default_device, default_dtype, make_optimizer, train_step
+from train import DTYPES, default_device, default_dtype, make_optimizer, new_parser, number, train_step
 
 SIZES = {
     "small": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
                   num_key_value_heads=8, vocab_size=32000),
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256),
+               num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
 }
 
 
 def random_model(size, device, dtype):
     torch.manual_seed(0)
-    config = Config.from_dict({"model_type": "llama", "max_position_embeddings": 2048, "tie_word_embeddings": size == "1b",
-                               **SIZES[size]})
+    config = Config.from_dict({"model_type": "llama", "max_position_embeddings": 2048, **SIZES[size]})
     with torch.device(device):
         model = Llama(config).to(dtype)
     with torch.no_grad():
@@ -85,7 +84,7 @@ def bench_training(model, device, repeats, P, A):
                 step(m)()
                 peak[m] = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         ratio = t["bitune"] / t["lora"]
-        print(f"training step, P {P}, A {A}, batch {B}:  bitune / lora {ratio:.2f}  token bound {bound:.2f}  "
+        print(f"training step, P {P}, A {A}, batch {B}:  bitune / lora {ratio:.2f}  bound {bound:.2f}  "
               f"ratio over bound {ratio / bound:.2f}")
         for m in t:
             print(f"    {m:<7} {t[m] * 1e3:8.1f} ms  {B * (P + A) / t[m]:8,.0f} tokens/s{peak.get(m, '')}")
@@ -93,23 +92,26 @@ def bench_training(model, device, repeats, P, A):
 
 def bench_decoding(model, device, repeats, P, new, against):
     prompt = [torch.randint(model.config.vocab_size, (P,)).tolist()]
-    tasks = {"base": Bitune(model, "lora"), "lora": finetunable(model, "lora"), "bitune": finetunable(model, "bitune")}
+    tasks = {"base": Bitune(model, "lora"), **{m: finetunable(model, m) for m in ("lora", "bitune")}}
     # One long and one short answer: their difference is decoding alone, without the prompt.
     calls = {f"{m} {n}": lambda b=b, n=n: b.generate(prompt, n) for m, b in tasks.items() for n in (1, new)}
     if against:
         theirs, ids = hugging_face(model), torch.tensor(prompt, device=device)
-        calls |= {f"transformers {n}": lambda n=n: theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n,
-                                                                   min_new_tokens=n, do_sample=False) for n in (1, new)}
+        options = dict(attention_mask=torch.ones_like(ids), do_sample=False)
+        calls |= {f"transformers {n}": lambda n=n: theirs.generate(
+            ids, max_new_tokens=n, min_new_tokens=n, **options) for n in (1, new)}
     t = medians(device, repeats, **calls)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not model.config.tie_word_embeddings:
-        weights -= model.model.embed_tokens.weight.numel() * model.model.embed_tokens.weight.element_size()
+    read = [p for name, p in model.named_parameters()
+            if model.config.tie_word_embeddings or "embed_tokens" not in name]
+    weights = sum(p.numel() * p.element_size() for p in read)
     bound = bandwidth(device) / weights
-    print(f"decoding, P {P}, batch 1: the bound is {bound:,.0f} tokens/s, all {weights / 1e6:,.0f} MB of weights once a token")
-    for m in [*tasks] + ["transformers"] * bool(against):
-        rate = (new - 1) / (t[f"{m} {new}"] - t[f"{m} 1"])
-        vs = "" if not against else f"  over transformers {rate * (t[f'transformers {new}'] - t['transformers 1']) / (new - 1):.2f}"
-        print(f"    {m:<12} {rate:8,.1f} tokens/s  of the bound {rate / bound:.2f}  prompt {t[f'{m} 1'] * 1e3:.1f} ms{vs}")
+    print(f"decoding, P {P}, batch 1: bound {bound:,.0f} tokens/s, {weights / 1e6:,.0f} MB a token")
+    models = [*tasks] + ["transformers"] * bool(against)
+    rates = {m: (new - 1) / (t[f"{m} {new}"] - t[f"{m} 1"]) for m in models}
+    for m, rate in rates.items():
+        beside = f"  over transformers {rate / rates['transformers']:.2f}" if against else ""
+        print(f"    {m:<12} {rate:8,.1f} tokens/s  of the bound {rate / bound:.2f}"
+              f"  prompt {t[f'{m} 1'] * 1e3:.1f} ms{beside}")
 
 
 def bandwidth(device):
@@ -120,35 +122,38 @@ def bandwidth(device):
 
 
 def hugging_face(model):
+    """The same weights in transformers' model."""
     import transformers
-    c = model.config
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+              "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    config = transformers.LlamaConfig(**{f: getattr(model.config, f) for f in fields}, eos_token_id=None)
     with torch.device("meta"):
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-            hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
-            num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, vocab_size=c.vocab_size,
-            max_position_embeddings=c.max_position_embeddings, rms_norm_eps=c.rms_norm_eps,
-            tie_word_embeddings=c.tie_word_embeddings, eos_token_id=None))
+        theirs = transformers.LlamaForCausalLM(config)
     theirs.load_state_dict(model.state_dict(), strict=False, assign=True)
     theirs.tie_weights()
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(model.model.embed_tokens.weight.device)
+    device = theirs.model.embed_tokens.weight.device
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its buffers were on meta
     return theirs.eval()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small", help="shape of the random model (default: small)")
-    parser.add_argument("--device", default=default_device(), help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--prompt-length", type=int, default=128, help="P (default: 128)")
-    parser.add_argument("--answer-length", type=int, default=64, help="A (default: 64)")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each, after two to warm up (default: 10)")
-    parser.add_argument("--against", choices=["transformers"], help="also time this library, which must be installed")
+    parser = new_parser(__doc__)
+    arg = parser.add_argument
+    arg("--size", choices=SIZES, default="small", help="shape of the random model (default: small)")
+    arg("--device", default=default_device(), help="default: cuda if there is one, else cpu")
+    arg("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    arg("--prompt-length", type=number(int, 1, 1024), default=128, help="P (default: 128)")
+    arg("--answer-length", type=number(int, 2, 1024), default=64, help="A (default: 64)")
+    arg("--repeats", type=number(int, 1), default=10, help="timed calls of each (default: 10)")
+    arg("--against", choices=["transformers"], help="also time this library, which must be installed")
     args = parser.parse_args()
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
     model = random_model(args.size, args.device, dtype)
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(f"{args.size}: {sum(p.numel() for p in model.parameters()) / 1e6:,.0f}M parameters, {dtype}, {where}, "
-          f"torch {torch.__version__}, median of {args.repeats}")
+    on_gpu = args.device.startswith("cuda")
+    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{args.size}: {n / 1e6:,.0f}M parameters, {dtype}, {where}, torch {torch.__version__}, "
+          f"median of {args.repeats}")
     bench_training(model, args.device, args.repeats, args.prompt_length, args.answer_length)
     bench_decoding(model, args.device, args.repeats, args.prompt_length, args.answer_length, args.against)
 

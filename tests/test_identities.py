@@ -1,4 +1,5 @@
-"""What must always hold, whatever the weights: in float64, on ragged batches, with adapters away from zero."""
+"""What must always hold, whatever the weights: in float64, on ragged batches, with adapters away from
+zero."""
 
 import pytest
 import torch
@@ -40,14 +41,14 @@ def test_alpha_0_is_the_plain_causal_model():
 
 def test_alpha_1_with_equal_adapters_is_one_forward_under_a_prefix_mask():
     bitune = tiny_bitune("shared-weights", dtype=F64)
-    set_theta(bitune, 1e30)                                             # α = 1 to the last bit
+    set_theta(bitune, 1e30)  # α = 1 to the last bit
     for prompt, answer, logits in zip(RAGGED, ANSWERS, answer_logits(bitune)):
         ids, P = torch.tensor([prompt + answer]), len(prompt)
         positions = torch.arange(ids.shape[1])[None]
-        prefix = positions < P - 1                                      # the context sees all of itself
+        prefix = positions < P - 1  # the context sees all of itself
         mask = may_attend(positions, positions) | (prefix[:, None, :, None] & prefix[:, None, None, :])
         one, _ = bitune.model(ids, positions, mask, adapter="causal")
-        torch.testing.assert_close(logits, one[0, P - 1:-1], **EXACT)
+        torch.testing.assert_close(logits, one[0, P - 1 : -1], **EXACT)
 
 
 def test_alpha_1_is_no_mixing():
@@ -59,7 +60,10 @@ def test_alpha_1_is_no_mixing():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_prompt_of_one_token_is_a_plain_causal_pass(method):
     bitune = tiny_bitune(method, dtype=F64)
-    assert_same(answer_logits(bitune, [[4], [9]], ANSWERS[:2]), answer_logits(Bitune(bitune.model, "lora"), [[4], [9]], ANSWERS[:2]))
+    assert_same(
+        answer_logits(bitune, [[4], [9]], ANSWERS[:2]),
+        answer_logits(Bitune(bitune.model, "lora"), [[4], [9]], ANSWERS[:2]),
+    )
 
 
 def test_a_second_pass_that_is_causal_is_the_ablation_only_causal():
@@ -82,14 +86,20 @@ def test_cached_is_uncached(method):
     """Decoding token by token from the cache gives the logits of one answer pass over the whole answer."""
     bitune = tiny_bitune(method, dtype=F64)
     for prompt, answer in zip(RAGGED, bitune.generate(RAGGED, 10)):
-        logits = answer_logits(bitune, [prompt], [answer])[0]           # one pass, nothing cached
+        logits = answer_logits(bitune, [prompt], [answer])[0]  # one pass, nothing cached
         assert logits.argmax(-1).tolist() == answer
         with torch.inference_mode():
             context, stream = bitune.lay_out([prompt], [[]])
             past = bitune.encode(context)
-            row, new = bitune.model(*stream, may_attend(stream.positions, torch.cat((context.positions, stream.positions), 1)),
-                                    past, "causal")
-            cache = KVCache(new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)], len(prompt) + 10)
+            row, new = bitune.model(
+                *stream,
+                may_attend(stream.positions, torch.cat((context.positions, stream.positions), 1)),
+                past,
+                "causal",
+            )
+            cache = KVCache(
+                new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)], len(prompt) + 10
+            )
             steps = [row[0, -1]]
             for n, token in enumerate(answer[:-1]):
                 at = torch.tensor([[len(prompt) + n]])
@@ -104,8 +114,14 @@ def test_merged_is_unmerged(adapter):
     positions = torch.arange(ids.shape[1])[None]
     mask = may_attend(positions, positions)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    torch.testing.assert_close(merge(model, adapter)(ids, positions, mask)[0], model(ids, positions, mask, adapter=adapter)[0], **EXACT)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())      # the model itself is as it was
+    torch.testing.assert_close(
+        merge(model, adapter)(ids, positions, mask)[0],
+        model(ids, positions, mask, adapter=adapter)[0],
+        **EXACT,
+    )
+    assert all(
+        torch.equal(t, before[n]) for n, t in model.state_dict().items()
+    )  # the model itself is as it was
 
 
 @pytest.mark.parametrize("sees", ["causal", "bidirectional", "anticausal"])
@@ -114,13 +130,15 @@ def test_a_token_moves_only_the_keys_and_values_that_see_it(sees):
     ids, other = torch.tensor([RAGGED[3]]), torch.tensor([RAGGED[3]])
     other[0, j] = 123
     positions = torch.arange(ids.shape[1])[None]
-    passes = [model(t, positions, may_attend(positions, positions, sees), adapter="bidirectional", rows=NONE)[1]
-              for t in (ids, other)]
+    passes = [
+        model(t, positions, may_attend(positions, positions, sees), adapter="bidirectional", rows=NONE)[1]
+        for t in (ids, other)
+    ]
     at = torch.arange(ids.shape[1])
     for layer, ((k, v), (k2, v2)) in enumerate(zip(*passes)):
         moved = ((k - k2).abs() + (v - v2).abs()).sum(dim=(0, 1, 3)) > 1e-9
         reach = {"causal": at >= j, "anticausal": at <= j, "bidirectional": at >= 0}[sees]
-        assert moved.tolist() == (at == j if layer == 0 else reach).tolist()          # layer 0 has seen nobody yet
+        assert moved.tolist() == (at == j if layer == 0 else reach).tolist()  # layer 0 has seen nobody yet
 
 
 def test_padding_and_its_contents_change_nothing():
@@ -135,12 +153,15 @@ def test_padding_and_its_contents_change_nothing():
 
 
 def test_the_context_runs_no_more_than_it_must():
-    """rows=NONE gives the same keys and values, and neither the last layer's MLP nor the head sees a token."""
+    """rows=NONE gives the same keys and values, and neither the last layer's MLP nor the head sees a
+    token."""
     model = tiny_bitune(dtype=F64).model
     ids = torch.tensor([RAGGED[3]])
     positions = torch.arange(ids.shape[1])[None]
     seen = []
-    model.model.layers[-1].mlp.down_proj.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    model.model.layers[-1].mlp.down_proj.register_forward_hook(
+        lambda m, args, out: seen.append(args[0].shape[1])
+    )
     logits, kv = model(ids, positions, adapter="causal", rows=NONE)
     full_logits, full_kv = model(ids, positions, adapter="causal")
     assert logits.shape[1] == 0 and seen == [0, ids.shape[1]]
@@ -154,8 +175,13 @@ def test_gradients_reach_both_sets_and_every_theta():
     bitune = tiny_bitune(dtype=F64)
     bitune.losses(RAGGED, ANSWERS).sum().backward()
     for name, p in bitune.named_parameters():
-        unread = "layers.2" in name and ".bidirectional." in name and "k_proj" not in name and "v_proj" not in name
-        if p.requires_grad and not unread:                  # the last layer's second pass ends at its keys and values
+        unread = (
+            "layers.2" in name
+            and ".bidirectional." in name
+            and "k_proj" not in name
+            and "v_proj" not in name
+        )
+        if p.requires_grad and not unread:  # the last layer's second pass ends at its keys and values
             assert p.grad is not None and p.grad.flatten().abs().min() > 0, name
         else:
             assert p.grad is None or not p.grad.any(), name
@@ -179,10 +205,19 @@ def test_a_loss_is_each_examples_mean_over_its_answer():
 
 def test_mixing_is_float32_on_a_bfloat16_base():
     bitune = tiny_bitune(dtype=torch.bfloat16)
-    bitune.theta_key.data, bitune.theta_value.data = torch.tensor([0.03, 0.002, 0.01]), torch.tensor([0.5, 0.01, 0.001])
-    c, b = ([(torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()) for _ in range(3)] for _ in range(2))
+    bitune.theta_key.data, bitune.theta_value.data = (
+        torch.tensor([0.03, 0.002, 0.01]),
+        torch.tensor([0.5, 0.01, 0.001]),
+    )
+    c, b = (
+        [(torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()) for _ in range(3)]
+        for _ in range(2)
+    )
     for layer, (k, v) in enumerate(bitune.mix(c, b)):
-        for got, theta, x, y in ((k, bitune.theta_key, c[layer][0], b[layer][0]), (v, bitune.theta_value, c[layer][1], b[layer][1])):
+        for got, theta, x, y in (
+            (k, bitune.theta_key, c[layer][0], b[layer][0]),
+            (v, bitune.theta_value, c[layer][1], b[layer][1]),
+        ):
             alpha = theta[layer] / (theta[layer] + 0.01)
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, (x.float() * (1 - alpha) + y.float() * alpha).bfloat16())
@@ -196,25 +231,31 @@ def test_alpha_starts_at_a_half_whatever_theta_init_is():
 
 def test_a_past_joins_with_gradients_and_a_cache_refuses_them():
     kv = [(torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 4))]
-    assert Past(kv).join(0, torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))[0].requires_grad and len(Past(kv)) == 3
+    assert (
+        Past(kv).join(0, torch.randn(1, 2, 1, 4), torch.randn(1, 2, 1, 4))[0].requires_grad
+        and len(Past(kv)) == 3
+    )
     with pytest.raises(AssertionError, match="use Past while gradients flow"):
         KVCache(kv, 8)
 
 
-# ---- decoding ---------------------------------------------------------------------------------------------------
+# ---- decoding --------------------------------------------------------------------------------------------
+
 
 def test_stop_ids_end_a_row_and_are_not_yielded():
     bitune = tiny_bitune()
     free = bitune.generate(RAGGED, 12)
     stop = {free[0][4], free[3][0]}
-    cut = [row[:next((i for i, t in enumerate(row) if t in stop), 12)] for row in free]
+    cut = [row[: next((i for i, t in enumerate(row) if t in stop), 12)] for row in free]
     assert bitune.generate(RAGGED, 12, stop_ids=stop) == cut and cut[3] == []
 
 
 def test_answers_end_at_the_models_limit():
     bitune = tiny_bitune()
     assert len(bitune.generate([[7] * 250], 100)[0]) == 6
-    with pytest.raises(ValueError, match="257 tokens are more than the model's max_position_embeddings of 256"):
+    with pytest.raises(
+        ValueError, match="257 tokens are more than the model's max_position_embeddings of 256"
+    ):
         bitune.generate([[7] * 256], 1)
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         bitune.generate([[]], 1)
@@ -224,29 +265,40 @@ def test_sampling_follows_the_seed_and_narrows_to_greedy():
     bitune = tiny_bitune()
     draw = lambda **options: bitune.generate(RAGGED, 8, **options)
     assert draw(temperature=1.0, seed=1) == draw(temperature=1.0, seed=1) != draw(temperature=1.0, seed=2)
-    assert draw(temperature=1.0, top_k=1) == draw(temperature=1.0, top_p=1e-6) == draw(temperature=1e-4) == draw()
+    assert (
+        draw(temperature=1.0, top_k=1)
+        == draw(temperature=1.0, top_p=1e-6)
+        == draw(temperature=1e-4)
+        == draw()
+    )
 
 
 def test_pick_draws_from_the_distribution_it_should():
     p = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
+
     def frequencies(**options):
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
         ids = pick(p.log().expand(40000, 5), **options, generator=torch.Generator().manual_seed(0))
         return ids.bincount(minlength=5) / 40000
+
     def close(got, want):
         torch.testing.assert_close(got, torch.tensor(want) / sum(want), atol=0.01, rtol=0)
+
     close(frequencies(), p.tolist())
     close(frequencies(top_k=2), [0, 0.4, 0, 0.25, 0])
-    close(frequencies(top_p=0.6), [0, 0.4, 0, 0.25, 0])                 # 0.4 is not yet 0.6, 0.65 is
-    close(frequencies(temperature=0.5), (p ** 2).tolist())
+    close(frequencies(top_p=0.6), [0, 0.4, 0, 0.25, 0])  # 0.4 is not yet 0.6, 0.65 is
+    close(frequencies(temperature=0.5), (p**2).tolist())
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(method="bituna"), "expected one of bitune, naive-bidir"),
-    (dict(second_mask="sideways"), "expected one of bidirectional, causal, anticausal"),
-    (dict(theta_init=0.0), "expected a number above 0"),
-    (dict(method="lora", second_mask="causal"), "has no bidirectional pass"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(method="bituna"), "expected one of bitune, naive-bidir"),
+        (dict(second_mask="sideways"), "expected bidirectional or causal or anticausal"),
+        (dict(theta_init=0.0), "expected a number above 0"),
+        (dict(method="lora", second_mask="causal"), "has no bidirectional pass"),
+    ],
+)
 def test_wrong_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         Bitune(tiny_bitune().model, **options)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
-from lora import LoRAConfig, adapted, adapter_files, add_adapter, load_adapter, write_files
+from lora import LoRAConfig, adapted, adapter_files, add_adapter, finish_writing, load_adapter, write_files
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
 
 
@@ -38,7 +38,9 @@ def test_targets_and_sets_are_independent():
     assert {p.split(".")[-1] for p in adapted(model, "causal")} == {"q_proj", "v_proj"}
     assert {p.split(".")[-1] for p in adapted(model, "bidirectional")} == {"down_proj"}
     Bitune(model)(RAGGED, ANSWERS)
-    with pytest.raises(ValueError, match="no linear is named fc1: expected some of down_proj, gate_proj, k_proj"):
+    with pytest.raises(
+        ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"
+    ):
         add_adapter(tiny_model(), "causal", LoRAConfig(targets=("fc1", "q_proj")))
 
 
@@ -54,23 +56,40 @@ def test_dropout_acts_in_training_only():
 
 def test_saved_and_loaded_is_the_same(tmp_path):
     bitune = tiny_bitune("lora")
-    write_files(adapter_files(bitune.model, "causal", tmp_path, "base"))
+    write_files(tmp_path, adapter_files(bitune.model, "causal", "base"))
     model = tiny_model()
     assert load_adapter(model, "causal", tmp_path) == 2 * 7 * 3
     assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], bitune(RAGGED, ANSWERS)[0])
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda c, t: t.pop("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"), "missing .*layers.0.mlp.up_proj.lora_A"),
-    (lambda c, t: t.update({"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)}), "unexpected .*layers.9"),
-    (lambda c, t: c.update(r=5), r"is \(4, 32\), expected \(5, 32\)"),
-    (lambda c, t: t.clear(), "it holds no tensors"),
-    (lambda c, t: c.update(peft_type="IA3"), "an adapter of kind 'IA3': expected LORA"),
-    (lambda c, t: c.update(use_rslora=True, bias="all"), "uses use_rslora, bias, which is not supported"),
-])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda c, t: t.pop("base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"),
+            "missing .*layers.0.mlp.up_proj.lora_A",
+        ),
+        (
+            lambda c, t: t.update(
+                {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)}
+            ),
+            "unexpected .*layers.9",
+        ),
+        (lambda c, t: c.update(r=5), r"is \(4, 32\), expected \(5, 32\)"),
+        (lambda c, t: t.clear(), "no tensors"),
+        (lambda c, t: c.update(peft_type="IA3"), "an adapter of kind 'IA3': expected LORA"),
+        (
+            lambda c, t: c.update(use_rslora=True, bias="all"),
+            "uses use_rslora, bias, which is not supported",
+        ),
+    ],
+)
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
-    write_files(adapter_files(tiny_bitune("lora").model, "causal", tmp_path))
-    config, tensors = json.loads((tmp_path / "adapter_config.json").read_text()), load_file(tmp_path / "adapter_model.safetensors")
+    write_files(tmp_path, adapter_files(tiny_bitune("lora").model, "causal"))
+    config, tensors = (
+        json.loads((tmp_path / "adapter_config.json").read_text()),
+        load_file(tmp_path / "adapter_model.safetensors"),
+    )
     spoil(config, tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
@@ -78,23 +97,42 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
         load_adapter(tiny_model(), "causal", tmp_path)
 
 
-def test_a_write_that_fails_leaves_all_the_old_files(tmp_path, monkeypatch):
-    old, new = ({tmp_path / name: data for name in ("a", "b", "c")} for data in (b"old", b"new"))
-    write_files(old)
-    sync, calls = os.fsync, []
-    def full(fd):
-        calls.append(fd)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        sync(fd)
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError):
-        write_files(new)
-    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == old
-    with open(tmp_path / "a", "rb") as held:            # a new file takes the old one's name; none is overwritten
-        write_files(new)
-        assert held.read() == b"old"
-    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == new
+def test_files_are_written_all_or_none_wherever_the_process_dies(tmp_path, monkeypatch):
+    """Fail at each system call in turn: afterwards all is old or, once finished, all is new."""
+    old, new = ({name: data for name in ("a", "sub/b", "c")} for data in (b"old", b"new"))
+    read = lambda folder: {name: (folder / name).read_bytes() for name in old}
+    fsync, replace, outcomes = os.fsync, os.replace, []
+    for moment in range(7):
+        folder = tmp_path / str(moment)
+        write_files(folder, old)
+        calls = []
+
+        def dying(call):
+            def wrapped(*args):
+                calls.append(call)
+                if len(calls) == moment + 1:
+                    raise OSError(28, "No space left on device")
+                call(*args)
+
+            return wrapped
+
+        monkeypatch.setattr("os.fsync", dying(fsync))
+        monkeypatch.setattr("os.replace", dying(replace))
+        with pytest.raises(OSError):
+            write_files(folder, new)
+        monkeypatch.undo()
+        finish_writing(folder)
+        assert read(folder) in (old, new)
+        assert sum(f.is_file() for f in folder.rglob("*")) == 3
+        outcomes.append(read(folder) == new)
+    assert outcomes == [False] * 4 + [True] * 3         # three drafts and the list of them; then the renames
+
+
+def test_a_file_is_replaced_not_overwritten(tmp_path):
+    write_files(tmp_path, {"a": b"old"})
+    with open(tmp_path / "a", "rb") as held:
+        write_files(tmp_path, {"a": b"new"})
+        assert held.read() == b"old" and (tmp_path / "a").read_bytes() == b"new"
 
 
 def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path):
@@ -103,14 +141,16 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path):
     ids = torch.tensor([RAGGED[3]])
     theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
-    ours = tiny_bitune("lora")                          # on the same weights: tiny_model's, seed 0
-    write_files(ours.files(tmp_path / "run", str(folder)))
+    ours = tiny_bitune("lora")  # on the same weights: tiny_model's, seed 0
+    write_files(tmp_path / "run", ours.files(str(folder)))
     read = peft.PeftModel.from_pretrained(theirs(), tmp_path / "run")
     with torch.inference_mode():
         logits, _ = ours([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
         torch.testing.assert_close(logits, read(ids).logits, atol=1e-4, rtol=0)
 
-    made = peft.get_peft_model(theirs(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    made = peft.get_peft_model(
+        theirs(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    )
     with torch.no_grad():
         for name, p in made.named_parameters():
             if "lora_" in name:

@@ -17,12 +17,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_line_counts():
     counts = re.findall(r"^\| \[(\S+\.py)\]\(\S+\) \| (\d+) \|", README, re.M)
     assert len(counts) == 7
-    for file, n in counts:                              # room for a reader's own edits
+    for file, n in counts:  # room for a reader's own edits
         assert abs(len((ROOT / file).read_text().splitlines()) - int(n)) <= 20, file
 
 
 def test_flags_and_links_exist():
-    known = train.make_parser().format_help() + sample.make_parser().format_help() + "--reference --size --against"
+    known = (
+        train.make_parser().format_help()
+        + sample.make_parser().format_help()
+        + "--reference --size --against"
+    )
     assert {f for f in re.findall(r"--[a-z][a-z-]+", README) if f not in known} == set()
     assert [p for p in re.findall(r"\]\(((?!http)[^)#]+)\)", README) if not (ROOT / p).exists()] == []
 
@@ -41,7 +45,9 @@ def test_edits_apply_and_train(name, monkeypatch):
     losses.sum().backward()
     assert losses.isfinite().all() and len(after.generate(prompts, 3)) == 4
     monkeypatch.undo()
-    same = {"relu": True, "heads": True, "window": False, "values": False}[name]      # at the start α is a half everywhere
+    same = {"relu": True, "heads": True, "window": False, "values": False}[
+        name
+    ]  # at the start α is a half everywhere
     assert torch.allclose(losses, before.losses(prompts, ANSWERS)) == same
 
 

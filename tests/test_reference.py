@@ -1,4 +1,5 @@
-"""Numbers computed elsewhere: base models by transformers, every variant of Bitune by its authors' own code."""
+"""Numbers computed elsewhere: base models by transformers, every variant of Bitune by its authors' own
+code."""
 
 import json
 
@@ -25,7 +26,8 @@ def checkpoint(folder):
         raise
 
 
-# ---- base models ----------------------------------------------------------------------------------------------
+# ---- base models -----------------------------------------------------------------------------------------
+
 
 def test_base_logits_and_greedy_tokens(base):
     model, reference = checkpoint(base), load_file(base / "reference_logits.safetensors")
@@ -47,10 +49,13 @@ def test_greedy_text(greedy):
     assert prompts == [c["prompt_ids"] for c in cases]
     answers = bitune.generate(prompts, len(cases[0]["continuation_ids"]))
     assert answers == [c["continuation_ids"] for c in cases]
-    assert [tokenizer.decode(p + a).removeprefix("<s>").strip() for p, a in zip(prompts, answers)] == [c["text"] for c in cases]
+    assert [tokenizer.decode(p + a).removeprefix("<s>").strip() for p, a in zip(prompts, answers)] == [
+        c["text"] for c in cases
+    ]
 
 
-# ---- the authors' Bitune ----------------------------------------------------------------------------------------
+# ---- the authors' Bitune ---------------------------------------------------------------------------------
+
 
 def load_variant(folder, name):
     """A variant's model with the recorded parameters, its examples, its file and its part of cases.json."""
@@ -81,7 +86,7 @@ def load_variant(folder, name):
     inputs = load_file(folder / "inputs.safetensors")
     lengths = cases["prompt_and_answer_lengths"]
     tokens = [inputs[f"tokens.{i}"].tolist() for i in range(len(lengths))]
-    examples = [Example(t[:P], t[P:P + A]) for t, (P, A) in zip(tokens, lengths)]
+    examples = [Example(t[:P], t[P : P + A]) for t, (P, A) in zip(tokens, lengths)]
     return bitune, examples, reference, case, cases["train"]
 
 
@@ -98,7 +103,9 @@ def test_logits_losses_alpha_and_gradients(variant):
     """All sequences as one ragged batch; the reference ran them one by one."""
     bitune, examples, reference, case, _ = load_variant(*variant)
     prompts, answers = zip(*examples)
-    logits, labels = bitune(prompts, [a + [0] for a in answers])        # one token more: also the row after the answer
+    logits, labels = bitune(
+        prompts, [a + [0] for a in answers]
+    )  # one token more: also the row after the answer
     for i in range(len(examples)):
         torch.testing.assert_close(logits[i, labels[i] >= 0], reference[f"logits.{i}"], atol=1e-4, rtol=0)
 
@@ -113,7 +120,7 @@ def test_logits_losses_alpha_and_gradients(variant):
         got = parameter(bitune, key).grad
         assert (got - want).norm() <= 1e-4 * want.norm() + 1e-9, key
     reached = sum(p.grad is not None and bool(p.grad.any()) for p in bitune.parameters())
-    assert reached <= len(gradients)                                    # and none that the authors' code has not
+    assert reached <= len(gradients)  # and none that the authors' code has not
 
 
 def test_greedy_continuations_from_the_cache(variant):
@@ -139,14 +146,15 @@ def test_training_run_step_by_step(variant):
         if key.startswith("trained."):
             got = parameter(bitune, key).data
             if one_set and "mixing" in key:
-                # Both passes give layer 0 the same keys and values, so its θ has no gradient. The recorded run had one
-                # of 1e-6, rounding, which AdamW turned into steps.
+                # Both passes give layer 0 the same keys and values, so its θ has no gradient. The recorded
+                # run had one of 1e-6, rounding, which AdamW turned into steps.
                 assert got[0] == reference[key.replace("trained", "param")][0]
                 got, want = got[1:], want[1:]
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=key)
 
 
-# ---- encodings --------------------------------------------------------------------------------------------------
+# ---- encodings -------------------------------------------------------------------------------------------
+
 
 def test_golden_encodings(golden):
     file, tokenizer_file = golden

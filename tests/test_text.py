@@ -1,11 +1,21 @@
-"""Text to ids: the kinds of tokenizer files, and rows to examples. (Golden encodings are in test_reference.py.)"""
+"""Text to ids: the kinds of tokenizer files, and rows to examples. (Golden encodings are in
+test_reference.py.)"""
 
 import json
 from collections import Counter
 
 import pytest
 
-from text.examples import batches, draw, encode_answer, encode_prompt, load_examples, parse_row, Example, TEMPLATES
+from text.examples import (
+    batches,
+    draw,
+    encode_answer,
+    encode_prompt,
+    load_examples,
+    parse_row,
+    Example,
+    TEMPLATES,
+)
 from text.tokenizer import Tokenizer
 from tiny import write_checkpoint
 
@@ -20,22 +30,33 @@ def tokenizer(tmp_path):
 def tokenizer_json(folder, **change):
     """A byte-level tokenizer.json of printable ASCII with three merges, changed in parts."""
     vocab = BYTES | {"Ġ": 94, "ab": 95, "abc": 96, "whole": 97, "Ġa": 98, "bc": 102}
-    spec = {"added_tokens": [{"id": 99, "content": "</s>", "special": True}], "normalizer": None, "post_processor": None,
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-            "decoder": {"type": "ByteLevel"},
-            "model": {"type": "BPE", "vocab": vocab, "merges": ["Ġ a", "a b", "ab c"], "ignore_merges": False}}
+    spec = {
+        "added_tokens": [{"id": 99, "content": "</s>", "special": True}],
+        "normalizer": None,
+        "post_processor": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": ["Ġ a", "a b", "ab c"], "ignore_merges": False},
+    }
     for key, value in change.items():
-        spec["model" if key in spec["model"] else key] = spec["model"] | {key: value} if key in spec["model"] else value
+        spec["model" if key in spec["model"] else key] = (
+            spec["model"] | {key: value} if key in spec["model"] else value
+        )
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     return folder
 
 
 def test_ids_need_not_follow_the_merge_order(tmp_path):
     tokenizer = Tokenizer.from_pretrained(tokenizer_json(tmp_path))
-    assert tokenizer.encode("abc abc") == [96, 98, BYTES["b"], BYTES["c"]]      # "Ġa" is merged first, though its id is higher
+    assert tokenizer.encode("abc abc") == [
+        96,
+        98,
+        BYTES["b"],
+        BYTES["c"],
+    ]  # "Ġa" is merged first, though its id is higher
     assert tokenizer.decode([96, 98, 99]) == "abc a</s>"
-    assert tokenizer.encode("</s>") == [BYTES[c] for c in "</s>"]               # text stays text
-    assert tokenizer.encode("é") == []                                          # no such bytes in this vocabulary
+    assert tokenizer.encode("</s>") == [BYTES[c] for c in "</s>"]  # text stays text
+    assert tokenizer.encode("é") == []  # no such bytes in this vocabulary
 
 
 def test_ignore_merges_takes_a_whole_word_that_no_merge_builds(tmp_path):
@@ -44,33 +65,52 @@ def test_ignore_merges_takes_a_whole_word_that_no_merge_builds(tmp_path):
 
 
 def test_digits_are_cut_off_before_the_pattern_sees_the_spaces(tmp_path):
-    """SmolLM2's form: to GPT-2's pattern the stretch before a digit ends there, so all of its spaces stay together."""
-    digits = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
+    """SmolLM2's form: to GPT-2's pattern the stretch before a digit ends there, so all of its spaces stay
+    together."""
+    digits = [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    ]
     vocab = BYTES | {"Ġ": 94, "ĠĠ": 95, "12": 96}
-    folder = tokenizer_json(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": digits}, model={
-        "type": "BPE", "vocab": vocab, "merges": ["Ġ Ġ", "1 2"]})
+    folder = tokenizer_json(
+        tmp_path,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": digits},
+        model={"type": "BPE", "vocab": vocab, "merges": ["Ġ Ġ", "1 2"]},
+    )
     tokenizer = Tokenizer.from_pretrained(folder)
     assert tokenizer.encode("a  12") == [BYTES["a"], 95, BYTES["1"], BYTES["2"]]
     assert tokenizer.encode("a  b") == [BYTES["a"], 94, 94, BYTES["b"]]
 
 
 def test_added_tokens_that_are_not_special_match_in_text(tmp_path):
-    added = [{"id": 99, "content": "</s>", "special": True}, {"id": 100, "content": "<x>", "special": False},
-             {"id": 101, "content": "<x><x>", "special": False}]
+    added = [
+        {"id": 99, "content": "</s>", "special": True},
+        {"id": 100, "content": "<x>", "special": False},
+        {"id": 101, "content": "<x><x>", "special": False},
+    ]
     tokenizer = Tokenizer.from_pretrained(tokenizer_json(tmp_path, added_tokens=added))
     assert tokenizer.encode("a<x><x><x>b") == [BYTES["a"], 101, 100, BYTES["b"]]
     assert tokenizer.decode([BYTES["a"], 101, 100, BYTES["b"]]) == "a<x><x><x>b"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model": {"type": "WordPiece", "vocab": {}}}, "it is of kind WordPiece: expected byte-level or SentencePiece BPE"),
-    ({"model": {"type": "Unigram", "vocab": []}}, "it is of kind Unigram"),
-    ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "BPE over characters without byte fallback"),
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre_tokenizer, ByteLevel, is not supported in this form"),
-    ({"normalizer": {"type": "Lowercase"}}, "its Lowercase step is not supported"),
-    ({"merges": ["a b", "b c", "a bc", "ab c"]}, None),
-    ({"merges": ["ab c", "a b", "a bc"]}, "'abc' is merged at two priorities"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"model": {"type": "WordPiece", "vocab": {}}},
+            "it is of kind WordPiece: expected byte-level or SentencePiece BPE",
+        ),
+        ({"model": {"type": "Unigram", "vocab": []}}, "it is of kind Unigram"),
+        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "BPE over characters without byte fallback"),
+        (
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}},
+            "pre_tokenizer, ByteLevel, is not supported in this form",
+        ),
+        ({"normalizer": {"type": "Lowercase"}}, "its Lowercase step is not supported"),
+        ({"merges": ["a b", "b c", "a bc", "ab c"]}, None),
+        ({"merges": ["ab c", "a b", "a bc"]}, "'abc' is merged at two priorities"),
+    ],
+)
 def test_other_kinds_of_tokenizer_are_refused_by_name(tmp_path, change, message):
     if message is None:
         Tokenizer.from_pretrained(tokenizer_json(tmp_path, **change))
@@ -80,7 +120,9 @@ def test_other_kinds_of_tokenizer_are_refused_by_name(tmp_path, change, message)
 
 
 def test_a_sentencepiece_protobuf_is_refused_by_name(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>")
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>"
+    )
     with pytest.raises(ValueError, match=r"SentencePiece protobuf\?\): expected the tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no tokenizer.json and no tokenizer.model"):
@@ -94,9 +136,11 @@ def test_bos_and_stop_ids_come_from_the_files_beside(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [256, 257, 7]}')
     t = Tokenizer.from_pretrained(folder)
     assert (t.eos_id, t.stop_ids) == (257, {7, 256, 257})
-    (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"256": {"content": "<s>"}}, "bos_token": "<s>"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"added_tokens_decoder": {"256": {"content": "<s>"}}, "bos_token": "<s>"}'
+    )
     t = Tokenizer.from_pretrained(folder)
-    assert (t.bos_id, t.eos_id) == (None, 256)          # a BOS token is put before a text only if the files say so
+    assert (t.bos_id, t.eos_id) == (None, 256)  # a BOS token is put before a text only if the files say so
 
 
 def sentencepiece_json(folder):
@@ -104,21 +148,47 @@ def sentencepiece_json(folder):
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{b:02X}>": 3 + b for b in range(256)}
     for piece in ("▁", "a", "b", "▁a", "▁ab", "ba", "▁▁"):
         vocab[piece] = len(vocab)
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "added_tokens": [{"id": i, "content": c, "special": True} for i, c in enumerate(("<unk>", "<s>", "</s>"))],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "pre_tokenizer": None, "post_processor": {"type": "TemplateProcessing", "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]},
-        "decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "vocab": vocab, "merges": ["▁ a", "b a", "▁a b", "▁ ▁"], "byte_fallback": True}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "added_tokens": [
+                    {"id": i, "content": c, "special": True} for i, c in enumerate(("<unk>", "<s>", "</s>"))
+                ],
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Prepend", "prepend": "▁"},
+                        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                    ],
+                },
+                "pre_tokenizer": None,
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [
+                        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                        {"Sequence": {"id": "A", "type_id": 0}},
+                    ],
+                },
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [{"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+                },
+                "model": {
+                    "type": "BPE",
+                    "vocab": vocab,
+                    "merges": ["▁ a", "b a", "▁a b", "▁ ▁"],
+                    "byte_fallback": True,
+                },
+            }
+        )
+    )
     return Tokenizer.from_pretrained(folder)
 
 
 def test_sentencepiece_merges_prefix_and_byte_fallback(tmp_path):
     t = sentencepiece_json(tmp_path)
     pieces = lambda ids: [t.codec.pieces[i] for i in ids]
-    assert pieces(t.encode("ab aba")) == ["▁ab", "▁a", "ba"]                    # "b a" comes before "▁a b"
+    assert pieces(t.encode("ab aba")) == ["▁ab", "▁a", "ba"]  # "b a" comes before "▁a b"
     assert pieces(t.encode("é a")) == ["▁", "<0xC3>", "<0xA9>", "▁a"]
     assert pieces(t.encode(" a")) == ["▁", "▁a"] and pieces(t.encode(" a", begin=False)) == ["▁a"]
     assert t.decode(t.encode("ab é  a")) == "ab é  a"
@@ -127,7 +197,8 @@ def test_sentencepiece_merges_prefix_and_byte_fallback(tmp_path):
 
 
 def test_prompt_and_answer_join_to_the_templates_text(tmp_path):
-    """Encoded apart, they still decode to one text: an answer is a continuation and brings no second space."""
+    """Encoded apart, they still decode to one text: an answer is a continuation and brings no second
+    space."""
     t = sentencepiece_json(tmp_path)
     ids = encode_prompt(t, "paper", [("user", "ab")]) + encode_answer(t, "paper", "ba")
     assert t.decode(ids) == "<s> Question: ab\n\nAnswer: ba</s>"
@@ -135,66 +206,99 @@ def test_prompt_and_answer_join_to_the_templates_text(tmp_path):
     t.special |= {name: 300 + i for i, name in enumerate(names)}
     t.names |= {300 + i: name for i, name in enumerate(names)}
     assert t.decode(encode_prompt(t, "llama3", [("a", "b")])) == (
-        "<s><|start_header_id|>a<|end_header_id|>\n\nb<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+        "<s><|start_header_id|>a<|end_header_id|>\n\nb<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
 
 
-# ---- rows and templates -------------------------------------------------------------------------------------------
+# ---- rows and templates ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("row", [
-    {"prompt": "Why?", "completion": "So."}, {"prompt": "Why?", "answer": "So."}, {"prompt": "Why?", "response": "So."},
-    {"instruction": "Why?", "output": "So."}, {"instruction": "Why?", "input": "", "output": "So."},
-    {"question": "Why?", "answer": "So."},
-    {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
-])
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "completion": "So."},
+        {"prompt": "Why?", "answer": "So."},
+        {"prompt": "Why?", "response": "So."},
+        {"instruction": "Why?", "output": "So."},
+        {"instruction": "Why?", "input": "", "output": "So."},
+        {"question": "Why?", "answer": "So."},
+        {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]},
+    ],
+)
 def test_all_forms_of_rows_say_the_same(row, tokenizer):
     assert parse_row(row) == ([("user", "Why?")], "", "So.")
 
 
 def test_templates(tokenizer):
     turns = [("system", "Be kind."), ("user", "Hi")]
-    text = lambda name, **more: tokenizer.decode(encode_prompt(tokenizer, name, turns[1:], **more)) + \
-        tokenizer.decode(encode_answer(tokenizer, name, "Yo"))
+    text = lambda name, **more: (
+        tokenizer.decode(encode_prompt(tokenizer, name, turns[1:], **more))
+        + tokenizer.decode(encode_answer(tokenizer, name, "Yo"))
+    )
     assert text("paper") == "<s>Question: Hi\n\nAnswer: Yo</s>"
     assert text("plain") == "<s>HiYo</s>"
     assert text("alpaca").endswith("the request.\n\n### Instruction:\nHi\n\n### Response:\nYo</s>")
-    assert text("alpaca", input="x").endswith("### Instruction:\nHi\n\n### Input:\nx\n\n### Response:\nYo</s>")
+    assert text("alpaca", input="x").endswith(
+        "### Instruction:\nHi\n\n### Input:\nx\n\n### Response:\nYo</s>"
+    )
     with pytest.raises(ValueError, match=r"no special token <\|start_header_id\|>"):
         text("llama3")
     for i, name in enumerate(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")):
         tokenizer.special[name], tokenizer.names[258 + i] = 258 + i, name
     chat = encode_prompt(tokenizer, "llama3", turns) + encode_answer(tokenizer, "llama3", "Yo")
     assert tokenizer.decode(chat) == (
-        "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi"
-        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYo<|eot_id|>")
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nYo<|eot_id|>"
+    )
     assert chat.count(256) == 1 and chat[-1] == 260
 
 
 @pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"llama3"}))
 def test_one_bos_one_stop_and_special_strings_stay_text(template, tokenizer):
-    prompt, answer = encode_prompt(tokenizer, template, [("user", "<s>a</s>")]), encode_answer(tokenizer, template, "b</s>")
+    prompt, answer = (
+        encode_prompt(tokenizer, template, [("user", "<s>a</s>")]),
+        encode_answer(tokenizer, template, "b</s>"),
+    )
     assert (prompt + answer).count(256) == (prompt + answer).count(257) == 1
     assert prompt[0] == 256 and answer[-1] == 257
 
 
 def test_loading_drops_and_counts(tmp_path, tokenizer):
-    rows = [{"question": "a", "answer": "b"}, {"question": "", "answer": "b"}, {"question": "a", "answer": " "},
-            {"question": "a"}, {"question": "a" * 100, "answer": "b"}, {"messages": [{"role": "user", "content": "a"}]},
-            {"question": "c", "answer": "d"}]
+    rows = [
+        {"question": "a", "answer": "b"},
+        {"question": "", "answer": "b"},
+        {"question": "a", "answer": " "},
+        {"question": "a"},
+        {"question": "a" * 100, "answer": "b"},
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"question": "c", "answer": "d"},
+    ]
     for text in ("\n".join(map(json.dumps, rows)) + "\n\n", json.dumps(rows, indent=1)):
         (tmp_path / "data").write_text(text)
-        examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 24)      # what "a" and "b" come to
+        examples, dropped = load_examples(
+            tmp_path / "data", tokenizer, "paper", 24
+        )  # what "a" and "b" come to
         assert [tokenizer.decode(e.prompt + e.answer) for e in examples] == [
-            f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")]
+            f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")
+        ]
         assert dropped == Counter({"empty": 1, "no answer": 3, "too long": 1})
 
 
-@pytest.mark.parametrize("line, message", [
-    ("{", "data, line 2: not JSON"),
-    ("[1]", "data, line 2: expected an object, got list"),
-    ('{"text": "x"}', "data, line 2: it has text: expected messages, or one of prompt, instruction, question"),
-    ('{"question": 3, "answer": "b"}', "data, line 2: 'question' is int, expected text"),
-    ('{"messages": ["hi"]}', "data, line 2: 'messages' is not a list of objects"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "data, line 2: not JSON"),
+        ("[1]", "data, line 2: expected an object, got list"),
+        (
+            '{"text": "x"}',
+            "data, line 2: it has text: expected messages, or one of prompt, instruction, question",
+        ),
+        ('{"question": 3, "answer": "b"}', "data, line 2: 'question' is int, expected text"),
+        ('{"messages": ["hi"]}', "data, line 2: 'messages' is not a list of objects"),
+    ],
+)
 def test_a_malformed_row_is_an_error_with_its_line(tmp_path, tokenizer, line, message):
     (tmp_path / "data").write_text('{"question": "a", "answer": "b"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):

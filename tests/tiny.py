@@ -10,15 +10,26 @@ from bitune import Bitune, adapter_sets
 from lora import LoRAConfig, add_adapter
 from model import Config, Llama
 
-CONFIG = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-          "bos_token_id": 256, "eos_token_id": 257}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
 RAGGED = [[5, 9, 250, 3, 7, 7, 1, 80], [4], [11, 12], [9, 8, 7, 6, 5, 4, 3, 2, 1, 77, 66, 55, 44]]
 ANSWERS = [[3, 2, 1], [7, 9, 200, 14, 15], [8], [1, 2]]
 
 
 def tiny_model(dtype=torch.float32, seed=0, **config):
-    """Weights are drawn wide (std 0.3): with small ones, a wrong mask or position hides in the tolerances."""
+    """Weights are drawn wide (std 0.3): with small ones, a wrong mask or position hides in the
+    tolerances."""
     torch.manual_seed(seed)
     model = Llama(Config.from_dict(CONFIG | config)).to(dtype)
     with torch.no_grad():
@@ -43,15 +54,23 @@ def tiny_bitune(method="bitune", dtype=torch.float32, rank=4, **options):
 
 
 def write_checkpoint(folder, seed=0, **config):
-    """A checkpoint folder as published ones are: config, weights, and a tokenizer of bytes with <s> and </s>."""
+    """A checkpoint folder as published ones are: config, weights, and a tokenizer of bytes with <s> and
+    </s>."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     save_file(tiny_model(seed=seed, **config).state_dict(), folder / "model.safetensors")
     lines = (base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
-        "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "add_bos_token": True,
+                "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}},
+            }
+        )
+    )
     return folder
 
 

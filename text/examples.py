@@ -1,7 +1,8 @@
 """Rows of a data file to examples: prompt ids and answer ids.
 
-A row is put into words by a template, prompt and answer are encoded apart and their ids joined, so that where the
-prompt ends is a matter of ids and never of text. Training, evaluation and sampling all go through `encode_prompt`.
+A row is put into words by a template, prompt and answer are encoded apart and their ids joined, so that
+where the prompt ends is a matter of ids and never of text. Training, evaluation and sampling all go through
+`encode_prompt`.
 """
 
 import json
@@ -22,11 +23,11 @@ class Example(NamedTuple):
 
 class Row(NamedTuple):
     turns: list         # (role, text), the last one asking
-    input: str          # Alpaca's optional second field
+    input: str          # an optional second field: "input" or "context"
     answer: str
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Templates: a row's turns and input to the pieces of a prompt, strings to encode and Special tokens
 
 class Special(str):
@@ -41,11 +42,11 @@ def paper(turns, input):
 def alpaca(turns, input):
     instruction = "\n\n".join(text for _, text in turns)
     if input:
-        return ["Below is an instruction that describes a task, paired with an input that provides further context. "
-                "Write a response that appropriately completes the request.\n\n"
+        return ["Below is an instruction that describes a task, paired with an input that provides further "
+                "context. Write a response that appropriately completes the request.\n\n"
                 f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"]
-    return ["Below is an instruction that describes a task. Write a response that appropriately completes the request."
-            f"\n\n### Instruction:\n{instruction}\n\n### Response:\n"]
+    return ["Below is an instruction that describes a task. Write a response that appropriately completes "
+            f"the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"]
 
 
 def llama3(turns, input):
@@ -72,7 +73,7 @@ TEMPLATES = {
 
 def special_id(tokenizer, name):
     if name not in tokenizer.special:
-        raise ValueError(f"the tokenizer has no special token {name}, which the template needs: choose another template")
+        raise ValueError(f"the tokenizer has no special token {name}: choose a template without it")
     return tokenizer.special[name]
 
 
@@ -80,7 +81,7 @@ def stop_id(tokenizer, template):
     """The token that ends an answer under a template."""
     name = TEMPLATES[template][2]
     if name is None and tokenizer.eos_id is None:
-        raise ValueError("no stop token: expected eos_token_id in the model's config.json or generation_config.json")
+        raise ValueError("no stop token: expected eos_token_id in the model's config.json")
     return special_id(tokenizer, name) if name else tokenizer.eos_id
 
 
@@ -88,7 +89,10 @@ def encode_prompt(tokenizer, template, turns, input=""):
     """The ids of a prompt: BOS if there is one, then the template's pieces."""
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     for i, piece in enumerate(TEMPLATES[template][0](turns, input)):
-        ids += [special_id(tokenizer, piece)] if isinstance(piece, Special) else tokenizer.encode(piece, begin=i == 0)
+        if isinstance(piece, Special):
+            ids.append(special_id(tokenizer, piece))
+        else:
+            ids += tokenizer.encode(piece, begin=i == 0)
     return ids
 
 
@@ -97,11 +101,11 @@ def encode_answer(tokenizer, template, answer):
     return tokenizer.encode(TEMPLATES[template][1] + answer, begin=False) + [stop_id(tokenizer, template)]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Files
 
 def read_rows(path):
-    """The rows of a JSON Lines file, or of one JSON list, as (place, dict), place being the line or item number."""
+    """The rows of a JSON Lines file, or of one JSON list, as (place, dict), its line or item."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -109,7 +113,7 @@ def read_rows(path):
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a JSON list: {error}") from None
         return [(f"item {n}", row) for n, row in enumerate(rows, 1)]
     rows = []
@@ -117,13 +121,13 @@ def read_rows(path):
         if line.strip():
             try:
                 rows.append((f"line {n}", json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {n}: not JSON: {error}") from None
     return rows
 
 
 def parse_row(row):
-    """A row in any of the known forms as a Row. The answer is "" where there is none; ValueError for another form."""
+    """A row in any of the known forms as a Row. The answer is "" where there is none; else ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
 
@@ -144,19 +148,20 @@ def parse_row(row):
         return Row(turns, "", "")
     prompt = next((k for k in PROMPT_KEYS if k in row), None)
     if prompt is None:
-        raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of {', '.join(PROMPT_KEYS)} "
-                         f"with one of {', '.join(ANSWER_KEYS)}")
-    answer = next((text(k) for k in ANSWER_KEYS if k in row), "")
-    return Row([("user", text(prompt))] if text(prompt) else [], text("input") if prompt == "instruction" else "", answer)
+        raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
+                         f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)}")
+    turns = [("user", text(prompt))] if text(prompt) else []
+    return Row(turns, text("input") or text("context"), next((text(k) for k in ANSWER_KEYS if k in row), ""))
 
 
 def load_examples(path, tokenizer, template, max_length):
-    """Examples of at most max_length tokens from a data file, and a Counter of the rows that were dropped and why.
-    ValueError names the line of a malformed row."""
+    """Examples of at most max_length tokens from a data file, and a Counter of the rows that were dropped
+    and why. ValueError names the line of a malformed row, or says why none is left."""
     examples, dropped = [], Counter()
     for place, row in read_rows(path):
         try:
             row = parse_row(row)
+            json.dumps(row, ensure_ascii=False).encode()        # a lone surrogate is no text
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
         if not any(text.strip() for _, text in row.turns):
@@ -170,10 +175,13 @@ def load_examples(path, tokenizer, template, max_length):
                 dropped["too long"] += 1
             else:
                 examples.append(example)
+    if not examples:
+        why = ", ".join(f"{n} {why}" for why, n in dropped.items()) or "none, it has no rows"
+        raise ValueError(f"{path}: no example left; dropped: {why}")
     return examples, dropped
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Order and batches
 
 @lru_cache(maxsize=2)
@@ -184,8 +192,8 @@ def shuffled(n, seed, epoch):
 
 
 def draw(n, count, seed, step):
-    """The `count` examples, of n, that a step trains on: it follows from the step alone, so a resumed run goes on
-    where it was. Every epoch has its own order."""
+    """The `count` examples, of n, that a step trains on: it follows from the step alone, so a resumed run
+    goes on where it was. Every epoch has its own order."""
     return [shuffled(n, seed, i // n)[i % n] for i in range(step * count, (step + 1) * count)]
 
 

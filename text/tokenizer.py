@@ -20,25 +20,28 @@ from pathlib import Path
 import tiktoken
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Digits are cut off one by one before GPT-2's pattern sees the text: white space before a digit then ends its stretch.
+# Digits are cut off one by one before GPT-2's pattern sees the text: to it, a text ends before each digit.
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-                  "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
+                  *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
+                  "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
 
 
 class Tokenizer:
-    """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text (None if
-    this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on (None if unknown)."""
+    """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text
+    (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
+    (None if unknown)."""
 
     def __init__(self, codec, special, added, bos_id, eos_id, stop_ids):
         self.codec, self.special = codec, special
         self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(stop_ids)
         self.names = {i: name for name, i in (special | added).items()}
-        self.added = added                      # non-special tokens that match in plain text, the longest first
-        self.cut = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True)))) if added else None
+        self.added = added                      # non-special tokens, which match in plain text
+        longest_first = sorted(added, key=len, reverse=True)
+        self.cut = re.compile("|".join(map(re.escape, longest_first))) if added else None
 
     @property
     def n_ids(self):
@@ -46,8 +49,8 @@ class Tokenizer:
         return 1 + max([self.codec.max_id, *self.names])
 
     def encode(self, text, begin=True):
-        """The ids of a text, without BOS. begin=False says that it continues an earlier text: then SentencePiece's
-        dummy prefix, a space before the first word, is left away."""
+        """The ids of a text, without BOS. begin=False says that it continues an earlier text: then
+        SentencePiece's dummy prefix, a space before the first word, is left away."""
         ids, start = [], 0
         for match in self.cut.finditer(text) if self.cut else ():
             ids += self.codec.encode(text[start:match.start()], begin and start == 0)
@@ -61,7 +64,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path):
-        """Read the tokenizer of a checkpoint folder (or one tokenizer file in it); ValueError for another kind."""
+        """Read the tokenizer of a checkpoint folder (or one tokenizer file in it); else ValueError."""
         path = Path(path)
         files = [path] if path.is_file() else [path / f for f in ("tokenizer.json", "tokenizer.model")]
         file = next((f for f in files if f.is_file()), None)
@@ -69,10 +72,11 @@ class Tokenizer:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
         config = settings(file.parent / "tokenizer_config.json")
         try:
-            codec, special, added, bos = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
+            read = read_tokenizer_json if file.suffix == ".json" else read_tiktoken
+            codec, special, added, bos = read(file, config)
         except KeyError as error:
             raise ValueError(f"{file} cannot be used: it lacks {error}") from None
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:       # the last two: a part of another kind
             raise ValueError(f"{file} cannot be used: {error}") from None
 
         def named(key):                         # "</s>", or {"content": "</s>", ...}, or null
@@ -92,12 +96,15 @@ class Tokenizer:
 def settings(path):
     """What a JSON file beside the tokenizer says, if it is there."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not what it should be: expected a JSON object")
+    return value
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Byte-level BPE
 
 class ByteLevel:
@@ -110,7 +117,7 @@ class ByteLevel:
         ranks = {token: rank for rank, (token, _) in enumerate(tokens)}
         for byte in (bytes([b]) for b in range(256)):
             if byte not in ranks:
-                ranks[byte] = len(ranks)                            # a byte that the vocabulary cannot say is dropped
+                ranks[byte] = len(ranks)                  # a byte that the vocabulary cannot say is dropped
                 self.ids.append(None)
         self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.max_id = max(self.bytes)
@@ -130,8 +137,8 @@ def read_tiktoken(file, config):
     tokens = []
     for line in file.read_bytes().splitlines():
         if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line):
-            raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the tokenizer.json "
-                             "that is published beside it")
+            raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the "
+                             "tokenizer.json that is published beside it")
         token, rank = line.split()
         tokens.append((base64.b64decode(token), int(rank)))
     tokens.sort(key=lambda pair: pair[1])
@@ -141,11 +148,12 @@ def read_tiktoken(file, config):
     return ByteLevel(LLAMA3_PATTERN, tokens), special, {}, bos
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # SentencePiece BPE
 
 class SentencePiece:
-    """BPE over characters, spaces written as U+2581; characters outside the vocabulary fall back to <0x00>-<0xFF>."""
+    """BPE over characters, spaces written as U+2581; characters outside the vocabulary fall back to
+    <0x00>-<0xFF>."""
 
     def __init__(self, vocab, merges, normalize, strip):
         self.vocab, self.normalize, self.strip = vocab, normalize, strip
@@ -153,8 +161,9 @@ class SentencePiece:
         self.pieces = {i: piece for piece, i in vocab.items()}
         self.byte = {f"<0x{b:02X}>": b for b in range(256)}
         self.max_id = max(self.pieces)
-        # Where no token has U+2581 behind another character, no merge crosses into the next word: a text can be
-        # cut there, and each word be merged once. (Gemma's tokens do, so its texts are merged whole.)
+        # Where no token has U+2581 behind another character, no merge crosses into the next word: a text
+        # can be cut there, and each word be merged once. (Gemma's tokens do, so its texts are merged
+        # whole.)
         crossing = any(re.search("[^▁]▁", a + b) for a, b in merges)
         self.words = re.compile(r"(?s).+" if crossing else r"▁*[^▁]+|▁+")
         self.word_ids = lru_cache(maxsize=100_000)(self.word_ids)
@@ -164,14 +173,18 @@ class SentencePiece:
 
     def word_ids(self, word):
         """The ids of one word: the pair that was merged first in training is merged first, from the left."""
-        symbols = [s for c in word for s in ([c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode()])]
+        symbols = []
+        for c in word:
+            symbols += [c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode()]
         n = len(symbols)
         left, right = list(range(-1, n)), list(range(1, n + 1))     # neighbours, as merged symbols drop out
         queue = []
 
         def offer(i):                                               # the pair that begins at symbol i
-            if i >= 0 and right[i] < n and (rank := self.ranks.get((symbols[i], symbols[right[i]]))) is not None:
-                heapq.heappush(queue, (rank, i))
+            if i >= 0 and right[i] < n:
+                rank = self.ranks.get((symbols[i], symbols[right[i]]))
+                if rank is not None:
+                    heapq.heappush(queue, (rank, i))
         for i in range(n):
             offer(i)
         while queue:
@@ -200,7 +213,7 @@ class SentencePiece:
         return text.removeprefix(" ") if self.strip else text
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # tokenizer.json
 
 def read_tokenizer_json(file, config):
@@ -216,8 +229,8 @@ def read_tokenizer_json(file, config):
     special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
     added = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if not t["special"]}
 
-    template = next((p for p in steps(spec.get("post_processor")) if p["type"] == "TemplateProcessing"), {"single": []})
-    bos = next((p["SpecialToken"]["id"] for p in template["single"][:1] if "SpecialToken" in p), None)
+    first = [p["single"][0] for p in steps(spec.get("post_processor")) if p["type"] == "TemplateProcessing"]
+    bos = next((p["SpecialToken"]["id"] for p in first if "SpecialToken" in p), None)
     pre = steps(spec.get("pre_tokenizer"))
     if pre and pre[-1]["type"] == "ByteLevel":
         tokens = merge_order(model["vocab"], merges, model.get("ignore_merges"), special | added)
@@ -254,7 +267,8 @@ def split_pattern(pre):
 
 def merge_order(vocab, merges, ignore_merges, added):
     """The byte strings of a byte-level vocabulary and their ids, in the order in which they are merged."""
-    # GPT-2's alphabet: printable characters stand for their own byte, the other bytes for characters from 256 on
+    # GPT-2's alphabet: printable characters stand for their own byte, the other bytes for characters from
+    # 256 on
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in own]
     byte = {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -266,13 +280,14 @@ def merge_order(vocab, merges, ignore_merges, added):
             raise ValueError(f"token {a + b!r} is merged at two priorities, which tiktoken cannot express")
         last = a + b
         order[last] = None
-    if ignore_merges:                           # whole stretches that no merge builds are tokens all the same
+    if ignore_merges:                  # whole stretches that no merge builds are tokens all the same
         order |= dict.fromkeys(t for t in vocab if t not in added)
     return [(bytes(byte[c] for c in token), vocab[token]) for token in order]
 
 
 def normalizer(parts):
-    """The steps before BPE as one function of (text, begin). The pre-tokenizers of SentencePiece files belong here."""
+    """The steps before BPE as one function of (text, begin). The pre-tokenizers of SentencePiece files
+    belong here."""
     def one(p):
         kind = p["type"]
         if kind in ("NFC", "NFD", "NFKC", "NFKD"):
