@@ -227,7 +227,8 @@ def read_json(path, *needs, kind=dict):
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{path} is not what it should be: expected a JSON {kind.__name__}")
+        expected = "object" if kind is dict else "list"
+        raise ValueError(f"{path} is not what it should be: expected a JSON {expected}")
     if lacking := [k for k in needs if value.get(k) is None]:
         raise ValueError(f"{path} lacks {', '.join(lacking)}")
     return value

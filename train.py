@@ -125,6 +125,15 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device):
+    try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda or mps")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as problem:
+        raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
+
+
 def default_dtype(device):
     return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
@@ -133,12 +142,7 @@ def load_base(folder, device=None, dtype=None):
     """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in
     the dtype (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU)."""
     device = device or default_device()
-    try:
-        if torch.device(device).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("expected cpu, cuda or mps")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as problem:
-        raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
+    check_device(device)
     dtype = DTYPES[dtype] if dtype else default_dtype(device)
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder: expected a Hugging Face checkpoint")

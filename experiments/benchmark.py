@@ -17,7 +17,8 @@ from bitune import Bitune, adapter_sets
 from lora import add_adapter
 from model import Config, Llama
 from text.examples import Example
-from train import DTYPES, default_device, default_dtype, make_optimizer, new_parser, number, train_step
+from train import DTYPES, check_device, default_device, default_dtype, fail, new_parser, number
+from train import make_optimizer, train_step
 
 SIZES = {
     "small": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
@@ -147,6 +148,10 @@ def main():
     arg("--repeats", type=number(int, 1), default=10, help="timed calls of each (default: 10)")
     arg("--against", choices=["transformers"], help="also time this library, which must be installed")
     args = parser.parse_args()
+    try:
+        check_device(args.device)
+    except ValueError as problem:
+        fail(problem)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
     model = random_model(args.size, args.device, dtype)
     on_gpu = args.device.startswith("cuda")

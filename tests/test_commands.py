@@ -10,11 +10,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sample
 import train
 from bitune import METHODS, Bitune
+from lora import write_files
 from text.examples import Example
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
 
@@ -229,7 +230,7 @@ def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp
     evaluate = train.evaluate
 
     def interrupted(bitune, *args):
-        if len(log(tmp_path / "run")) == 3 and len(args) == 3:      # not the look at a step before its save
+        if len(log(tmp_path / "run")) == 3 and len(args) == 3:  # not the look at a step before its save
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("validation went on")
         return evaluate(bitune, *args)
@@ -359,6 +360,68 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, ca
     assert "the tokenizer's ids go up to 300, but the model's vocabulary has 300" in bad(
         *model, "--prompt", "x"
     )
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda run: (run / "bitune.json").unlink(),
+            "has no bitune.json, which says how its two sets are used",
+        ),
+        (
+            lambda run: (run / "bitune.json").write_text("[]"),
+            "bitune.json is not what it should be: expected a JSON obj",
+        ),
+        (lambda run: change(run / "bitune.json", method=None), "bitune.json lacks method"),
+        (lambda run: change(run / "bitune.json", method="bituna"), "method 'bituna' is unknown"),
+        (
+            lambda run: change(run / "bitune.json", theta_init="x"),
+            "theta_init is x: expected a number above 0",
+        ),
+        (
+            lambda run: change(run / "bitune.json", template="x"),
+            "has the template 'x': expected paper or alpaca",
+        ),
+        (lambda run: change(run / "adapter_config.json", r=None), "adapter_config.json lacks r"),
+        (lambda run: (run / "mixing.safetensors").unlink(), "has no mixing.safetensors"),
+        (
+            lambda run: save_file({"key": torch.ones(2)}, run / "mixing.safetensors"),
+            "expected key and value, (3,) each",
+        ),
+        (
+            lambda run: (run / "adapter_model.safetensors").write_bytes(b"x" * 9),
+            "adapter_model.safetensors cannot be read",
+        ),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line(spoil, message, tmp_path, capsys):
+    model, run = write_checkpoint(tmp_path / "model"), tmp_path / "run"
+    write_files(run, tiny_bitune().files("base", template="paper", step=1))
+    spoil(run)
+    assert message in exits(2, sample.main, ["--model", model, "--adapter", run, "--prompt", "x"], capsys)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatch, capsys):
+    step = train.train_step
+
+    def ruining(bitune, *args):
+        result = step(bitune, *args)
+        if len(log(tmp_path / "run")) == 3:
+            bitune.theta_key.data[1] = float("nan")
+        return result
+
+    monkeypatch.setattr(train, "train_step", ruining)
+    line = exits(1, train.main, flags(), capsys)
+    assert (
+        "step 4: the validation loss is nan: start again with a lower --lr. The save of step 3 is whole"
+        in line
+    )
+    assert all(t.isfinite().all() for name, t in files(tmp_path / "run").items() if torch.is_tensor(t))
 
 
 # ---- asking ----------------------------------------------------------------------------------------------
