@@ -86,9 +86,9 @@ class Bitune(nn.Module):
                        for sees, adapter in METHODS[method]]
         self.mixes = len(self.passes) == 2
         if self.mixes:
-            start = torch.full((model.config.num_hidden_layers,), theta_init, device=self.device)
-            self.theta_key = nn.Parameter(start)                        # (L,), float32
-            self.theta_value = nn.Parameter(start.clone())              # (L,), float32
+            shape = (model.config.num_hidden_layers,)
+            start = torch.full(shape, float(theta_init), dtype=torch.float32, device=self.device)
+            self.theta_key, self.theta_value = nn.Parameter(start), nn.Parameter(start.clone())
 
     @property
     def device(self):
@@ -96,8 +96,7 @@ class Bitune(nn.Module):
 
     def split(self, prompt):
         """Where the prompt ends: its ids as (context, opening of the answer stream). The last token opens
-        the stream, because its logits predict y[0]; without prompt passes there is no context, and all of
-        it does."""
+        the stream, because its logits predict y[0]; without prompt passes all of them do."""
         if not prompt:
             raise ValueError("the prompt has no tokens: expected at least one, to predict the answer from")
         cut = len(prompt) - 1 if self.passes else 0
@@ -105,12 +104,13 @@ class Bitune(nn.Module):
 
     def lay_out(self, prompts, answers):
         """A batch of prompts and answers (lists of ids) as two Tokens, contexts and answer streams."""
+        def tokens(rows, starts):
+            positions = [range(start, start + len(row)) for start, row in zip(starts, rows)]
+            return Tokens(pad(rows, 0, self.device), pad(positions, -1, self.device))
+
         contexts, openings = zip(*map(self.split, prompts))
         streams = [opening + answer for opening, answer in zip(openings, answers)]
-        starts = [len(c) for c in contexts]
-        return (Tokens(pad(contexts, 0, self.device), pad([range(n) for n in starts], -1, self.device)),
-                Tokens(pad(streams, 0, self.device),
-                       pad([range(n, n + len(s)) for n, s in zip(starts, streams)], -1, self.device)))
+        return tokens(contexts, [0] * len(contexts)), tokens(streams, map(len, contexts))
 
     # ---- 1-3: read the prompt ----------------------------------------------------------------------------
 
@@ -119,6 +119,7 @@ class Bitune(nn.Module):
         def coefficient(theta):
             size = theta.abs()
             return size / (size + self.theta_init)
+
         return coefficient(self.theta_key), coefficient(self.theta_value)
 
     def encode(self, context):
@@ -138,6 +139,7 @@ class Bitune(nn.Module):
         of the passes never meet: all that the second reading has to say, it says here."""
         def blend(a, c, b):                     # (1 - α) K_c + α K_b
             return ((1 - a) * c + a * b).to(c.dtype)
+
         # Coefficients are float32: as a scalar, (), one would be rounded to K's bfloat16; as (1,) it is not.
         alpha_key, alpha_value = self.alpha()
         mixed = []

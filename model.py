@@ -227,7 +227,7 @@ class Attention(nn.Module):
         q = rotate(q, cos[:, :, rows], sin[:, :, rows])
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)
-        mask = None if mask is None else mask[:, :, rows]                                # (B, 1, T', S + T)
+        mask = None if mask is None else mask[:, :, rows]                                 # (B, 1, T', S + T)
         grouped = self.n_q != self.n_kv
         if grouped and mask is not None and x.is_cuda:      # no fused kernel takes both: spell the heads out
             k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
@@ -256,8 +256,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, rope, mask, past, layer, adapter, rows):
-        """x (B, T, C) to (B, T', C), and the layer's new (k, v). The arguments are those of
-        Llama.forward."""
+        """x (B, T, C) to (B, T', C), and the layer's new (k, v). Arguments as in Llama.forward."""
         y, kv = self.self_attn(self.input_layernorm(x), rope, mask, past, layer, adapter, rows)
         x = x[:, rows] + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kv
