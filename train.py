@@ -364,8 +364,7 @@ def logged(path, start):
 
 
 def train(args, bitune, optimizer, examples, val, derived, start):
-    """The loop: step, log, save, validate. Ctrl-C and SIGTERM end it, saved, after the step in hand; twice,
-    at once."""
+    """The loop: step, log, save, validate. A signal ends it after the step in hand, a second one at once."""
     out, progress = Path(args.out), Progress()
     step = saved = start
     kept = logged(out / "log.jsonl", start)
@@ -378,6 +377,7 @@ def train(args, bitune, optimizer, examples, val, derived, start):
         asked.append(number)
         if at_once or len(asked) > 1:
             raise KeyboardInterrupt
+
     old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def validate(model, what):
@@ -390,9 +390,8 @@ def train(args, bitune, optimizer, examples, val, derived, start):
         print(json.dumps({"step": step, **{f"val_{k}": v for k, v in result.items()}}), file=log)
 
     try:
-        # The longest micro-batch, for nothing: if memory is short, it shows now and not in the middle of
-        # the night.
-        with torch.random.fork_rng():
+        # The longest micro-batch, for nothing: if memory is short, it shows now and not some night.
+        with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
             bitune.losses(*zip(*batches(examples, args.micro_batch_size)[0])).sum().backward()
         if val and not start:
             validate(Bitune(bitune.model, "lora"), "base model")        # B = 0: there are no adapters yet
