@@ -238,6 +238,10 @@ def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp
     monkeypatch.setattr(train, "evaluate", interrupted)
     line = exits(128 + signal.SIGINT, train.main, flags("--save-every", 6), capsys)
     assert "step 3: stopped by SIGINT. The save of step 3 is whole" in line
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    train.main(["--resume", str(tmp_path / "run")])     # makes up for the validation that was cut short
+    train.main(flags("--save-every", 6, "--out", tmp_path / "whole"))
+    assert log(tmp_path / "run", "val_loss") == log(tmp_path / "whole", "val_loss")
 
 
 def test_the_longest_micro_batch_is_tried_before_the_first_step(flags, tmp_path, monkeypatch, capsys):
@@ -404,6 +408,25 @@ def test_a_damaged_run_is_refused_in_one_line(spoil, message, tmp_path, capsys):
 
 def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_run_killed_between_two_renames_loads_as_the_new_one(tmp_path, monkeypatch):
+    bitune, replace, calls = tiny_bitune(), os.replace, []
+    write_files(tmp_path, bitune.files("base", step=1))
+    bitune.theta_key.data += 1
+
+    def dying(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr("os.replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        write_files(tmp_path, bitune.files("base", step=2))
+    monkeypatch.undo()
+    loaded, _, about = Bitune.load(tiny_model(), tmp_path)
+    assert about["step"] == 2 and torch.equal(loaded.theta_key, bitune.theta_key)
 
 
 def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatch, capsys):

@@ -87,6 +87,7 @@ def test_a_text_longer_than_the_sliding_window_is_refused():
         ).sliding_window
         is None
     )
+    assert Config.from_dict(CONFIG | {"model_type": "mistral"}).sliding_window == 4096
 
 
 def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
@@ -122,6 +123,15 @@ def test_other_files_are_refused_by_name(tmp_path):
         ValueError, match="has no config.json: expected a Hugging Face checkpoint folder"
     ):
         Llama.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_floats_are_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "m")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.int8)
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight is I8, expected floats"):
+        Llama.from_pretrained(folder)
 
 
 def test_an_index_that_names_an_absent_shard_is_refused(tmp_path, request):

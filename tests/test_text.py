@@ -230,6 +230,13 @@ def test_all_forms_of_rows_say_the_same(row, tokenizer):
     assert parse_row(row) == ([("user", "Why?")], "", "So.")
 
 
+@pytest.mark.parametrize("prompt", ["prompt", "instruction", "question"])
+@pytest.mark.parametrize("second", ["input", "context"])
+def test_a_second_field_is_read_beside_every_prompt(prompt, second):
+    row = {prompt: "Why?", second: "It rains.", "answer": "So."}
+    assert parse_row(row) == ([("user", "Why?")], "It rains.", "So.")
+
+
 def test_templates(tokenizer):
     turns = [("system", "Be kind."), ("user", "Hi")]
     text = lambda name, **more: (
@@ -291,6 +298,7 @@ def test_loading_drops_and_counts(tmp_path, tokenizer):
     [
         ("{", "data, line 2: not JSON"),
         ("[1]", "data, line 2: expected an object, got list"),
+        ('{"question": "\\ud800", "answer": "b"}', "data, line 2: 'utf-8' codec can't encode"),
         (
             '{"text": "x"}',
             "data, line 2: it has text: expected messages, or one of prompt, instruction, question",
