@@ -300,8 +300,7 @@ class Llama(nn.Module):
         """Read a checkpoint folder: config.json and model.safetensors, or shards with their index.
 
         Built without memory, then filled tensor by tensor, so the host holds little more than the weights.
-        All missing, unexpected and misshapen tensors are reported in one ValueError before any of them is
-        read.
+        All missing, unexpected and misshapen tensors are in one ValueError, raised before any is read.
         """
         folder = Path(folder)
         config = Config.from_pretrained(folder)

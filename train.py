@@ -2,8 +2,9 @@
 
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
-The defaults are the paper's (2405.14862). A killed run loses nothing that was saved: python train.py
---resume RUN
+The defaults are the paper's (2405.14862). A killed run loses nothing that was saved and goes on with:
+
+    python train.py --resume RUN
 """
 
 import argparse
@@ -29,6 +30,10 @@ from text.examples import TEMPLATES, batches, draw, load_examples
 from text.tokenizer import Tokenizer
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # when a run is resumed
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Settings
 
@@ -49,7 +54,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: a number of `kind` within [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
+        if not low <= value <= min(high, sys.float_info.max):       # nan and inf are out of range, too
             limit = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}{limit}")
         return value
@@ -117,10 +122,6 @@ def make_parser():
     return parser
 
 
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # when a run is resumed
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -171,9 +172,8 @@ def make_optimizer(bitune, eps, weight_decay):
 
 def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
     """One optimizer step on the mean of the examples' losses, each of them a mean over its answer tokens.
-    How the examples are cut into micro-batches does not change the result. Returns the loss and the
-    gradient norm before clipping; FloatingPointError, before anything has changed, if either is not
-    finite."""
+    How the examples are cut into micro-batches does not change the result. Returns the loss and the norm of
+    the gradient before clipping; FloatingPointError, with nothing changed, if either is not finite."""
     parameters = optimizer.param_groups[0]["params"]
     optimizer.zero_grad()
     total = 0.0
@@ -193,8 +193,8 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
 @torch.inference_mode()
 def evaluate(bitune, examples, batch_size, show=lambda text: None):
     """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer
-    token, `accuracy`: how many of the answer tokens are the likeliest, given the right ones before. `show`
-    hears how far."""
+    token, `accuracy`: the part of the answer tokens that are the likeliest, given the right ones before.
+    FloatingPointError if the loss is not finite. `show` is told how far it is."""
     bitune.eval()
     mean_sum = nll_sum = right = count = done = 0.0
     for batch in batches(examples, batch_size):
@@ -350,7 +350,6 @@ def resumed(parser, args, argv):
     if more:
         flags = " --".join(sorted(more))
         raise ValueError(f"--resume goes on with a run's own settings, which --{flags} would change")
-    finish_writing(Path(args.resume))
     before = read_json(Path(args.resume) / "settings.json", "args")["args"]
     return argparse.Namespace(**before | given | {"out": args.resume})
 
@@ -451,6 +450,8 @@ def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
+        if args.resume or args.out:
+            finish_writing(Path(args.resume or args.out))
         if args.resume:
             args = resumed(parser, args, argv)
         bitune, tokenizer, examples, val, dropped = prepare(args)

@@ -429,6 +429,25 @@ def test_a_run_killed_between_two_renames_loads_as_the_new_one(tmp_path, monkeyp
     assert about["step"] == 2 and torch.equal(loaded.theta_key, bitune.theta_key)
 
 
+def test_a_first_save_killed_between_two_renames_is_not_overwritten(flags, tmp_path, monkeypatch, capsys):
+    replace, run = os.replace, tmp_path / "run"
+
+    def dying(source, target):
+        if str(target).endswith("mixing.safetensors"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", dying)
+    with pytest.raises(SystemExit):
+        train.main(flags())
+    monkeypatch.undo()
+    assert (run / "renaming.json").exists() and not (run / "adapter_config.json").exists()
+    capsys.readouterr()
+    assert "already holds a run: go on with --resume" in exits(2, train.main, flags(), capsys)
+    train.main(["--resume", str(run)])
+    assert len(log(run)) == 6
+
+
 def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatch, capsys):
     step = train.train_step
 

@@ -144,16 +144,14 @@ def read_tiktoken(file, config):
     tokens.sort(key=lambda pair: pair[1])
     listed = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
     special = listed or {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    bos = next((name for name in ("<|begin_of_text|>",) if name in special), None)
-    return ByteLevel(LLAMA3_PATTERN, tokens), special, {}, bos
+    return ByteLevel(LLAMA3_PATTERN, tokens), special, {}, "<|begin_of_text|>"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # SentencePiece BPE
 
 class SentencePiece:
-    """BPE over characters, spaces written as U+2581; characters outside the vocabulary fall back to
-    <0x00>-<0xFF>."""
+    """BPE over characters, with U+2581 for spaces, and bytes (<0x00> to <0xFF>) for what the vocabulary lacks."""
 
     def __init__(self, vocab, merges, normalize, strip):
         self.vocab, self.normalize, self.strip = vocab, normalize, strip
@@ -162,8 +160,7 @@ class SentencePiece:
         self.byte = {f"<0x{b:02X}>": b for b in range(256)}
         self.max_id = max(self.pieces)
         # Where no token has U+2581 behind another character, no merge crosses into the next word: a text
-        # can be cut there, and each word be merged once. (Gemma's tokens do, so its texts are merged
-        # whole.)
+        # can be cut there, and each word be merged once. (Some of Gemma's have: its texts stay whole.)
         crossing = any(re.search("[^▁]▁", a + b) for a, b in merges)
         self.words = re.compile(r"(?s).+" if crossing else r"▁*[^▁]+|▁+")
         self.word_ids = lru_cache(maxsize=100_000)(self.word_ids)
@@ -267,8 +264,7 @@ def split_pattern(pre):
 
 def merge_order(vocab, merges, ignore_merges, added):
     """The byte strings of a byte-level vocabulary and their ids, in the order in which they are merged."""
-    # GPT-2's alphabet: printable characters stand for their own byte, the other bytes for characters from
-    # 256 on
+    # GPT-2's alphabet: printable characters stand for their own byte, those from 256 on for the others.
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in own]
     byte = {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -286,8 +282,7 @@ def merge_order(vocab, merges, ignore_merges, added):
 
 
 def normalizer(parts):
-    """The steps before BPE as one function of (text, begin). The pre-tokenizers of SentencePiece files
-    belong here."""
+    """The steps before BPE, with SentencePiece files' pre-tokenizers, as a function of (text, begin)."""
     def one(p):
         kind = p["type"]
         if kind in ("NFC", "NFD", "NFKC", "NFKD"):
