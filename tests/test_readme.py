@@ -1,6 +1,9 @@
 """What the README says of the code is so."""
 
 import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,6 +32,16 @@ def test_flags_and_links_exist():
     )
     assert {f for f in re.findall(r"--[a-z][a-z-]+", README) if f not in known} == set()
     assert [p for p in re.findall(r"\]\(((?!http)[^)#]+)\)", README) if not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("argv", [["--reference=FOLDER"], ["tests", "--reference", "FOLDER"]])
+def test_other_reference_folders_are_found_by_the_commands_given(argv, tmp_path):
+    """Numbers that lie outside the repository: there a word of pytest's command line can lead it astray."""
+    shutil.copytree(ROOT / "tests/reference/base/qwen2", tmp_path / "mine/qwen2")
+    assert f"python -m pytest {' '.join(argv)}" in README
+    argv = [a.replace("FOLDER", str(tmp_path)) for a in argv]
+    command = [sys.executable, "-m", "pytest", *argv, "--collect-only", "-k", "base_logits"]
+    assert "[mine/qwen2]" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("name", edits())

@@ -151,7 +151,7 @@ def read_tiktoken(file, config):
 # SentencePiece BPE
 
 class SentencePiece:
-    """BPE over characters, with U+2581 for spaces, and bytes (<0x00> to <0xFF>) for what the vocabulary lacks."""
+    """BPE over characters, U+2581 for a space, bytes (<0x00> to <0xFF>) for what the vocabulary lacks."""
 
     def __init__(self, vocab, merges, normalize, strip):
         self.vocab, self.normalize, self.strip = vocab, normalize, strip
