@@ -1,4 +1,4 @@
-"""What the tests run on: the folders of reference numbers below tests/reference and each `--reference=FOLDER`.
+"""What the tests run on: folders of reference numbers below tests/reference and each `--reference=FOLDER`.
 
     base models   config.json and reference_logits.safetensors (and greedy*.json)
     Bitune        cases.json beside a checkpoint, and VARIANT.safetensors
