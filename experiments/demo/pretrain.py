@@ -1,0 +1,122 @@
+"""Make the demonstration's base: a Llama of 190,000 parameters, pretrained on `language.document`s.
+
+    python -m experiments.demo.pretrain --out FOLDER
+
+Ordinary next-token training: every token of a text is predicted, facts and questions too. What a step
+trains on follows from the seed and the step alone, so the same machine makes the same file again. It takes
+some ten minutes.
+"""
+
+import base64
+import random
+import time
+
+import torch
+
+from bitune import Bitune, pad, surprise
+from experiments.demo.language import AGAIN, KINDS, PIECES, document, row
+from lora import json_bytes, tensor_bytes, write_files
+from model import Config, Llama, may_attend
+from text.examples import Example, encode_answer, encode_prompt
+from text.tokenizer import Tokenizer
+from train import Progress, clock, evaluate, learning_rate, new_parser, number
+
+SPECIAL = ["<s>", "</s>"]                                       # ids after the bytes and pieces
+CONFIG = {
+    "model_type": "llama", "vocab_size": 256 + len(PIECES) + 2,
+    "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "float16",
+    "bos_token_id": 256 + len(PIECES), "eos_token_id": 257 + len(PIECES),
+}
+BATCH, PEAK, WARMUP, FIRST_LESSON = 32, 2e-3, 100, 1 / 8     # the last: a part of the steps
+
+
+def tokenizer_files():
+    """A tokenizer.model in tiktoken's format: base64 of a piece and its id a line."""
+    pieces = [bytes([b]) for b in range(256)] + [p.encode() for p in PIECES]
+    lines = (base64.b64encode(piece) + b" %d\n" % i for i, piece in enumerate(pieces))
+    special = {str(len(pieces) + i): {"content": name} for i, name in enumerate(SPECIAL)}
+    return {"tokenizer.model": b"".join(lines), "tokenizer_config.json": json_bytes({
+        "bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "add_bos_token": True,
+        "added_tokens_decoder": special})}
+
+
+def fresh_model(seed):
+    torch.manual_seed(seed)
+    model = Llama(Config.from_dict(CONFIG))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
+            torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
+    return model
+
+
+def example(tokenizer, question, answer):
+    return Example(encode_prompt(tokenizer, "paper", [("user", question)]),
+                   encode_answer(tokenizer, "paper", answer))
+
+
+def encode(tokenizer, turns):
+    """A document as ids: each turn as a finetune would see it, after the one before."""
+    examples = [example(tokenizer, *turn) for turn in turns]
+    return examples[0].prompt[:1] + [i for e in examples for i in e.prompt[1:] + e.answer]  # a single <s>
+
+
+def loss(model, rows):
+    """The mean of -log p over every token but the first of each row."""
+    ids, positions = pad(rows, 0, "cpu"), pad([range(len(r)) for r in rows], -1, "cpu")
+    labels = pad([r[1:] + [-100] for r in rows], -100, "cpu")
+    logits, _ = model(ids, positions, may_attend(positions, positions))
+    return surprise(logits, labels).sum() / (labels >= 0).sum()
+
+
+def scores(model, tokenizer, n=300):
+    """Exact match on unseen questions of each form: those that the base was pretrained on, and last the one
+    that it was not, what somebody said whose name comes after the words."""
+    rng, bare, found = random.Random("scores"), Bitune(model, "lora"), {}
+    for kind in KINDS:
+        for _ in range(n):
+            facts, questions = kind(rng, rng.randint(3, 6))
+            question, answer = rng.choice([q for q in questions if q[0] != AGAIN])
+            found.setdefault(f"{kind.__name__} {question.split()[0]}", []).append(
+                (f"{facts} {question}".strip(), answer))
+    found["behind What"] = [tuple(row("behind", rng).values()) for _ in range(n)]
+    return {form: evaluate(bare, [example(tokenizer, *turn) for turn in turns], 100)["exact_match"]
+            for form, turns in found.items()}
+
+
+def main():
+    parser = new_parser(__doc__)
+    arg = parser.add_argument
+    arg("--out", required=True, metavar="FOLDER", help="where to write the base")
+    arg("--steps", type=number(int, 1), default=6000, help=f"of {BATCH} documents (default: 6000)")
+    arg("--seed", type=number(int, 0), default=1, help="of weights and documents (default: 1)")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)                    # so that sums are always taken in the same order
+    write_files(args.out, {"config.json": json_bytes(CONFIG), **tokenizer_files()})
+    tokenizer, model, progress = Tokenizer.from_pretrained(args.out), fresh_model(args.seed), Progress()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    begun, average = time.monotonic(), None
+    for step in range(args.steps):
+        rng = random.Random(f"{args.seed}/{step}")
+        first = step < int(args.steps * FIRST_LESSON)
+        now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
+        optimizer.zero_grad()
+        now.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, WARMUP, PEAK)
+        optimizer.step()
+
+        average = now.item() if average is None else 0.99 * average + 0.01 * now.item()
+        eta = (time.monotonic() - begun) / (step + 1) * (args.steps - step - 1)
+        progress.update(f"step {step + 1}/{args.steps}  ETA {clock(eta)}  loss {average:.3f}")
+        if (step + 1) % 1000 == 0 or step + 1 == args.steps:
+            right = "  ".join(f"{form} {part:.0%}" for form, part in scores(model, tokenizer).items())
+            progress.note(f"step {step + 1}: loss {average:.3f}  right: {right}")
+    half = {name: p.half() for name, p in model.state_dict().items()}
+    write_files(args.out, {"model.safetensors": tensor_bytes(half)})
+
+
+if __name__ == "__main__":
+    main()
