@@ -1,24 +1,27 @@
 """Ask a checkpoint, or a run finetuned from it:
 
-    python sample.py --model FOLDER [--adapter RUN] --prompt TEXT
+    python sample.py [--model FOLDER] [--adapter RUN] [--prompt TEXT]
 
 Without --prompt, each line of standard input is a prompt; in a terminal, you are asked for one. With a run,
-the text goes into the template the run was trained with; without, the text is the prompt as it stands. The
+the text goes into the template the run was trained with; without, the text is the prompt as it stands. A
+run names its base, so --model may be left away; without both it is the last run of the demonstration. The
 answer goes to standard output, everything else to standard error.
 """
 
 import sys
 import time
+from pathlib import Path
 
 from bitune import Bitune
-from text.examples import TEMPLATES, encode_prompt, stop_id
-from train import DTYPES, fail, load_base, new_parser, number, set_up_streams
+from lora import finish_writing, read_json
+from text.examples import TEMPLATES, encode_prompt, read_rows, stop_id
+from train import DEMO, DTYPES, fail, load_base, new_parser, number, set_up_streams
 
 
 def make_parser():
     parser = new_parser(__doc__)
     arg = parser.add_argument
-    arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
+    arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
     arg("--adapter", metavar="RUN", help="a run of train.py, or a PEFT LoRA adapter")
     arg("--prompt", metavar="TEXT", help="what to ask")
     arg("--show-mixing", action="store_true", help="draw the mixing coefficients of the run, layer by layer")
@@ -40,10 +43,20 @@ def say(text):
 def draw_mixing(bitune):
     """α of each layer, for keys and for values, as bars: empty is the causal pass, full the second."""
     width = 30
-    say(f"{'layer':>5}  {'α of the keys':<{width + 6}}  α of the values")
+    lines = [f"{'layer':>5}  {'α of the keys':<{width + 6}}  α of the values"]
     for layer, pair in enumerate(zip(*(a.tolist() for a in bitune.alpha()))):
         bars = [f"{a:.3f} " + ("█" * round(a * width)).ljust(width, "·") for a in pair]
-        say(f"{layer:>5}  " + "  ".join(bars))
+        lines.append(f"{layer:>5}  " + "  ".join(bars))
+    return "\n".join(lines)
+
+
+def last_demonstration():
+    """The newest run below runs/ that was finetuned from the demonstration's base."""
+    saves = [f for f in Path("runs").rglob("bitune.json") if read_json(f).get("base") == DEMO["model"]]
+    if not saves:
+        raise ValueError("no run of the demonstration below runs/: python train.py makes one in a minute; "
+                         "or give --model or --adapter")
+    return max(saves, key=lambda f: f.stat().st_mtime).parent
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):
@@ -72,8 +85,15 @@ def main(argv=None):
     set_up_streams()
     args = make_parser().parse_args(argv)
     try:
+        demonstrates = not (args.model or args.adapter)
+        if demonstrates:
+            args.adapter = last_demonstration()
         if not args.model:
-            raise ValueError("--model not given: see --help")
+            run = Path(args.adapter)
+            finish_writing(run)
+            if not (run / "bitune.json").exists():
+                raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
+            args.model = read_json(run / "bitune.json", "base")["base"]
         model, tokenizer = load_base(args.model, args.device, args.dtype)
         template, loaded = "plain", ""
         if args.adapter is not None:
@@ -103,10 +123,14 @@ def main(argv=None):
     if loaded:
         say(loaded)
     if args.show_mixing:
-        draw_mixing(bitune)
+        say(draw_mixing(bitune))
     if args.prompt is not None:
         ask(bitune, tokenizer, encode(args.prompt), stop_ids, args)
         return
+    if demonstrates:
+        say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
+        unseen = read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))
+        say("\n".join(row["prompt"] for _, row in unseen[:3]) + "\n")
     terminal, status = sys.stdin.isatty(), 0
     if terminal:
         say("Ask; an empty line or Ctrl-D ends.")

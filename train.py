@@ -2,7 +2,9 @@
 
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
-The defaults are the paper's (2405.14862). A killed run loses nothing that was saved and goes on with:
+The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration, on
+the base and data in experiments/demo, for which DEMO replaces some of them. A killed run loses nothing that
+was saved and goes on with:
 
     python train.py --resume RUN
 """
@@ -11,13 +13,14 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import textwrap
 import time
 from contextlib import suppress
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 
 import torch
@@ -32,6 +35,11 @@ from text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # when a run is resumed
+
+# Without --model and --data: the demonstration. Its files come with this repository.
+HERE = os.path.relpath(Path(__file__).parent / "experiments/demo")
+DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data": f"{HERE}/data/val.jsonl",
+        "steps": 200, "batch_size": 32, "micro_batch_size": 32, "lr": 1e-2, "eval_every": 20}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -193,25 +201,28 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
 @torch.inference_mode()
 def evaluate(bitune, examples, batch_size, show=lambda text: None):
     """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer
-    token, `accuracy`: the part of the answer tokens that are the likeliest, given the right ones before.
+    token, `accuracy`: the part of the answer tokens that are the likeliest, given the right ones before,
+    `exact_match`: the part of the answers of which all are, which greedy decoding writes word for word.
     FloatingPointError if the loss is not finite. `show` is told how far it is."""
     bitune.eval()
-    mean_sum = nll_sum = right = count = done = 0.0
+    mean_sum = nll_sum = right = count = exact = done = 0.0
     for batch in batches(examples, batch_size):
         logits, labels = bitune(*zip(*batch))
         nll = surprise(logits, labels)
         n = (labels >= 0).sum(1)
         mean_sum += (nll.sum(1) / n).sum().item()
         nll_sum += nll.sum().item()
-        right += (logits.argmax(-1) == labels).sum().item()
+        hits = (logits.argmax(-1) == labels).sum(1)
+        right += hits.sum().item()
         count += n.sum().item()
+        exact += (hits == n).sum().item()
         done += len(batch)
         show(f"validating {done:.0f}/{len(examples)}")
     bitune.train()
     if not math.isfinite(nll_sum):
         raise FloatingPointError(f"the validation loss is {nll_sum}")
-    perplexity = math.exp(min(700, nll_sum / count))
-    return {"loss": mean_sum / len(examples), "perplexity": perplexity, "accuracy": right / count}
+    return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)),
+            "accuracy": right / count, "exact_match": exact / len(examples)}
 
 
 def state_bytes(bitune, optimizer, step):
@@ -264,6 +275,10 @@ class Progress:
         """A line that stays."""
         self.clear()
         print(text, flush=True)
+
+    def validated(self, what, result):
+        self.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+                  f"answer-token accuracy {result['accuracy']:.1%}  exact match {result['exact_match']:.1%}")
 
 
 def clock(seconds):
@@ -362,9 +377,9 @@ def logged(path, start):
     return "".join(line + "\n" for line in kept)
 
 
-def train(args, bitune, optimizer, examples, val, derived, start):
+def train(args, bitune, optimizer, examples, val, derived, start, progress):
     """The loop: step, log, save, validate. A signal ends it after the step in hand, a second one at once."""
-    out, progress = Path(args.out), Progress()
+    out = Path(args.out)
     step = saved = start
     kept = logged(out / "log.jsonl", start)
     write_files(out, {"log.jsonl": kept.encode()})
@@ -384,8 +399,7 @@ def train(args, bitune, optimizer, examples, val, derived, start):
         at_once = True
         result = evaluate(model, val, args.micro_batch_size, progress.update)
         at_once = False
-        progress.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}"
-                      f"  answer-token accuracy {result['accuracy']:.1%}")
+        progress.validated(what, result)
         print(json.dumps({"step": step, **{f"val_{k}": v for k, v in result.items()}}), file=log)
 
     try:
@@ -404,9 +418,11 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             lr = learning_rate(step - 1, args.steps, derived["warmup_steps"], args.lr)
             loss, norm = train_step(bitune, optimizer, batch, args.micro_batch_size, lr, args.clip)
 
-            rate = sum(len(e.prompt) + len(e.answer) for e in batch) / (time.monotonic() - now)
+            seconds = time.monotonic() - now
+            rate = sum(len(e.prompt) + len(e.answer) for e in batch) / seconds
             eta = (time.monotonic() - begun) / (step - start) * (args.steps - step)
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": round(rate)}
+            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(seconds, 4),
+                      "tokens_per_s": round(rate)}
             line = (f"step {step}/{args.steps}  ETA {clock(eta)}  loss {loss:.3f}  lr {lr:.1e}  "
                     f"grad {norm:.2f}")
             if bitune.mixes:
@@ -427,7 +443,7 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             if validates:
                 validate(bitune, f"step {step}")
         progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
-                      f"python sample.py --model {args.model} --adapter {out}")
+                      f"python sample.py --adapter {out}")
     except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
         what = {FloatingPointError: f"{problem}: start again with a lower --lr",
                 torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
@@ -445,23 +461,48 @@ def train(args, bitune, optimizer, examples, val, derived, start):
             log.close()
 
 
-def main(argv=None):
-    set_up_streams()
+def settings(argv):
+    """The flags `argv`, completed by DEMO if they name neither model nor data, or by those of the run that
+    is resumed. ValueError for a run that is not there."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.resume:
+        finish_writing(Path(args.resume))
+        return resumed(parser, args, argv)
+    if not args.model and not args.data:
+        parser.set_defaults(**DEMO, out=free_name("runs/demo"))
+        args = parser.parse_args(argv)
+    return args
+
+
+def free_name(path):
+    """`path`, or path-2, path-3 ..., whichever is not there yet."""
+    names = chain([path], (f"{path}-{i}" for i in count(2)))
+    return next(name for name in names if not Path(name).exists())
+
+
+def begin(args):
+    """A new run, or the one to be resumed, as `train` takes it: the model, its tokenizer, the optimizer, the
+    examples to train on and to validate on, the derived numbers and how many steps are done. ValueError
+    says what is wrong with the settings."""
+    if args.out:
+        finish_writing(Path(args.out))
+    bitune, tokenizer, examples, val, dropped = prepare(args)
+    derived = derive(args, bitune, examples, val, dropped)
+    out = open_run(args, derived)
+    optimizer, start = make_optimizer(bitune, args.eps, args.weight_decay), 0
+    if args.resume:
+        start = load_state(out / "state.safetensors", bitune, optimizer)
+    if start == args.steps:
+        raise ValueError(f"{out} is finished: all of its {start} steps are done")
+    return bitune, tokenizer, optimizer, examples, val, derived, start
+
+
+def main(argv=None):
+    set_up_streams()
     try:
-        if args.resume or args.out:
-            finish_writing(Path(args.resume or args.out))
-        if args.resume:
-            args = resumed(parser, args, argv)
-        bitune, tokenizer, examples, val, dropped = prepare(args)
-        derived = derive(args, bitune, examples, val, dropped)
-        out = open_run(args, derived)
-        optimizer, start = make_optimizer(bitune, args.eps, args.weight_decay), 0
-        if args.resume:
-            start = load_state(out / "state.safetensors", bitune, optimizer)
-        if start == args.steps:
-            raise ValueError(f"{out} is finished: all of its {start} steps are done")
+        args = settings(argv)
+        bitune, tokenizer, optimizer, examples, val, derived, start = begin(args)
     except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
         fail(problem)
 
@@ -471,7 +512,7 @@ def main(argv=None):
     first = tokenizer.decode(examples[0].prompt)
     answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
     print(f"first example, the answer it learns in [[ ]]:\n{first}[[{answer}]]", flush=True)
-    train(args, bitune, optimizer, examples, val, derived, start)
+    train(args, bitune, optimizer, examples, val, derived, start, Progress())
 
 
 if __name__ == "__main__":

@@ -94,10 +94,8 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
     assert len(log(run)) == 6 and len(log(run, "val_loss")) == 3
     assert log(run, "val_loss")[-1] < log(run, "val_loss")[0]
 
-    sample.main(
+    sample.main(  # the run names its base
         [
-            "--model",
-            str(tmp_path / "model"),
             "--adapter",
             str(run),
             "--prompt",
@@ -308,7 +306,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_applied():
 
 def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, capsys):
     bad = lambda *more: exits(2, train.main, flags(*more), capsys)
-    assert "--model, --data, --out not given" in exits(2, train.main, [], capsys)
+    assert "--model, --out not given" in exits(2, train.main, ["--data", "x"], capsys)
+    assert "--data, --out not given" in exits(2, train.main, ["--model", "x"], capsys)
     assert "nowhere is not a folder" in bad("--model", "nowhere")
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
     assert "argument --rank: 0 is out of range: expected at least 1" in bad("--rank", 0)
@@ -341,12 +340,14 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert "has no settings.json" in exits(2, train.main, ["--resume", tmp_path / "nowhere"], capsys)
 
 
-def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, capsys):
+def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, monkeypatch, capsys):
     train.main(flags("--method", "lora"))
     capsys.readouterr()
     bad = lambda *argv: exits(2, sample.main, argv, capsys)
     model, run = ["--model", tmp_path / "model"], ["--adapter", tmp_path / "run"]
-    assert "--model not given" in bad("--prompt", "x")
+    monkeypatch.chdir(tmp_path)
+    assert "no run of the demonstration below runs/: python train.py makes one" in bad("--prompt", "x")
+    assert f"--model not given, and {tmp_path} has no bitune.json" in bad("--adapter", tmp_path)
     assert "nowhere has no adapter_config.json" in bad(
         *model, "--adapter", tmp_path / "nowhere", "--prompt", "x"
     )
