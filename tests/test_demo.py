@@ -1,0 +1,139 @@
+"""The demonstration: its base, its data, and that its short form shows what the long one does."""
+
+import io
+import json
+import os
+
+import pytest
+
+import sample
+import train
+from edits import ROOT
+from experiments.demo import __main__ as demo
+from experiments.demo import language, pretrain
+from model import Llama
+from text.examples import encode_prompt
+from text.tokenizer import Tokenizer
+
+BASE = train.DEMO["model"]
+
+
+@pytest.fixture
+def tokenizer():
+    return Tokenizer.from_pretrained(BASE)
+
+
+def test_the_language_is_one_token_a_word(tokenizer):
+    row = language.splits("behind", test=1)["test"][0]
+    ids = encode_prompt(tokenizer, "paper", [("user", row["prompt"])])
+    pieces = [tokenizer.decode([i]) for i in ids]
+    assert pieces[:3] == ["<s>", "Question", ":"] and pieces[-3:] == ["?\n\n", "Answer", ":"]
+    assert all(p[0] == " " or p in ",;:." for p in pieces[2:-3])
+    assert tokenizer.decode(ids) == f"<s>Question: {row['prompt']}\n\nAnswer:"
+
+
+@pytest.mark.parametrize("task", language.TASKS)
+def test_the_data_follow_from_the_seed_and_their_splits_are_disjoint(task):
+    one, same, other = (language.splits(task, seed, train=300, val=50, test=50) for seed in (0, 0, 1))
+    assert one == same and one != other
+    prompts = [row["prompt"] for rows in one.values() for row in rows]
+    assert len(set(prompts)) == 400
+    for prompt, answer in ((r["prompt"], r["completion"]) for r in one["train"]):
+        name = prompt.split()[-2]
+        said = answer.removesuffix(".")
+        assert f"{said}, says {name}" in prompt or f"{name} says {said}" in prompt
+
+
+def test_the_data_that_come_with_the_project_are_the_generator_s(tmp_path):
+    language.write("behind", tmp_path)
+    for name in language.SIZES:
+        shipped = train.DEMO["data"].replace("train", name)
+        assert (tmp_path / f"{name}.jsonl").read_text() == open(shipped, encoding="utf-8").read()
+
+
+def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn(tokenizer):
+    scores = pretrain.scores(Llama.from_pretrained(BASE), tokenizer, n=60)
+    new = scores.pop("behind What")
+    assert min(scores.values()) > 0.9 and new < 0.4, (scores, new)
+
+
+def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        argv = ["pretrain", "--out", str(tmp_path / name), "--steps", "9"]
+        monkeypatch.setattr("sys.argv", argv)
+        monkeypatch.setattr(pretrain, "scores", lambda *_: {})
+        pretrain.main()
+    one, two = (
+        {f.name: f.read_bytes() for f in sorted((tmp_path / n).iterdir())} for n in ("one", "two")
+    )
+    assert one == two
+    for name in one.keys() - {"model.safetensors"}:  # as the base that comes with the project has them
+        assert one[name] == open(f"{BASE}/{name}", "rb").read(), name
+
+
+@pytest.fixture
+def anywhere(tmp_path, monkeypatch):
+    """The working directory of a test, from which the demonstration's files are found all the same."""
+    for key in ("model", "data", "val_data"):
+        monkeypatch.setitem(train.DEMO, key, str(ROOT / train.DEMO[key]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
+    """The demonstration, cut short."""
+    monkeypatch.setitem(train.DEMO, "steps", 110)
+    monkeypatch.setitem(train.DEMO, "eval_every", 110)
+    train.main([])
+    train.main(["--method", "lora"])
+    assert "saved runs/demo-2 after" in capsys.readouterr().out
+    last = lambda run: json.loads((anywhere / run / "log.jsonl").read_text().splitlines()[-1])
+    assert last("runs/demo")["val_exact_match"] > 0.9
+    assert last("runs/demo-2")["val_exact_match"] < 0.35
+
+    os.utime("runs/demo/bitune.json")  # the last run is the one that is asked
+    row = json.loads(open(anywhere / train.DEMO["val_data"]).readline())
+    monkeypatch.setattr("sys.stdin", io.StringIO(row["prompt"] + "\n"))
+    with pytest.raises(SystemExit) as end:
+        sample.main([])
+    said = capsys.readouterr()
+    assert end.value.code == 0 and said.out == f" {row['completion']}\n"
+    assert "loaded runs/demo:" in said.err and "Questions that it has not seen:" in said.err
+
+
+def test_the_command_compares_the_models_and_goes_on_where_it_was_stopped(anywhere, monkeypatch, capsys):
+    monkeypatch.setitem(train.DEMO, "steps", 4)
+    monkeypatch.setattr(language, "SIZES", {"train": 80, "val": 20, "test": 20})
+    monkeypatch.setattr(demo, "ABLATIONS", {"only-causal": ["--method=only-causal"]})
+    argv = "demo --all --tasks front --seeds 2 --lrs 0.01 0.02 --out runs/all".split()
+    monkeypatch.setattr("sys.argv", argv)
+    demo.main()
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("| ")]
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names[2:] == ["one of the sayings", *demo.MODELS, *demo.ABLATIONS]
+    assert "±" in rows[3] and "the truth" in said and "α of the keys" in said
+    runs = sorted(f.parent.name for f in anywhere.glob("runs/all/front/*/bitune.json"))
+    assert len(runs) == 4 * 2 * 2 and "lora-rank-16-lr0.01-seed43" in runs
+    svg = (anywhere / "runs/all/front/curves.svg").read_text()
+    assert svg.count("<polyline") == 4 and svg.rstrip().endswith("</svg>")
+
+    (anywhere / "runs/all/front/bitune-lr0.01-seed42/bitune.json").unlink()
+    for file in (anywhere / "runs/all/front/bitune-lr0.01-seed42").rglob("adapter_config.json"):
+        file.unlink()
+    monkeypatch.setattr(train, "train_step", counted := Counted(train.train_step))
+    demo.main()
+    assert counted.calls == 4  # of the one run that had to be made again
+    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [r.split("|")[2:4] + r.split("|")[5:] for r in again] == [
+        r.split("|")[2:4] + r.split("|")[5:] for r in rows
+    ]
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
