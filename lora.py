@@ -1,17 +1,20 @@
-"""Low-rank adapters (LoRA, 2106.09685) on the model's linears: several named sets on one frozen base.
+"""Adapters on the model's linears: several named sets on one frozen base.
 
-    y = W x + (alpha / r) B A x       A (r, in) Kaiming-uniform, B (out, r) zero: it starts at the base model
+    LoRA (2106.09685)   y = W x + s B A x                       A (r, in) Kaiming-uniform, B (out, r) zero
+    DoRA (2402.09353)   y = m / |W + s B A| (W x + s B A x)     m (out,) starts as |W|: one norm a row
+    IA3  (2205.05638)   y = l W x, in the MLP y = W (l x)       l ones; it scales outputs or inputs
 
-Which set runs is an argument of the call, `linear(x, adapter)`: there is no switch that a later call, or a
-recomputation in the backward pass, could read stale. Adapters are float32 on a base of any dtype: in
-bfloat16 a step of 3e-4 on a weight of 0.1 would be rounded away. Files are PEFT's, so other tools read and
-write the same adapters.
+with s = alpha / r. Each starts at the base model. Which set runs is an argument of the call,
+`linear(x, adapter)`: there is no switch that a later call, or a recomputation in the backward pass, could
+read stale. Adapters are float32 on a base of any dtype: in bfloat16 a step of 3e-4 on a weight of 0.1 would
+be rounded away. Files are PEFT's, so other tools read and write the same adapters.
 """
 
 import json
 import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +30,10 @@ PREFIX = "base_model.model."        # PEFT's tensor names: this, the module's na
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
-    """How a set is made. The defaults are the paper's: rank 8, alpha 1 (so the scale is 1/8), no dropout."""
+class AdapterConfig:
+    """How a set is made: a kind of ADAPTERS, and for LoRA and DoRA the rest. The defaults are the paper's:
+    rank 8, alpha 1 (so the scale is 1/8), no dropout."""
+    kind: str = "lora"
     rank: int = 8
     alpha: float = 1.0
     dropout: float = 0.0
@@ -36,27 +41,74 @@ class LoRAConfig:
 
 
 class LoRA(nn.Module):
-    """What one set adds to one linear layer."""
+    """What one set does to one linear layer, here and in the other two: `forward` is the adapted layer, W
+    and bias being `linear`'s, and `merged` the weight and bias of a plain layer that does the same."""
 
-    def __init__(self, linear, config):
+    def __init__(self, linear, config, path):
         super().__init__()
         new = dict(dtype=torch.float32, device=linear.weight.device)
-        self.config, self.scale = config, config.alpha / config.rank
+        self.config, self.s = config, config.alpha / config.rank
         self.lora_A = nn.Parameter(torch.empty(config.rank, linear.in_features, **new))        # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, config.rank, **new))       # (out, r)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x, y):
-        """y + (alpha / r) B A x in float32, then back to the dtype of y = W x."""
+    def low_rank(self, x):                                                                     # B A x
         x = x.to(self.lora_A.dtype)
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
-        return torch.add(y, F.linear(F.linear(x, self.lora_A), self.lora_B), alpha=self.scale).to(y.dtype)
+        return F.linear(F.linear(x, self.lora_A), self.lora_B)
 
-    def merged(self, weight):
-        """W + (alpha / r) B A in the dtype of W."""
-        delta = self.scale * self.lora_B @ self.lora_A
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+    def forward(self, x, linear):
+        y = F.linear(x, linear.weight, linear.bias)
+        return torch.add(y, self.low_rank(x), alpha=self.s).to(y.dtype)
+
+    def merged(self, linear):
+        weight = linear.weight.to(self.lora_A.dtype) + self.s * self.lora_B @ self.lora_A
+        return weight.to(linear.weight.dtype), linear.bias
+
+
+class DoRA(LoRA):
+    def __init__(self, linear, config, path):
+        super().__init__(linear, config, path)
+        norm = linear.weight.detach().to(self.lora_A.dtype).norm(dim=1)
+        self.lora_magnitude_vector = nn.Parameter(norm)                                        # (out,)
+
+    def gain(self, linear):
+        """m / |W + s B A| (out,), the norm a constant to the backward pass, as in the paper's 4.3."""
+        with torch.no_grad():
+            norm = (linear.weight.to(self.lora_A.dtype) + self.s * self.lora_B @ self.lora_A).norm(dim=1)
+        return self.lora_magnitude_vector / norm
+
+    def forward(self, x, linear):
+        y = F.linear(x, linear.weight)
+        y = (self.gain(linear) * torch.add(y, self.low_rank(x), alpha=self.s)).to(y.dtype)
+        return y if linear.bias is None else y + linear.bias
+
+    def merged(self, linear):
+        weight = linear.weight.to(self.lora_A.dtype) + self.s * self.lora_B @ self.lora_A
+        return (self.gain(linear)[:, None] * weight).to(linear.weight.dtype), linear.bias
+
+
+class IA3(nn.Module):
+    def __init__(self, linear, config, path):
+        super().__init__()
+        self.config, self.of_input = config, ".mlp." in path
+        shape = (1, linear.in_features) if self.of_input else (linear.out_features, 1)         # PEFT's
+        self.ia3_l = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=linear.weight.device))
+
+    def forward(self, x, linear):
+        if self.of_input:
+            return F.linear((x * self.ia3_l.flatten()).to(x.dtype), linear.weight, linear.bias)
+        return (F.linear(x, linear.weight, linear.bias) * self.ia3_l.flatten()).to(x.dtype)
+
+    def merged(self, linear):
+        weight = (linear.weight * self.ia3_l).to(linear.weight.dtype)      # columns or rows, by its shape
+        if self.of_input or linear.bias is None:
+            return weight, linear.bias
+        return weight, (linear.bias * self.ia3_l.flatten()).to(linear.bias.dtype)
+
+
+ADAPTERS = {"lora": LoRA, "dora": DoRA, "ia3": IA3}
 
 
 class AdaptedLinear(Linear):
@@ -65,11 +117,12 @@ class AdaptedLinear(Linear):
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.sets = nn.ModuleDict()             # set name -> LoRA
+        self.sets = nn.ModuleDict()             # set name -> one of ADAPTERS
 
     def forward(self, x, adapter=None):
-        y = F.linear(x, self.weight, self.bias)
-        return self.sets[adapter](x, y) if adapter in self.sets else y      # no such set here: the bare base
+        if adapter in self.sets:
+            return self.sets[adapter](x, self)
+        return super().forward(x)               # no such set here: the bare base
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -86,29 +139,35 @@ def adapted(model, name=None):
             if isinstance(m, AdaptedLinear) and (name is None or name in m.sets)}
 
 
-def add_adapter(model, name, config=LoRAConfig(), paths=None):
-    """Freeze the base and give every linear named in `config.targets` (of these only `paths`, if given) a
-    new set `name`, in place of one it has. ValueError if no linear bears a target's name."""
-    if paths is None:
-        paths = [p for p in linears(model) if p.split(".")[-1] in config.targets]
-    if unknown := set(config.targets) - {p.split(".")[-1] for p in paths}:
-        here = sorted({p.split(".")[-1] for p in linears(model)})
-        raise ValueError(f"no linear is named {' or '.join(sorted(unknown))}: expected {', '.join(here)}")
+def add_adapter(model, name, config=AdapterConfig()):
+    """Freeze the base and give every linear named in `config.targets` a new set `name`, in place of one it
+    has. ValueError if no linear bears a target's name."""
+    layers = linears(model)
+    if unknown := set(config.targets) - (here := {p.split(".")[-1] for p in layers}):
+        expected = ", ".join(sorted(here))
+        raise ValueError(f"no linear is named {' or '.join(sorted(unknown))}: expected {expected}")
+    paths = [p for p in layers if p.split(".")[-1] in config.targets]
+    attach(model, name, {p: ADAPTERS[config.kind](layers[p], config, p) for p in paths})
+
+
+def attach(model, name, adapters):
     if not adapted(model):
         model.requires_grad_(False)
-    for path in paths:
+    for path, adapter in adapters.items():
         linear = model.get_submodule(path)
         if not isinstance(linear, AdaptedLinear):
             linear = AdaptedLinear(linear)
             model.set_submodule(path, linear)
-        linear.sets[name] = LoRA(linear, config)
+        linear.sets[name] = adapter
 
 
+@torch.no_grad()
 def merge(model, name):
     """A plain model with the set `name` merged into a copy of the weights it adapts; the rest is shared."""
     weights = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
     for path, linear in adapted(model, name).items():
-        weights[f"{path}.weight"] = linear.sets[name].merged(linear.weight)
+        weight, bias = linear.sets[name].merged(linear)
+        weights |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
     with torch.device("meta"):
         plain = Llama(model.config)
     plain.load_state_dict(weights, assign=True)
@@ -118,64 +177,78 @@ def merge(model, name):
 # ----------------------------------------------------------------------------------------------------------
 # Files: adapter_config.json and adapter_model.safetensors, as PEFT writes them
 
+def file_names(path, adapter):
+    """The names of a layer's tensors in adapter_model.safetensors: file name -> parameter."""
+    halves = ("lora_A", "lora_B")               # layers of their own in PEFT
+    return {f"{PREFIX}{path}.{n}" + ".weight" * (n in halves): p for n, p in adapter.named_parameters()}
+
+
 def adapter_files(model, name, base=""):
     """The files of the set `name`, for `write_files`: `peft.PeftModel.from_pretrained` reads them too.
     `base` names the base model."""
-    carriers = adapted(model, name)
-    config = next(iter(carriers.values())).sets[name].config
-    settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base, "inference_mode": True,
-        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
-        "target_modules": sorted({path.split(".")[-1] for path in carriers}),
-        "bias": "none", "fan_in_fan_out": False, "use_rslora": False, "use_dora": False,
-    }
+    carriers = {path: linear.sets[name] for path, linear in adapted(model, name).items()}
+    config = next(iter(carriers.values())).config
+    targets = sorted({path.split(".")[-1] for path in carriers})
+    settings = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+                "target_modules": targets, "fan_in_fan_out": False}
+    if config.kind == "ia3":
+        mlp = sorted({path.split(".")[-1] for path in carriers if carriers[path].of_input})
+        settings |= {"peft_type": "IA3", "feedforward_modules": mlp}
+    else:
+        settings |= {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha,
+                     "lora_dropout": config.dropout, "bias": "none", "use_rslora": False,
+                     "use_dora": config.kind == "dora"}
     tensors = {}
-    for path, linear in carriers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = linear.sets[name].lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = linear.sets[name].lora_B
+    for path, adapter in carriers.items():
+        tensors |= file_names(path, adapter)
     return {"adapter_model.safetensors": tensor_bytes(tensors), "adapter_config.json": json_bytes(settings)}
+
+
+def read_config(folder):
+    """The AdapterConfig of an adapter folder, without targets. ValueError for what ADAPTERS do not do."""
+    c = read_json(folder / "adapter_config.json", "peft_type")
+    if c["peft_type"] not in ("LORA", "IA3"):
+        raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r}: expected LORA or IA3")
+    extras = ("use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
+              "layer_replication", "use_qalora", "alora_invocation_tokens")
+    odd = [k for k in extras if c.get(k)] + (["bias"] if c.get("bias", "none") != "none" else [])
+    if str(c.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        odd.append("init_lora_weights")         # starts that change the base as well
+    if odd:
+        raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA, DoRA "
+                         "or IA3")
+    if c["peft_type"] == "IA3":
+        return AdapterConfig("ia3")
+    read_json(folder / "adapter_config.json", "r", "lora_alpha")
+    kind = "dora" if c.get("use_dora") else "lora"
+    return AdapterConfig(kind, c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0))
 
 
 def load_adapter(model, name, folder):
     """Add the set saved in `folder` to the model under `name`; returns how many tensors were read.
 
     Loads strictly: a tensor for a layer that the model lacks, a missing half or another shape is a
-    ValueError that lists them all, and so is an adapter of another kind than plain LoRA.
+    ValueError that lists them all, and so is an adapter of a kind that is not of ADAPTERS.
     """
     folder = Path(folder)
-    c = read_json(folder / "adapter_config.json", "peft_type", "r", "lora_alpha")
-    if c.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} holds an adapter of kind {c.get('peft_type')!r}: expected LORA")
-    extras = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
-              "layer_replication", "use_qalora", "alora_invocation_tokens")
-    odd = [k for k in extras if c.get(k)] + (["bias"] if c.get("bias", "none") != "none" else [])
-    if str(c.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        odd.append("init_lora_weights")         # starts that change the base as well
-    if odd:
-        raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA")
-
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    paths = sorted({n.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for n in tensors})
-    layers, r, want = linears(model), c["r"], {}
-    for p in paths:
-        if p in layers:
-            want[f"{PREFIX}{p}.lora_A.weight"] = (r, layers[p].in_features)
-            want[f"{PREFIX}{p}.lora_B.weight"] = (layers[p].out_features, r)
+    config, tensors = read_config(folder), read_tensors(folder / "adapter_model.safetensors")
+    parts = r"\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$"
+    paths = sorted({re.sub(parts, "", n.removeprefix(PREFIX)) for n in tensors})
+    config = replace(config, targets=tuple(sorted({p.split(".")[-1] for p in paths})))
+    layers, want = linears(model), {}
+    new = {p: ADAPTERS[config.kind](layers[p], config, p) for p in paths if p in layers}
+    for p in new:
+        want |= file_names(p, new[p])
     wrong = [f"missing {n}" for n in want.keys() - tensors.keys()]
     wrong += [f"unexpected {n}" for n in tensors.keys() - want.keys()]
-    wrong += [f"{n} is {tuple(tensors[n].shape)}, expected {want[n]}"
-              for n in want.keys() & tensors.keys() if tuple(tensors[n].shape) != want[n]]
+    wrong += [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(want[n].shape)}"
+              for n in want.keys() & tensors.keys() if tensors[n].shape != want[n].shape]
     if wrong or not paths:
         raise ValueError(f"{folder} does not fit the model: {'; '.join(sorted(wrong)) or 'no tensors'}")
 
-    targets = tuple(sorted({p.split(".")[-1] for p in paths}))
-    add_adapter(model, name, LoRAConfig(r, c["lora_alpha"], c.get("lora_dropout", 0.0), targets), paths)
-    with torch.no_grad():
-        for p in paths:
-            lora = model.get_submodule(p).sets[name]
-            lora.lora_A.copy_(tensors[f"{PREFIX}{p}.lora_A.weight"])
-            lora.lora_B.copy_(tensors[f"{PREFIX}{p}.lora_B.weight"])
+    for n, parameter in want.items():
+        parameter.data.copy_(tensors[n])
+    attach(model, name, new)
     return len(tensors)
 
 

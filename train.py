@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets, surprise
-from lora import TARGETS, LoRAConfig, add_adapter
+from lora import ADAPTERS, TARGETS, AdapterConfig, add_adapter
 from lora import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from model import Llama
 from text.examples import TEMPLATES, batches, draw, load_examples
@@ -99,6 +99,7 @@ def make_parser():
     arg("--method", default="bitune", choices=METHODS, help="how the prompt is read: " + ", ".join(METHODS))
     arg("--second-mask", default="bidirectional", choices=SECOND_MASKS, help="what its second pass sees")
     arg("--theta-init", default=0.01, type=number(float, 1e-9, 1e9), help="c and first θ: the speed of α")
+    arg("--peft", default="lora", choices=ADAPTERS, help="kind of adapters: " + ", ".join(ADAPTERS))
     arg("--rank", default=8, type=number(int, 1, 65536), help="rank of the adapters")
     arg("--alpha", default=1.0, type=number(float, 0, 1e9), help="LoRA's alpha: the scale is alpha / rank")
     arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="dropout before the adapters")
@@ -311,7 +312,8 @@ def prepare(args):
 
     torch.manual_seed(args.seed)
     for name in adapter_sets(args.method):
-        add_adapter(model, name, LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)))
+        config = AdapterConfig(args.peft, args.rank, args.alpha, args.dropout, tuple(args.targets))
+        add_adapter(model, name, config)
     bitune = Bitune(model, args.method, args.theta_init, args.second_mask)
     return bitune, tokenizer, examples, val, dropped
 

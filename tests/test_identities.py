@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bitune import METHODS, Bitune, pick
-from lora import merge
+from lora import ADAPTERS, merge
 from model import NONE, KVCache, Past, may_attend
 from tiny import ANSWERS, RAGGED, tiny_bitune
 
@@ -108,8 +108,10 @@ def test_cached_is_uncached(method):
 
 
 @pytest.mark.parametrize("adapter", ["causal", "bidirectional"])
-def test_merged_is_unmerged(adapter):
-    model = tiny_bitune(dtype=F64).model
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_merged_is_unmerged(adapter, kind):
+    biases = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+    model = tiny_bitune(dtype=F64, kind=kind, config=biases).model
     ids = torch.tensor([RAGGED[3]])
     positions = torch.arange(ids.shape[1])[None]
     mask = may_attend(positions, positions)

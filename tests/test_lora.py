@@ -9,56 +9,72 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
-from lora import LoRAConfig, adapted, adapter_files, add_adapter, finish_writing, load_adapter, write_files
+from lora import ADAPTERS, AdapterConfig, adapted, adapter_files, add_adapter, load_adapter
+from lora import finish_writing, write_files
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
 
 
-def test_a_new_set_starts_at_the_base_model_and_only_it_trains():
-    model = tiny_model()
+@pytest.mark.parametrize(
+    "kind, trains",
+    [
+        ("lora", {"lora_A", "lora_B"}),
+        ("dora", {"lora_A", "lora_B", "lora_magnitude_vector"}),
+        ("ia3", {"ia3_l"}),
+    ],
+)
+def test_a_new_set_starts_at_the_base_model_and_only_it_trains(kind, trains):
+    model = tiny_model(model_type="qwen2")
     before = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
-    add_adapter(model, "causal", LoRAConfig())
-    assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], before)
-    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    add_adapter(model, "causal", AdapterConfig(kind))
+    torch.testing.assert_close(Bitune(model, "lora")(RAGGED, ANSWERS)[0], before, atol=1e-5, rtol=1e-5)
+    assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == trains
     assert len(adapted(model, "causal")) == 7 * 3 and not adapted(model, "bidirectional")
+
+
+def test_lora_starts_as_peft_s():
+    model = tiny_model()
+    add_adapter(model, "causal")
     A = model.model.layers[0].mlp.down_proj.sets["causal"].lora_A
     assert A.shape == (8, 48) and A.abs().max() <= 1 / math.sqrt(48) and A.abs().max() > 0.9 / math.sqrt(48)
 
 
-def test_adapters_are_float32_on_a_bfloat16_base_and_the_output_keeps_its_dtype():
-    model = tiny_model(torch.bfloat16)
-    add_adapter(model, "causal", LoRAConfig())
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_are_float32_on_a_bfloat16_base_and_the_output_keeps_its_dtype(kind):
+    model = tiny_model(torch.bfloat16, model_type="qwen2")
+    add_adapter(model, "causal", AdapterConfig(kind))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert Bitune(model, "lora")(RAGGED, ANSWERS)[0].dtype == torch.bfloat16
 
 
 def test_targets_and_sets_are_independent():
     model = tiny_model()
-    add_adapter(model, "causal", LoRAConfig(targets=("q_proj", "v_proj")))
-    add_adapter(model, "bidirectional", LoRAConfig(rank=2, targets=("down_proj",)))
+    add_adapter(model, "causal", AdapterConfig(targets=("q_proj", "v_proj")))
+    add_adapter(model, "bidirectional", AdapterConfig(rank=2, targets=("down_proj",)))
     assert {p.split(".")[-1] for p in adapted(model, "causal")} == {"q_proj", "v_proj"}
     assert {p.split(".")[-1] for p in adapted(model, "bidirectional")} == {"down_proj"}
     Bitune(model)(RAGGED, ANSWERS)
     with pytest.raises(
         ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"
     ):
-        add_adapter(tiny_model(), "causal", LoRAConfig(targets=("fc1", "q_proj")))
+        add_adapter(tiny_model(), "causal", AdapterConfig(targets=("fc1", "q_proj")))
 
 
 def test_dropout_acts_in_training_only():
     bitune = tiny_bitune("lora")
     for linear in adapted(bitune.model).values():
-        linear.sets["causal"].config = LoRAConfig(rank=4, dropout=0.5)
+        linear.sets["causal"].config = AdapterConfig(rank=4, dropout=0.5)
     run = lambda: bitune(RAGGED, ANSWERS)[0]
     assert not torch.equal(run(), run())
     bitune.eval()
     assert torch.equal(run(), run())
 
 
-def test_saved_and_loaded_is_the_same(tmp_path):
-    bitune = tiny_bitune("lora")
+@pytest.mark.parametrize("kind, tensors", [("lora", 2), ("dora", 3), ("ia3", 1)])
+def test_saved_and_loaded_is_the_same(kind, tensors, tmp_path):
+    bitune = tiny_bitune("lora", kind=kind)
     write_files(tmp_path, adapter_files(bitune.model, "causal", "base"))
     model = tiny_model()
-    assert load_adapter(model, "causal", tmp_path) == 2 * 7 * 3
+    assert load_adapter(model, "causal", tmp_path) == tensors * 7 * 3
     assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], bitune(RAGGED, ANSWERS)[0])
 
 
@@ -77,7 +93,7 @@ def test_saved_and_loaded_is_the_same(tmp_path):
         ),
         (lambda c, t: c.update(r=5), r"is \(4, 32\), expected \(5, 32\)"),
         (lambda c, t: t.clear(), "no tensors"),
-        (lambda c, t: c.update(peft_type="IA3"), "an adapter of kind 'IA3': expected LORA"),
+        (lambda c, t: c.update(peft_type="LOHA"), "an adapter of kind 'LOHA': expected LORA or IA3"),
         (
             lambda c, t: c.update(use_rslora=True, bias="all"),
             "uses use_rslora, bias, which is not supported",
@@ -135,29 +151,32 @@ def test_a_file_is_replaced_not_overwritten(tmp_path):
         assert held.read() == b"old" and (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_peft_reads_our_adapters_and_we_read_peft_s(tmp_path):
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_peft_reads_our_adapters_and_we_read_peft_s(kind, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     folder = write_checkpoint(tmp_path / "base")
     ids = torch.tensor([RAGGED[3]])
     theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
-    ours = tiny_bitune("lora")  # on the same weights: tiny_model's, seed 0
+    ours = tiny_bitune("lora", kind=kind)  # on the same weights: tiny_model's, seed 0
     write_files(tmp_path / "run", ours.files(str(folder)))
     read = peft.PeftModel.from_pretrained(theirs(), tmp_path / "run")
     with torch.inference_mode():
         logits, _ = ours([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
         torch.testing.assert_close(logits, read(ids).logits, atol=1e-4, rtol=0)
 
-    made = peft.get_peft_model(
-        theirs(), peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
-    )
+    targets = ["q_proj", "down_proj"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, use_dora=kind == "dora", target_modules=targets)
+    if kind == "ia3":
+        config = peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
+    made = peft.get_peft_model(theirs(), config)
     with torch.no_grad():
         for name, p in made.named_parameters():
-            if "lora_" in name:
-                p.normal_(0, 0.3)
+            if p.requires_grad:
+                p.add_(torch.empty_like(p).normal_(0, 0.3))
     made.save_pretrained(tmp_path / "peft")
     loaded, n, _ = Bitune.load(tiny_model(), tmp_path / "peft")
     with torch.inference_mode():
         logits, _ = loaded([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
         torch.testing.assert_close(logits, made(ids).logits, atol=1e-4, rtol=0)
-    assert n == 2 * 2 * 3
+    assert n == {"lora": 2, "dora": 3, "ia3": 1}[kind] * 2 * 3

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import bitune as bitune_module
 from bitune import Bitune, adapter_sets
 from edits import edited
-from lora import LoRAConfig, add_adapter
+from lora import AdapterConfig, add_adapter
 from model import Llama, may_attend
 from text.examples import Example, encode_prompt
 from text.tokenizer import Tokenizer
@@ -61,9 +61,8 @@ def load_variant(folder, name):
     """A variant's model with the recorded parameters, its examples, its file and its part of cases.json."""
     cases = json.loads((folder / "cases.json").read_text())
     case = cases["variants"][name]
-    if case["peft"] != "lora":
-        pytest.skip(f"adapters of kind {case['peft']} are not supported yet")
-    module, options, method = bitune_module, {}, name
+    module, options = bitune_module, {}
+    method = "lora" if name == case["peft"] else name.removesuffix(f"_{case['peft']}")
     if name == "bitune_relu":
         module, method = edited("relu"), "bitune"
     elif name.startswith("bitune_s_init_"):
@@ -76,7 +75,7 @@ def load_variant(folder, name):
 
     model = checkpoint(folder)
     for adapter in adapter_sets(method):
-        add_adapter(model, adapter, LoRAConfig(cases["rank"], cases["alpha"]))
+        add_adapter(model, adapter, AdapterConfig(case["peft"], cases["rank"], cases["alpha"]))
     bitune = module.Bitune(model, method, **options)
     reference = load_file(folder / f"{name}.safetensors")
     with torch.no_grad():
@@ -95,8 +94,9 @@ def parameter(bitune, key):
     _, adapter, path = key.split(".", 2)
     if adapter == "mixing":
         return getattr(bitune, f"theta_{path}")
-    path, half = path.rsplit(".", 1)
-    return getattr(bitune.model.get_submodule(path).sets[adapter], half)
+    path, part = path.rsplit(".", 1)
+    part = {"magnitude": "lora_magnitude_vector", "scale": "ia3_l"}.get(part, part)
+    return getattr(bitune.model.get_submodule(path).sets[adapter], part)
 
 
 def test_logits_losses_alpha_and_gradients(variant):

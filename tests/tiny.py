@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from bitune import Bitune, adapter_sets
-from lora import LoRAConfig, add_adapter
+from lora import AdapterConfig, add_adapter
 from model import Config, Llama
 
 CONFIG = {
@@ -38,18 +38,20 @@ def tiny_model(dtype=torch.float32, seed=0, **config):
     return model
 
 
-def tiny_bitune(method="bitune", dtype=torch.float32, rank=4, **options):
+def tiny_bitune(method="bitune", dtype=torch.float32, rank=4, kind="lora", config={}, **options):
     """A method on a tiny model, its adapters and thetas away from where training starts (B is not zero)."""
-    model = tiny_model(dtype)
+    model = tiny_model(dtype, **config)
     for name in adapter_sets(method):
-        add_adapter(model, name, LoRAConfig(rank=rank))
+        add_adapter(model, name, AdapterConfig(kind, rank))
     bitune = Bitune(model, method, **options)
     with torch.no_grad():
         for name, p in bitune.named_parameters():
             if "theta" in name:
                 p.copy_(torch.tensor([0.02, -0.005, 0.01]))
-            elif "lora" in name:
+            elif "lora_A" in name or "lora_B" in name:
                 p.normal_(0, 0.5)
+            elif p.requires_grad:  # what scales
+                p.mul_(torch.empty_like(p).uniform_(0.5, 1.5))
     return bitune.to(dtype)
 
 
