@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save
 
 from model import Linear, Llama
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."        # PEFT's tensor names: this, the module's name, .lora_A.weight (or B)
 
 
@@ -37,7 +36,7 @@ class AdapterConfig:
     rank: int = 8
     alpha: float = 1.0
     dropout: float = 0.0
-    targets: tuple = TARGETS
+    targets: tuple = ()         # names of linears; none stands for all that end in _proj
 
 
 class LoRA(nn.Module):
@@ -143,10 +142,12 @@ def add_adapter(model, name, config=AdapterConfig()):
     """Freeze the base and give every linear named in `config.targets` a new set `name`, in place of one it
     has. ValueError if no linear bears a target's name."""
     layers = linears(model)
-    if unknown := set(config.targets) - (here := {p.split(".")[-1] for p in layers}):
+    here = {p.split(".")[-1] for p in layers}
+    if unknown := set(config.targets) - here:
         expected = ", ".join(sorted(here))
         raise ValueError(f"no linear is named {' or '.join(sorted(unknown))}: expected {expected}")
-    paths = [p for p in layers if p.split(".")[-1] in config.targets]
+    targets = config.targets or [n for n in here if n.endswith("_proj")]
+    paths = [p for p in layers if p.split(".")[-1] in targets]
     attach(model, name, {p: ADAPTERS[config.kind](layers[p], config, p) for p in paths})
 
 

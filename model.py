@@ -14,6 +14,7 @@ Modules carry the checkpoint's own names, so a Hugging Face checkpoint loads wit
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
+gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
 ROPE_TYPES = {       # and the numbers of config.json that each needs besides rope_theta
     "default": [],
     "linear": ["factor"],
@@ -47,8 +50,12 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
     rope: dict
+    rotary_dim: int             # of head_dim: those that are turned
+    activation: str             # of ACTIVATIONS
+    norm: str                   # of NORMS
+    norm_eps: float
+    qk_norm: bool = False       # queries and keys are normalised before they are turned
     sliding_window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
@@ -64,12 +71,17 @@ class Config:
         needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
         if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
             raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
-        if (act := c.get("hidden_act", "silu")) != "silu":
-            raise ValueError(f"hidden_act {act!r} is not supported: a {kind} model is expected to use silu")
+        # Gemma's hidden_act was published as "gelu", which was never meant; hidden_activation mends it.
+        act = c.get("hidden_activation") or "gelu_pytorch_tanh" if kind == "gemma" else c.get("hidden_act", "silu")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {act!r} is not supported: expected {' or '.join(ACTIVATIONS)}")
+        if c.get("qk_layernorm"):
+            raise ValueError("qk_layernorm is not supported: expected a phi model without it")
 
         # Up to transformers 4: rope_theta + rope_scaling ("type" is the older word); then rope_parameters.
         rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+        turned = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
         rope["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
         if rope["rope_type"] not in ROPE_TYPES:
             kinds = " or ".join(ROPE_TYPES)
@@ -80,7 +92,8 @@ class Config:
         rope = {k: rope[k] for k in ["rope_type", "rope_theta", *wanted]}
 
         heads = c["num_attention_heads"]
-        bias = bool(c.get("attention_bias", False))
+        head_dim = c.get("head_dim") or c["hidden_size"] // heads
+        bias = bool(c.get("attention_bias", False)) or kind == "phi"
         slides = c.get("use_sliding_window", kind == "mistral")
         return cls(
             model_type=kind,
@@ -90,15 +103,19 @@ class Config:
             num_hidden_layers=c["num_hidden_layers"],
             num_attention_heads=heads,
             num_key_value_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+            head_dim=head_dim,
             max_position_embeddings=c.get("max_position_embeddings") or 2048,
-            rms_norm_eps=c.get("rms_norm_eps", 1e-6),
             rope=rope,
+            rotary_dim=int(head_dim * turned),
+            activation=act,
+            norm={"gemma": "rms + 1", "phi": "layer"}.get(kind, "rms"),
+            norm_eps=c.get("layer_norm_eps", 1e-5) if kind == "phi" else c.get("rms_norm_eps", 1e-6),
+            qk_norm=kind == "qwen3",
             sliding_window=c.get("sliding_window", 4096) if slides else None,
             qkv_bias=bias or kind == "qwen2",
             o_bias=bias and kind != "qwen2",
-            mlp_bias=bool(c.get("mlp_bias", False)),
-            tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
+            mlp_bias=bool(c.get("mlp_bias", False)) or kind == "phi",
+            tie_word_embeddings=bool(c.get("tie_word_embeddings", kind == "gemma")),
         )
 
     @classmethod
@@ -126,9 +143,10 @@ class Config:
 # Positions, masks, and what earlier tokens left behind
 
 def rotary(config, positions, dtype):
-    """Cosines and sines of RoPE (2104.09864) at `positions` (B, T): two tensors (B, 1, T, D/2)."""
-    rope, D = config.rope, config.head_dim
-    freq = rope["rope_theta"] ** -(torch.arange(0, D, 2, device=positions.device).float() / D)     # (D/2,)
+    """Cosines and sines of RoPE (2104.09864) at `positions` (B, T): two tensors (B, 1, T, R/2), where R is
+    the part of D that is turned, mostly all of it."""
+    rope, R = config.rope, config.rotary_dim
+    freq = rope["rope_theta"] ** -(torch.arange(0, R, 2, device=positions.device).float() / R)     # (R/2,)
     if rope["rope_type"] == "linear":
         freq = freq / rope["factor"]
     if rope["rope_type"] == "llama3":
@@ -137,14 +155,14 @@ def rotary(config, positions, dtype):
         turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)       # in the old context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freq = freq * (keep + (1 - keep) / rope["factor"])
-    angle = positions[:, None, :, None].float() * freq                                    # (B, 1, T, D/2)
+    angle = positions[:, None, :, None].float() * freq                                    # (B, 1, T, R/2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + D/2}) of x (B, heads, T, D) by its position's angle."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn each pair (x_i, x_{i + R/2}) of x (B, heads, T, D) by its position's angle."""
+    a, b, rest = x.tensor_split((cos.shape[-1], 2 * cos.shape[-1]), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
 
 
 def may_attend(query_pos, key_pos, sees="causal"):
@@ -207,24 +225,42 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
+class OffsetRMSNorm(nn.RMSNorm):
+    """Gemma's: the weight is stored less one, and is applied in float32."""
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
+NORMS = {"rms": nn.RMSNorm, "rms + 1": OffsetRMSNorm, "layer": nn.LayerNorm}
+
+
+def make_norm(c, size):
+    return NORMS[c.norm](size, eps=c.norm_eps)
+
+
 class Attention(nn.Module):
+    out = "o_proj"                              # the name of the output projection
+
     def __init__(self, c):
         super().__init__()
         self.n_q, self.n_kv, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.q_proj = Linear(c.hidden_size, self.n_q * self.D, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden_size, self.n_kv * self.D, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, self.n_kv * self.D, bias=c.qkv_bias)
-        self.o_proj = Linear(self.n_q * self.D, c.hidden_size, bias=c.o_bias)
+        self.add_module(self.out, Linear(self.n_q * self.D, c.hidden_size, bias=c.o_bias))
+        self.q_norm = make_norm(c, self.D) if c.qk_norm else nn.Identity()
+        self.k_norm = make_norm(c, self.D) if c.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, past, layer, adapter, rows):
         """x (B, T, C). Keys and values are made for all T tokens, queries only for `rows`, T' of them."""
         cos, sin = rope
         k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
-        k = rotate(k, cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
         q = self.q_proj(x[:, rows], adapter).unflatten(-1, (self.n_q, self.D))
         q = q.transpose(1, 2)                                                             # (B, H, T', D)
-        q = rotate(q, cos[:, :, rows], sin[:, :, rows])
+        q = rotate(self.q_norm(q), cos[:, :, rows], sin[:, :, rows])
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)
         mask = None if mask is None else mask[:, :, rows]                                 # (B, 1, T', S + T)
@@ -233,7 +269,8 @@ class Attention(nn.Module):
             k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
             grouped = False
         y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=grouped)     # (B, H, T', D)
-        return self.o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                # (B, T', C)
+        o_proj = getattr(self, self.out)
+        return o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                     # (B, T', C)
 
 
 class MLP(nn.Module):
@@ -242,17 +279,18 @@ class MLP(nn.Module):
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x, adapter):
-        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+        return self.down_proj(self.activation(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.input_layernorm = make_norm(c, c.hidden_size)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(c, c.hidden_size)
         self.mlp = MLP(c)
 
     def forward(self, x, rope, mask, past, layer, adapter, rows):
@@ -262,17 +300,49 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kv
 
 
+class PhiAttention(Attention):
+    out = "dense"
+
+
+class PhiMLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.fc1 = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.fc2 = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.activation]
+
+    def forward(self, x, adapter):
+        return self.fc2(self.activation(self.fc1(x, adapter)), adapter)
+
+
+class PhiBlock(nn.Module):
+    """Attention and MLP side by side, on the same normed input."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.input_layernorm = make_norm(c, c.hidden_size)
+        self.self_attn = PhiAttention(c)
+        self.mlp = PhiMLP(c)
+
+    def forward(self, x, rope, mask, past, layer, adapter, rows):
+        normed = self.input_layernorm(x)
+        y, kv = self.self_attn(normed, rope, mask, past, layer, adapter, rows)
+        return x[:, rows] + y + self.mlp(normed[:, rows], adapter), kv
+
+
 class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        phi = config.model_type == "phi"
+        block, self.final = (PhiBlock, "final_layernorm") if phi else (Block, "norm")
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+            "layers": nn.ModuleList(block(config) for _ in range(config.num_hidden_layers)),
+            self.final: make_norm(config, config.hidden_size),
         })
         if not config.tie_word_embeddings:      # a tied head is the embedding itself
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=phi)
 
     def forward(self, tokens, positions, mask=None, past=None, adapter=None, rows=ALL):
         """Logits (B, T', V) of the tokens in `rows`, and the new keys and values: L pairs (B, G, T, D).
@@ -286,14 +356,18 @@ class Llama(nn.Module):
         if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
             self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
         x = self.model.embed_tokens(tokens)                                               # (B, T, C)
+        if self.config.model_type == "gemma":
+            x = x * x.new_tensor(self.config.hidden_size ** 0.5)
         rope = rotary(self.config, positions, x.dtype)
         keys_values = []
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             x, kv = block(x, rope, mask, past, i, adapter, rows if i == last else ALL)
             keys_values.append(kv)
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.model.norm(x), head.weight), keys_values
+        x = self.model[self.final](x)
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.model.embed_tokens.weight), keys_values
+        return self.lm_head(x), keys_values
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from bitune import METHODS, SECOND_MASKS, Bitune, adapter_sets, surprise
-from lora import ADAPTERS, TARGETS, AdapterConfig, add_adapter
+from lora import ADAPTERS, AdapterConfig, add_adapter
 from lora import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from model import Llama
 from text.examples import TEMPLATES, batches, draw, load_examples
@@ -103,7 +103,7 @@ def make_parser():
     arg("--rank", default=8, type=number(int, 1, 65536), help="rank of the adapters")
     arg("--alpha", default=1.0, type=number(float, 0, 1e9), help="LoRA's alpha: the scale is alpha / rank")
     arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="dropout before the adapters")
-    arg("--targets", default=list(TARGETS), nargs="+", metavar="NAME", help="linears to adapt")
+    arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all that end in _proj)")
 
     arg = group("data")
     arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer")
@@ -312,7 +312,7 @@ def prepare(args):
 
     torch.manual_seed(args.seed)
     for name in adapter_sets(args.method):
-        config = AdapterConfig(args.peft, args.rank, args.alpha, args.dropout, tuple(args.targets))
+        config = AdapterConfig(args.peft, args.rank, args.alpha, args.dropout, tuple(args.targets or ()))
         add_adapter(model, name, config)
     bitune = Bitune(model, args.method, args.theta_init, args.second_mask)
     return bitune, tokenizer, examples, val, dropped

@@ -126,8 +126,9 @@ def hugging_face(model):
     """The same weights in transformers' model."""
     import transformers
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-              "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
-    config = transformers.LlamaConfig(**{f: getattr(model.config, f) for f in fields}, eos_token_id=None)
+              "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
+    shape = {f: getattr(model.config, f) for f in fields}
+    config = transformers.LlamaConfig(**shape, rms_norm_eps=model.config.norm_eps, eos_token_id=None)
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
     theirs.load_state_dict(model.state_dict(), strict=False, assign=True)

@@ -33,8 +33,8 @@ def logits(model, ids=RAGGED[3]):
             "needs low_freq_factor, high_freq_factor",
         ),
         (
-            {"hidden_act": "gelu"},
-            "hidden_act 'gelu' is not supported: a llama model is expected to use silu",
+            {"hidden_act": "relu"},
+            "hidden_act 'relu' is not supported: expected silu or gelu or gelu_new",
         ),
         ({"hidden_size": None}, "lacks a whole number above 0 for: hidden_size"),
     ],
