@@ -428,3 +428,9 @@ def checkpoint_files(folder):
         hint = f" It has {', '.join(pickles)}: convert to safetensors, they are not read" if pickles else ""
         raise ValueError(f"{folder} lacks {', '.join(lacking)}.{hint}")
     return files
+
+
+def checkpoint_dtype(folder):
+    """The dtype that a checkpoint's weights are stored in."""
+    with safe_open(checkpoint_files(Path(folder))[0], framework="pt") as f:
+        return f.get_tensor(next(iter(f.keys()))).dtype

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from bitune import METHODS, Bitune
-from lora import write_files
+from experiments import merge
+from lora import ADAPTERS, write_files
 from text.examples import Example
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
 
@@ -511,3 +512,31 @@ def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
     assert "α of the keys" in lines[1] and [l.split()[0] for l in lines[2:5]] == ["0", "1", "2"]
     alpha = Bitune.load(tiny_model(), tmp_path / "run")[0].alpha()
     assert float(lines[3].split()[1]) == pytest.approx(alpha[0][1].item(), abs=5e-4)
+
+
+# ---- merge -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("peft", ADAPTERS)
+@pytest.mark.parametrize("model_type", ["qwen2", "phi"])
+def test_a_merged_checkpoint_answers_as_base_and_adapter_do(model_type, peft, flags, tmp_path, capsys):
+    write_checkpoint(tmp_path / "model", model_type=model_type, num_key_value_heads=4)
+    train.main(flags("--method", "lora", "--peft", peft, "--lr", 0.3))
+    argv = ["--model", tmp_path / "model", "--adapter", tmp_path / "run", "--out", tmp_path / "merged"]
+    merge.main([str(a) for a in argv])
+    merged, _ = train.load_base(tmp_path / "merged", "cpu", None)
+    base, _ = train.load_base(tmp_path / "model", "cpu", None)
+    logits = lambda model: Bitune(model, "lora")(RAGGED, ANSWERS)[0]
+    before = logits(base)
+    adapted = Bitune.load(base, tmp_path / "run")[0](RAGGED, ANSWERS)[0]
+    assert (adapted - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
+    assert "merged exists: choose another name" in exits(2, merge.main, argv, capsys)
+
+
+def test_a_run_with_prompt_passes_is_not_merged(flags, tmp_path, capsys):
+    train.main(flags())
+    capsys.readouterr()
+    argv = ["--model", tmp_path / "model", "--adapter", tmp_path / "run", "--out", tmp_path / "merged"]
+    assert "is of method bitune, whose prompt passes need" in exits(2, merge.main, argv, capsys)
+    assert not (tmp_path / "merged").exists()
