@@ -39,7 +39,7 @@ MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        
 # Without --model and --data: the demonstration. Its files come with this repository.
 HERE = os.path.relpath(Path(__file__).parent / "experiments/demo")
 DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data": f"{HERE}/data/val.jsonl",
-        "steps": 200, "batch_size": 32, "micro_batch_size": 32, "lr": 1e-2, "eval_every": 20}
+        "steps": 200, "batch_size": 32, "micro_batch_size": 32, "lr": 2e-2, "eval_every": 20}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -368,7 +368,8 @@ def resumed(parser, args, argv):
         flags = " --".join(sorted(more))
         raise ValueError(f"--resume goes on with a run's own settings, which --{flags} would change")
     before = read_json(Path(args.resume) / "settings.json", "args")["args"]
-    return argparse.Namespace(**before | given | {"out": args.resume})
+    flags = vars(parser.parse_args([])) | before | given            # the first: for flags newer than the run
+    return argparse.Namespace(**flags | {"out": args.resume})
 
 
 def logged(path, start):

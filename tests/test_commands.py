@@ -193,6 +193,9 @@ def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch):
     assert end.value.code == 128 + signal.SIGTERM and len(log(tmp_path / "run")) == 3
     with open(tmp_path / "run/log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # what a kill may leave of a line
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    del settings["args"]["peft"]  # as if the run were older than the flag
+    (tmp_path / "run/settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(999)
     train.main(["--resume", str(tmp_path / "run")])
