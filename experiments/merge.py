@@ -9,8 +9,6 @@ these need the base, or two sets of weights, at once.
 import shutil
 from pathlib import Path
 
-import torch
-
 from bitune import Bitune
 from lora import finish_writing, merge, read_json, tensor_bytes, write_files
 from model import Llama, checkpoint_dtype

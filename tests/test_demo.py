@@ -82,8 +82,8 @@ def anywhere(tmp_path, monkeypatch):
 
 def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
     """The demonstration, cut short."""
-    monkeypatch.setitem(train.DEMO, "steps", 110)
-    monkeypatch.setitem(train.DEMO, "eval_every", 110)
+    monkeypatch.setitem(train.DEMO, "steps", 80)
+    monkeypatch.setitem(train.DEMO, "eval_every", 80)
     train.main([])
     train.main(["--method", "lora"])
     assert "saved runs/demo-2 after" in capsys.readouterr().out

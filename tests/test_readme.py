@@ -28,7 +28,7 @@ def test_flags_and_links_exist():
     known = (
         train.make_parser().format_help()
         + sample.make_parser().format_help()
-        + "--reference --size --against --repeats"
+        + "--reference --size --against --repeats --all --tasks --seeds --lrs"
     )
     assert {f for f in re.findall(r"--[a-z][a-z-]+", README) if f not in known} == set()
     assert [p for p in re.findall(r"\]\(((?!http)[^)#]+)\)", README) if not (ROOT / p).exists()] == []

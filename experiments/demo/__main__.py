@@ -9,6 +9,7 @@ FOLDER it goes on where it was stopped.
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,9 +136,10 @@ def answers(best, rows, tokenizer):
     return "\n".join(lines)
 
 
-def demonstrate(task, models, lrs, seeds, out):
+def demonstrate(task, models, lrs, seeds, steps, out):
     write(task, out)
-    given = DEMO | {"data": out / "train.jsonl", "val_data": out / "val.jsonl"}
+    given = DEMO | {"data": out / "train.jsonl", "val_data": out / "val.jsonl", "steps": steps,
+                    "eval_every": -(-steps // 10)}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
     tokenizer = load_base(DEMO["model"])[1]
     test, _ = load_examples(out / "test.jsonl", tokenizer, "paper", 256)
@@ -162,16 +164,20 @@ def main():
     arg("--seeds", type=number(int, 1), default=1, metavar="N", help="how many, from 42 on (default: 1)")
     arg("--lrs", type=number(float, 0), nargs="+", default=[DEMO["lr"]], metavar="LR",
         help=f"learning rates, of which validation chooses one a model (default: {DEMO['lr']:g})")
+    arg("--steps", type=number(int, 1), default=DEMO["steps"], help=f"of a run (default: {DEMO['steps']})")
     arg("--out", metavar="FOLDER", help="where the runs go, or are gone on with (default: a new one)")
     args = parser.parse_args()
     out = Path(args.out or free_name("runs/laptop"))
     models = MODELS | (ABLATIONS if args.all else {})
     try:
         for task in args.tasks or (TASKS if args.all else ["behind"]):
-            demonstrate(task, models, args.lrs, range(42, 42 + args.seeds), out / task)
+            demonstrate(task, models, args.lrs, range(42, 42 + args.seeds), args.steps, out / task)
     except (ValueError, OSError) as problem:
         fail(problem)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

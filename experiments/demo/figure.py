@@ -5,7 +5,7 @@ from html import escape
 COLOURS = {"Bitune": "#cc6677", "LoRA rank 8": "#88bbdd", "LoRA rank 16": "#4477aa",
            "naive-bidir": "#ddaa33", "no-mixing": "#228833", "shared-weights": "#aa4499",
            "only-causal": "#888888"}
-LEFT, TOP, WIDTH, HEIGHT = 64, 24, 500, 250
+LEFT, TOP, WIDTH, HEIGHT = 64, 36, 500, 250
 
 
 def curves(logs, chance):
@@ -26,11 +26,12 @@ def curves(logs, chance):
     for match in (0, 0.25, 0.5, 0.75, 1):
         svg += [f'<path d="M{LEFT},{y(match):.1f}h{WIDTH}" stroke="#e4e4e8"/>',
                 text(LEFT - 8, y(match) + 4, f"{match:.0%}", "end")]
-    for step in range(0, end + 1, max(1, end // 6)):
+    for step in range(0, end + 1, max(1, end // 5)):
         svg.append(text(x(step), TOP + HEIGHT + 20, str(step), "middle"))
     svg += [text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, "steps", "middle"),
+            text(LEFT, TOP - 10, "exact match on validation data"),
             f'<path d="M{LEFT},{y(chance):.1f}h{WIDTH}" stroke="#999" stroke-dasharray="3 4"/>',
-            text(LEFT + WIDTH - 4, y(chance) - 6, f"chance {chance:.1%}", "end")]
+            text(LEFT + WIDTH - 4, y(chance) + 18, f"chance {chance:.1%}", "end")]
     for name, line in points.items():
         worst, best = ([(x(step), y(of(matches))) for step, matches in line] for of in (min, max))
         mean = [(x(step), y(sum(matches) / len(matches))) for step, matches in line]

@@ -9,6 +9,7 @@ some ten minutes.
 
 import base64
 import random
+import sys
 import time
 
 import torch
@@ -119,4 +120,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
