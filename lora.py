@@ -216,8 +216,8 @@ def read_config(folder):
     if str(c.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         odd.append("init_lora_weights")         # starts that change the base as well
     if odd:
-        raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA, DoRA "
-                         "or IA3")
+        raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA, "
+                         "DoRA or IA3")
     if c["peft_type"] == "IA3":
         return AdapterConfig("ia3")
     read_json(folder / "adapter_config.json", "r", "lora_alpha")

@@ -72,7 +72,9 @@ class Config:
         if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
             raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
         # Gemma's hidden_act was published as "gelu", which was never meant; hidden_activation mends it.
-        act = c.get("hidden_activation") or "gelu_pytorch_tanh" if kind == "gemma" else c.get("hidden_act", "silu")
+        act = c.get("hidden_act", "silu")
+        if kind == "gemma":
+            act = c.get("hidden_activation") or "gelu_pytorch_tanh"
         if act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {act!r} is not supported: expected {' or '.join(ACTIVATIONS)}")
         if c.get("qk_layernorm"):
@@ -282,7 +284,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x, adapter):
-        return self.down_proj(self.activation(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+        gate = self.activation(self.gate_proj(x, adapter))
+        return self.down_proj(gate * self.up_proj(x, adapter), adapter)
 
 
 class Block(nn.Module):
