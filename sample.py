@@ -10,12 +10,14 @@ answer goes to standard output, everything else to standard error.
 
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 from bitune import Bitune
-from lora import finish_writing, read_json
-from text.examples import TEMPLATES, encode_prompt, read_rows, stop_id
-from train import DEMO, DTYPES, fail, load_base, new_parser, number, set_up_streams
+from lora import read_json
+from text.examples import TEMPLATES, encode_prompt, stop_id
+from text.rows import read_rows
+from train import DEMO, DTYPES, fail, load_base, load_run, new_parser, number, set_up_streams
 
 
 def make_parser():
@@ -88,16 +90,9 @@ def main(argv=None):
         demonstrates = not (args.model or args.adapter)
         if demonstrates:
             args.adapter = last_demonstration()
-        if not args.model:
-            run = Path(args.adapter)
-            finish_writing(run)
-            if not (run / "bitune.json").exists():
-                raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
-            args.model = read_json(run / "bitune.json", "base")["base"]
-        model, tokenizer = load_base(args.model, args.device, args.dtype)
         template, loaded = "plain", ""
         if args.adapter is not None:
-            bitune, n, about = Bitune.load(model, args.adapter, args.model)
+            bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
             template = about.get("template", "plain")
             if template not in TEMPLATES:
                 names = " or ".join(TEMPLATES)
@@ -105,8 +100,8 @@ def main(argv=None):
             loaded = f"loaded {args.adapter}: {n} tensors, method {bitune.method}, template {template}" + (
                 f", trained for {about['step']} steps" if "step" in about else "")
         else:
-            bitune = Bitune(model, "lora")
-        bitune.eval()
+            model, tokenizer = load_base(args.model, args.device, args.dtype)
+            bitune = Bitune(model, "lora").eval()
         if args.show_mixing and not bitune.mixes:
             raise ValueError("--show-mixing: " + (
                 "give --adapter, a run whose method mixes" if not args.adapter else
@@ -114,7 +109,7 @@ def main(argv=None):
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if args.adapter else set())
         encode = lambda text: encode_prompt(tokenizer, template, [("user", text)])
         if args.prompt is not None:
-            model.config.check_length(len(encode(args.prompt)) + 1)
+            bitune.model.config.check_length(len(encode(args.prompt)) + 1)
             if not encode(args.prompt):
                 raise ValueError("--prompt is empty: expected some text")
     except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
@@ -130,7 +125,7 @@ def main(argv=None):
     if demonstrates:
         say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
         unseen = read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))
-        say("\n".join(row["prompt"] for _, row in unseen[:3]) + "\n")
+        say("\n".join(row["prompt"] for _, row in islice(unseen, 3)) + "\n")
     terminal, status = sys.stdin.isatty(), 0
     if terminal:
         say("Ask; an empty line or Ctrl-D ends.")

@@ -9,8 +9,9 @@ import json
 import random
 from collections import Counter
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
+
+from text.rows import read_rows
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 ANSWER_KEYS = ("completion", "answer", "response", "output")
@@ -102,29 +103,7 @@ def encode_answer(tokenizer, template, answer):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Files
-
-def read_rows(path):
-    """The rows of a JSON Lines file, or of one JSON list, as (place, dict), its line or item."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON list: {error}") from None
-        return [(f"item {n}", row) for n, row in enumerate(rows, 1)]
-    rows = []
-    for n, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"line {n}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {n}: not JSON: {error}") from None
-    return rows
-
+# Rows
 
 def parse_row(row):
     """A row in any of the known forms as a Row. The answer is "" where there is none; else ValueError."""
@@ -151,14 +130,29 @@ def parse_row(row):
         raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
                          f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)}")
     turns = [("user", text(prompt))] if text(prompt) else []
+    if "choices" in row:
+        return Row(turns, text("input") or text("context"), row["choices"][right_choice(row)])
     return Row(turns, text("input") or text("context"), next((text(k) for k in ANSWER_KEYS if k in row), ""))
 
 
-def load_examples(path, tokenizer, template, max_length):
-    """Examples of at most max_length tokens from a data file, and a Counter of the rows that were dropped
-    and why. ValueError names the line of a malformed row, or says why none is left."""
+def right_choice(row):
+    """The index of a multiple-choice row's answer, which is given as such or as its text."""
+    choices, answer = row["choices"], row.get("answer")
+    if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
+        raise ValueError("'choices' is not a list of texts")
+    index = choices.index(answer) if answer in choices else answer
+    if not isinstance(index, int) or not 0 <= index < len(choices):
+        raise ValueError(f"'answer' is {answer!r}: expected one of its {len(choices)} choices, or 0 to "
+                         f"{len(choices) - 1}")
+    return index
+
+
+def load_examples(path, tokenizer, template, max_length, task="rows"):
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and a Counter of
+    the rows that were dropped and why. ValueError names the line of a malformed row, or says why none is
+    left."""
     examples, dropped = [], Counter()
-    for place, row in read_rows(path):
+    for place, row in read_rows(path, task):
         try:
             row = parse_row(row)
             json.dumps(row, ensure_ascii=False).encode()        # a lone surrogate is no text
@@ -197,7 +191,7 @@ def draw(n, count, seed, step):
     return [shuffled(n, seed, i // n)[i % n] for i in range(step * count, (step + 1) * count)]
 
 
-def batches(examples, size):
+def batches(examples, size, length=lambda e: len(e.prompt) + len(e.answer)):
     """Examples cut into batches of similar length, the longest first."""
-    examples = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer), reverse=True)
+    examples = sorted(examples, key=length, reverse=True)
     return [examples[i:i + size] for i in range(0, len(examples), size)]

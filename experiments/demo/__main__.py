@@ -17,9 +17,10 @@ from bitune import Bitune
 from experiments.demo.figure import curves
 from experiments.demo.language import TASKS, write
 from sample import draw_mixing
-from text.examples import encode_prompt, load_examples, read_rows, stop_id
-from train import DEMO, Progress, begin, evaluate, fail, free_name, load_base, new_parser, number
-from train import set_up_streams, settings, train
+from text.examples import encode_prompt, load_examples, stop_id
+from text.rows import read_rows
+from train import DEMO, Progress, begin, evaluate, fail, free_name, load_base, load_run, new_parser
+from train import number, set_up_streams, settings, train
 
 # LoRA of rank 16 has as many trainable parameters as Bitune with its two sets of rank 8, and their scale.
 MODELS = {
@@ -72,7 +73,7 @@ def finetune(flags, out, progress):
     if not saved.exists() or json.loads(saved.read_text())["step"] < args.steps:
         bitune, _, *rest = begin(args)
         train(args, bitune, *rest, progress)
-    return Bitune.load(load_base(args.model, args.device, args.dtype)[0], out)[0].eval()
+    return load_run(out, device=args.device, dtype=args.dtype)[0]
 
 
 def measure(flags, out, test, progress):

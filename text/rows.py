@@ -1,0 +1,128 @@
+"""Data files to rows, dicts in the forms that `examples.parse_row` knows.
+
+Any file of such rows is read as it stands. The paper's datasets are read as they are published: a reader of
+TASKS turns each row into
+
+    {"prompt": ..., "choices": [...], "answer": 1}      multiple choice, the right one by its index
+    {"prompt": ..., "completion": ...}                  free text
+
+where the prompt has the words that the paper puts around the task's question and choices. The template
+"paper" adds the rest: "Question: " before and "\n\nAnswer:" behind.
+"""
+
+import csv
+import json
+from pathlib import Path
+
+
+def with_choices(question, choices, answer):
+    """The choices' own texts are the answers."""
+    listed = "\n".join(choices)
+    return {"prompt": f"{question}\n\nChoices:\n{listed}", "choices": choices, "answer": answer}
+
+
+def piqa(row):              # goal, sol1, sol2; 0 or 1 in valid-labels.lst beside valid.jsonl
+    return with_choices(row["goal"], [row["sol1"], row["sol2"]], int(row["label"]))
+
+
+def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
+    question, choices = row["question"], row.get("choices")
+    if isinstance(question, dict):
+        question, choices = question["stem"], question["choices"]
+    if isinstance(choices, list):
+        choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
+    return with_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
+
+
+def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in train-labels.lst beside train.jsonl
+    listed = "\n".join(f"({i}) {row['answer' + letter]}" for i, letter in enumerate("ABC"))
+    question = f"Given the context, answer correctly the question.\nContext: {row['context']}\n" \
+               f"Question: {row['question']}\n\nChoices:\n{listed}"
+    return {"prompt": question, "choices": ["(0)", "(1)", "(2)"], "answer": int(row["label"]) - 1}
+
+
+def mmlu(row):              # question, choices, answer; in the CSV files the answer is a letter
+    listed = "\n".join(f"({i}). {choice}" for i, choice in enumerate(row["choices"]))
+    numbers = [f"({i})" for i in range(len(row["choices"]))]
+    return {"prompt": f"{row['question']}\n{listed}", "choices": numbers, "answer": row["answer"]}
+
+
+def gsm8k(row):
+    return {"prompt": row["question"], "completion": row["answer"]}
+
+
+def ultrafeedback(row):     # up to four models' completions, and what GPT-4 wrote is learned: many rows have
+    written = {c["model"]: c["response"] for c in row["completions"]}                     # nothing by it
+    return {"prompt": row["instruction"], "completion": written.get("gpt-4", "")}
+
+
+TASKS = {"rows": lambda row: row, "piqa": piqa, "arc": lettered, "csqa": lettered, "siqa": siqa,
+         "mmlu": mmlu, "gsm8k": gsm8k, "ultrafeedback": ultrafeedback}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+
+def read_rows(path, task="rows"):
+    """The rows of a file, one by one, as (place, dict): its line or item, and the row as the task's reader
+    makes it. ValueError names the place of one that is malformed."""
+    path = Path(path)
+    try:
+        rows = zip_labels(path, read_csv(path) if path.suffix == ".csv" else read_json(path))
+        for place, row in rows:
+            try:
+                if task != "rows" and not isinstance(row, dict):
+                    raise ValueError(f"expected an object, got {type(row).__name__}")
+                row = TASKS[task](row)
+            except KeyError as error:
+                has = ", ".join(map(str, row)) or "nothing"
+                raise ValueError(f"{path}, {place}: a row of {task} has {error}: this one has {has}") from None
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}, {place}: not a row of {task}: {error}") from None
+            yield place, row
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
+
+
+def read_json(path):
+    """JSON Lines, or one JSON list."""
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        first = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "")
+        file.seek(0)
+        if first == "[":
+            try:
+                rows = json.load(file)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path}: not a JSON list: {error}") from None
+            yield from ((f"item {n}", row) for n, row in enumerate(rows, 1))
+            return
+        for n, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {n}: not JSON: {error}") from None
+                yield f"line {n}", row
+
+
+def read_csv(path):
+    """MMLU's: a question, its four choices and the right one's letter, and no line of titles."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        for n, fields in enumerate(filter(None, csv.reader(file)), 1):
+            if len(fields) != 6 or fields[5] not in list("ABCD"):
+                raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter of A to D")
+            yield f"row {n}", {"question": fields[0], "choices": fields[1:5],
+                               "answer": "ABCD".index(fields[5])}
+
+
+def zip_labels(path, rows):
+    """The rows, each with its line of `NAME-labels.lst` as its label, where that lies beside NAME.jsonl."""
+    labels = path.with_name(f"{path.stem}-labels.lst")
+    if not labels.is_file():
+        yield from rows
+        return
+    lines, rows = labels.read_text().split(), list(rows)
+    if len(lines) != len(rows):
+        raise ValueError(f"{labels} has {len(lines)} labels for the {len(rows)} rows of {path.name}")
+    for (place, row), label in zip(rows, lines):
+        yield place, {**row, "label": label} if isinstance(row, dict) else row
