@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lora import adapted, adapter_files, load_adapter
+from lora import adapted, adapter_files, plain_files, load_adapter
 from lora import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes
 from model import NONE, KVCache, Past, may_attend
 
@@ -63,8 +63,8 @@ def pad(rows, fill, device):
 
 
 class Bitune(nn.Module):
-    """A decoder with its adapter sets (see `lora.add_adapter`), trained and asked by one of METHODS. "lora"
-    without a set is the bare base model.
+    """A decoder with its adapter sets (see `lora.add_adapter`), trained and asked by one of METHODS. Without
+    a set "causal" it is the base itself that answers: bare, or in full finetuning.
 
     theta_init is c and where every θ starts, so α starts at 0.5 whatever it is: it sets how fast α moves
     for a given learning rate. second_mask replaces what the bidirectional pass sees (the paper's ablation).
@@ -79,8 +79,7 @@ class Bitune(nn.Module):
             raise ValueError(f"theta_init is {theta_init}: expected a number above 0")
         if second_mask != "bidirectional" and "bidirectional" not in [sees for sees, _ in METHODS[method]]:
             raise ValueError(f"method {method!r} has no bidirectional pass that could be {second_mask!r}")
-        if method != "lora":
-            assert all(adapted(model, s) for s in sets), f"{method!r} needs the sets {sets}: see add_adapter"
+        assert all(adapted(model, s) for s in sets[1:]), f"{method!r} needs the sets {sets}: see add_adapter"
         self.model, self.method, self.theta_init, self.second_mask = model, method, theta_init, second_mask
         self.passes = [(second_mask if sees == "bidirectional" else sees, adapter)
                        for sees, adapter in METHODS[method]]
@@ -220,8 +219,8 @@ class Bitune(nn.Module):
 
     def files(self, base, **about):
         """The files of a run, for `lora.write_files`: bitune.json with the method, the base's name and
-        config, and `about`; the thetas; the causal set, which decodes, as a PEFT adapter, the bidirectional
-        one as another in a folder of its own."""
+        config, and `about`; the thetas; the causal set, which decodes, as a PEFT adapter or, in full
+        finetuning, as a checkpoint; the bidirectional one as an adapter in a folder of its own."""
         files = {"bitune.json": json_bytes({
             "method": self.method, "theta_init": self.theta_init, "second_mask": self.second_mask, **about,
             "base": base, "base_config": asdict(self.model.config)})}
@@ -229,16 +228,21 @@ class Bitune(nn.Module):
             files["mixing.safetensors"] = tensor_bytes({"key": self.theta_key, "value": self.theta_value})
         for name in reversed(adapter_sets(self.method)):
             prefix = "" if name == "causal" else f"{name}/"
-            files |= {prefix + f: data for f, data in adapter_files(self.model, name, base).items()}
+            full = not adapted(self.model, name)
+            one = plain_files(self.model, base) if full else adapter_files(self.model, name, base)
+            files |= {prefix + f: data for f, data in one.items()}
         return files
 
     @classmethod
     def load(cls, model, folder, base=""):
         """The run in `folder` on `model`, which comes from `base`, how many tensors it holds, and its
         bitune.json (a bare PEFT adapter has none: it is plain LoRA). ValueError if it was finetuned from
-        another base."""
+        another base. A fully finetuned run is its own base."""
         folder = Path(folder)
         finish_writing(folder)
+        full = (folder / "bitune.json").exists() and (folder / "config.json").exists()
+        if full and Path(base).resolve() != folder.resolve():
+            raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base")
         about = {"method": "lora"}
         if (folder / "bitune.json").exists():
             keys = ("method", "theta_init", "second_mask", "base", "base_config")
@@ -251,7 +255,7 @@ class Bitune(nn.Module):
             raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
                              ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
         n = sum(load_adapter(model, name, folder if name == "causal" else folder / name)
-                for name in adapter_sets(about["method"]))
+                for name in adapter_sets(about["method"])[full:])
         bitune = cls(model, **{k: about[k] for k in ("method", "theta_init", "second_mask") if k in about})
         if bitune.mixes:
             theta, shape = read_tensors(folder / "mixing.safetensors"), bitune.theta_key.shape

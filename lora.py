@@ -3,8 +3,10 @@
     LoRA (2106.09685)   y = W x + s B A x                       A (r, in) Kaiming-uniform, B (out, r) zero
     DoRA (2402.09353)   y = m / |W + s B A| (W x + s B A x)     m (out,) starts as |W|: one norm a row
     IA3  (2205.05638)   y = l W x, in the MLP y = W (l x)       l ones; it scales outputs or inputs
+    full finetuning     y = W' x                                W' a copy of W
 
-with s = alpha / r. Each starts at the base model. Which set runs is an argument of the call,
+with s = alpha / r. In full finetuning the set "causal" is the base itself, which trains, and only a second
+set is a copy. Each starts at the base model. Which set runs is an argument of the call,
 `linear(x, adapter)`: there is no switch that a later call, or a recomputation in the backward pass, could
 read stale. Adapters are float32 on a base of any dtype: in bfloat16 a step of 3e-4 on a weight of 0.1 would
 be rounded away. Files are PEFT's, so other tools read and write the same adapters.
@@ -30,8 +32,8 @@ PREFIX = "base_model.model."        # PEFT's tensor names: this, the module's na
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How a set is made: a kind of ADAPTERS, and for LoRA and DoRA the rest. The defaults are the paper's:
-    rank 8, alpha 1 (so the scale is 1/8), no dropout."""
+    """How a set is made: a kind of ADAPTERS, and for LoRA and DoRA rank, alpha and dropout. The defaults are
+    the paper's: rank 8, alpha 1 (so the scale is 1/8), no dropout."""
     kind: str = "lora"
     rank: int = 8
     alpha: float = 1.0
@@ -40,7 +42,7 @@ class AdapterConfig:
 
 
 class LoRA(nn.Module):
-    """What one set does to one linear layer, here and in the other two: `forward` is the adapted layer, W
+    """What one set does to one linear layer, here and in the other three: `forward` is the adapted layer, W
     and bias being `linear`'s, and `merged` the weight and bias of a plain layer that does the same."""
 
     def __init__(self, linear, config, path):
@@ -107,11 +109,25 @@ class IA3(nn.Module):
         return weight, (linear.bias * self.ia3_l.flatten()).to(linear.bias.dtype)
 
 
-ADAPTERS = {"lora": LoRA, "dora": DoRA, "ia3": IA3}
+class Full(nn.Module):
+    def __init__(self, linear, config, path):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(linear.weight.detach().clone())                             # (out, in)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
+
+    def forward(self, x, linear):
+        return F.linear(x, self.weight, self.bias)
+
+    def merged(self, linear):
+        return self.weight.detach(), None if self.bias is None else self.bias.detach()
+
+
+ADAPTERS = {"lora": LoRA, "dora": DoRA, "ia3": IA3, "full": Full}
 
 
 class AdaptedLinear(Linear):
-    """A frozen linear layer with adapter sets beside it. A subclass, so that the weight keeps its name."""
+    """A linear layer with adapter sets beside it. A subclass, so that the weight keeps its name."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -121,7 +137,7 @@ class AdaptedLinear(Linear):
     def forward(self, x, adapter=None):
         if adapter in self.sets:
             return self.sets[adapter](x, self)
-        return super().forward(x)               # no such set here: the bare base
+        return super().forward(x)               # no such set here: the base itself
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -140,19 +156,24 @@ def adapted(model, name=None):
 
 def add_adapter(model, name, config=AdapterConfig()):
     """Freeze the base and give every linear named in `config.targets` a new set `name`, in place of one it
-    has. ValueError if no linear bears a target's name."""
+    has. ValueError if no linear bears a target's name. In full finetuning all of the base trains instead of
+    the set "causal"."""
     layers = linears(model)
     here = {p.split(".")[-1] for p in layers}
     if unknown := set(config.targets) - here:
         expected = ", ".join(sorted(here))
         raise ValueError(f"no linear is named {' or '.join(sorted(unknown))}: expected {expected}")
+    if config.kind == "full" and name == "causal":
+        model.requires_grad_(True)
+        return
     targets = config.targets or [n for n in here if n.endswith("_proj")]
     paths = [p for p in layers if p.split(".")[-1] in targets]
     attach(model, name, {p: ADAPTERS[config.kind](layers[p], config, p) for p in paths})
 
 
 def attach(model, name, adapters):
-    if not adapted(model):
+    full = any(isinstance(adapter, Full) for adapter in adapters.values())
+    if not adapted(model) and not full:
         model.requires_grad_(False)
     for path, adapter in adapters.items():
         linear = model.get_submodule(path)
@@ -162,10 +183,14 @@ def attach(model, name, adapters):
         linear.sets[name] = adapter
 
 
+def base_weights(model):
+    return {n: t for n, t in model.state_dict().items() if ".sets." not in n}
+
+
 @torch.no_grad()
 def merge(model, name):
     """A plain model with the set `name` merged into a copy of the weights it adapts; the rest is shared."""
-    weights = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
+    weights = base_weights(model)
     for path, linear in adapted(model, name).items():
         weight, bias = linear.sets[name].merged(linear)
         weights |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
@@ -176,7 +201,20 @@ def merge(model, name):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Files: adapter_config.json and adapter_model.safetensors, as PEFT writes them
+# Files: adapter_config.json and adapter_model.safetensors, as PEFT writes them; plain checkpoints
+
+def plain_files(model, base):
+    """The files of a plain checkpoint, for `write_files`: the model's own weights, its sets left away, and
+    what says how to read them, as it lies in the folder `base`."""
+    weights = base_weights(model)
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config = read_json(Path(base) / "config.json")
+    config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    names = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json",
+             "tokenizer.model")
+    beside = {n: (Path(base) / n).read_bytes() for n in names if (Path(base) / n).is_file()}
+    return {"model.safetensors": tensor_bytes(weights), **beside, "config.json": json_bytes(config)}
+
 
 def file_names(path, adapter):
     """The names of a layer's tensors in adapter_model.safetensors: file name -> parameter."""
@@ -192,7 +230,9 @@ def adapter_files(model, name, base=""):
     targets = sorted({path.split(".")[-1] for path in carriers})
     settings = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
                 "target_modules": targets, "fan_in_fan_out": False}
-    if config.kind == "ia3":
+    if config.kind == "full":                   # not one of PEFT's, in its form all the same
+        settings |= {"peft_type": "FULL"}
+    elif config.kind == "ia3":
         mlp = sorted({path.split(".")[-1] for path in carriers if carriers[path].of_input})
         settings |= {"peft_type": "IA3", "feedforward_modules": mlp}
     else:
@@ -208,7 +248,7 @@ def adapter_files(model, name, base=""):
 def read_config(folder):
     """The AdapterConfig of an adapter folder, without targets. ValueError for what ADAPTERS do not do."""
     c = read_json(folder / "adapter_config.json", "peft_type")
-    if c["peft_type"] not in ("LORA", "IA3"):
+    if c["peft_type"] not in ("LORA", "IA3", "FULL"):
         raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r}: expected LORA or IA3")
     extras = ("use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",
               "layer_replication", "use_qalora", "alora_invocation_tokens")
@@ -218,8 +258,8 @@ def read_config(folder):
     if odd:
         raise ValueError(f"{folder} uses {', '.join(odd)}, which is not supported: expected plain LoRA, "
                          "DoRA or IA3")
-    if c["peft_type"] == "IA3":
-        return AdapterConfig("ia3")
+    if c["peft_type"] != "LORA":
+        return AdapterConfig(c["peft_type"].lower())
     read_json(folder / "adapter_config.json", "r", "lora_alpha")
     kind = "dora" if c.get("use_dora") else "lora"
     return AdapterConfig(kind, c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0))
@@ -233,7 +273,7 @@ def load_adapter(model, name, folder):
     """
     folder = Path(folder)
     config, tensors = read_config(folder), read_tensors(folder / "adapter_model.safetensors")
-    parts = r"\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l)$"
+    parts = r"\.(lora_[AB]\.weight|lora_magnitude_vector|ia3_l|weight|bias)$"
     paths = sorted({re.sub(parts, "", n.removeprefix(PREFIX)) for n in tensors})
     config = replace(config, targets=tuple(sorted({p.split(".")[-1] for p in paths})))
     layers, want = linears(model), {}

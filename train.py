@@ -30,6 +30,7 @@ from lora import ADAPTERS, AdapterConfig, add_adapter
 from lora import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from model import Llama
 from text.examples import TEMPLATES, batches, draw, load_examples
+from text.rows import TASKS
 from text.tokenizer import Tokenizer
 
 
@@ -99,13 +100,16 @@ def make_parser():
     arg("--method", default="bitune", choices=METHODS, help="how the prompt is read: " + ", ".join(METHODS))
     arg("--second-mask", default="bidirectional", choices=SECOND_MASKS, help="what its second pass sees")
     arg("--theta-init", default=0.01, type=number(float, 1e-9, 1e9), help="c and first θ: the speed of α")
-    arg("--peft", default="lora", choices=ADAPTERS, help="kind of adapters: " + ", ".join(ADAPTERS))
+    arg("--peft", default="lora", choices=ADAPTERS, help="kind of adapters: lora, dora, ia3; or full: the "
+        "base itself trains, at 16 bytes of memory a parameter, and a second set is a copy of its linears")
     arg("--rank", default=8, type=number(int, 1, 65536), help="rank of the adapters")
     arg("--alpha", default=1.0, type=number(float, 0, 1e9), help="LoRA's alpha: the scale is alpha / rank")
     arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="dropout before the adapters")
     arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all that end in _proj)")
 
     arg = group("data")
+    arg("--task", default="rows", choices=TASKS, help="form of the data: rows of README's kinds, or a "
+        "task's published files: " + ", ".join([*TASKS][1:]))
     arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer")
     arg("--max-length", type=number(int, 2), help="longest example in tokens, longer ones are dropped "
         "(default: 512, or what the model can read)")
@@ -126,7 +130,8 @@ def make_parser():
     arg = group("running")
     arg("--eval-every", type=number(int, 1), help="steps between validations (default: a tenth of --steps)")
     arg("--save-every", type=number(int, 1), help="steps between saves (default: a tenth of --steps)")
-    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
+    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU "
+        "and with --peft full)")
     arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     return parser
 
@@ -162,6 +167,20 @@ def load_base(folder, device=None, dtype=None):
         raise ValueError(f"{folder}: the tokenizer's ids go up to {tokenizer.n_ids - 1}, but the model's "
                          f"vocabulary has {model.config.vocab_size} tokens: they do not belong together")
     return model, tokenizer
+
+
+def load_run(run, model=None, device=None, dtype=None):
+    """A run, or a PEFT adapter, on the base in the folder `model` (None: the run's own): the Bitune, the
+    tokenizer, how many tensors the run holds, and its bitune.json. device, dtype: as in `load_base`."""
+    run = Path(run)
+    finish_writing(run)
+    if not model and not (run / "bitune.json").exists():
+        raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
+    if not model:                               # fully finetuned, a run is its own base
+        model = run if (run / "config.json").exists() else read_json(run / "bitune.json", "base")["base"]
+    base, tokenizer = load_base(model, device, dtype)
+    bitune, tensors, about = Bitune.load(base, run, model)
+    return bitune.eval(), tokenizer, tensors, about
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -299,12 +318,16 @@ def prepare(args):
         if file is not None and not Path(file).is_file():
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
-    model, tokenizer = load_base(args.model, args.device, args.dtype)
+    if args.peft == "full" and args.dtype not in (None, "float32"):
+        raise ValueError(f"--dtype {args.dtype}: --peft full trains the weights, which takes float32")
+    dtype = "float32" if args.peft == "full" else args.dtype
+    model, tokenizer = load_base(args.model, args.device, dtype)
     args.max_length = args.max_length or min(512, model.config.max_length)
     model.config.check_length(args.max_length)
-    examples, dropped = load_examples(args.data, tokenizer, args.template, args.max_length)
+    load = lambda path: load_examples(path, tokenizer, args.template, args.max_length, args.task)
+    examples, dropped = load(args.data)
     if args.val_data:
-        val, val_dropped = load_examples(args.val_data, tokenizer, args.template, args.max_length)
+        val, val_dropped = load(args.val_data)
         dropped = {"train": dict(dropped), "val": dict(val_dropped)}
     else:
         n = min(args.val_size, len(examples) // 10)
@@ -345,6 +368,15 @@ def derive(args, bitune, examples, val, dropped):
     }
 
 
+def memory(bitune):
+    """What a run needs before any activations, in words."""
+    trained = [p.numel() for p in bitune.parameters() if p.requires_grad]
+    frozen = [p for p in bitune.parameters() if not p.requires_grad]
+    size = sum(p.numel() * p.element_size() for p in frozen) + 16 * sum(trained)
+    return (f"{size / 1e9:.2f} GB: {sum(p.numel() for p in frozen):,} frozen parameters and {sum(trained):,} "
+            "that train, 16 bytes each (float32, gradient and AdamW's moments); activations come on top")
+
+
 def open_run(args, derived):
     """The run's folder with its settings in it. ValueError if it holds one already, or the data changed."""
     out = Path(args.out)
@@ -352,7 +384,7 @@ def open_run(args, derived):
         before = read_json(out / "settings.json", "derived")["derived"]
         if before["data_hash"] != derived["data_hash"]:
             raise ValueError(f"{args.data}, or the validation data, has changed since {out} began")
-    elif (out / "adapter_config.json").exists():            # what a save writes last
+    elif any((out / f).exists() for f in ("adapter_config.json", "config.json")):   # saves write these last
         raise ValueError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     else:
         write_files(out, {"settings.json": json_bytes({"args": vars(args), "derived": derived})})
@@ -512,6 +544,7 @@ def main(argv=None):
     for title, values in (("settings", vars(args)), ("derived", derived)):
         words = [f"{k} {v}" for k, v in values.items() if v is not None]
         print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
+    print("memory:", memory(bitune))
     first = tokenizer.decode(examples[0].prompt)
     answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
     print(f"first example, the answer it learns in [[ ]]:\n{first}[[{answer}]]", flush=True)

@@ -6,11 +6,10 @@ For runs of method lora, with any --peft, and for PEFT adapters. It is refused f
 these need the base, or two sets of weights, at once.
 """
 
-import shutil
 from pathlib import Path
 
 from bitune import Bitune
-from lora import finish_writing, merge, read_json, tensor_bytes, write_files
+from lora import plain_files, finish_writing, merge, read_json, write_files
 from model import Llama, checkpoint_dtype
 from train import fail, new_parser
 
@@ -35,10 +34,7 @@ def main(argv=None):
                              "the base: ask it with sample.py --adapter; only method lora can be merged")
         model = Llama.from_pretrained(base, checkpoint_dtype(base))
         Bitune.load(model, run, args.model)
-        write_files(out, {"model.safetensors": tensor_bytes(merge(model, "causal").state_dict())})
-        for file in sorted(base.glob("*.json")) + sorted(base.glob("tokenizer.model")):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, out / file.name)
+        write_files(out, plain_files(merge(model, "causal"), base))
     except (ValueError, OSError, RuntimeError) as problem:
         fail(problem)
     print(f"wrote {out}: use it as --model")
