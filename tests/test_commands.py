@@ -16,7 +16,7 @@ import sample
 import train
 from bitune import METHODS, Bitune
 from experiments import merge
-from lora import ADAPTERS, write_files
+from lora import write_files
 from text.examples import Example
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
 
@@ -172,10 +172,11 @@ def test_validation_numbers():
 # ---- interrupted -----------------------------------------------------------------------------------------
 
 
-def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("peft", ["lora", "full"])
+def test_resumed_is_uninterrupted(peft, flags, tmp_path, monkeypatch):
     """Bit for bit, with dropout drawing random numbers on the way: SIGTERM after step 3, then on to the
     end."""
-    train.main(flags("--dropout", 0.2, "--out", tmp_path / "whole"))
+    train.main(flags("--peft", peft, "--dropout", 0.2, "--out", tmp_path / "whole"))
 
     step = train.train_step
 
@@ -189,12 +190,12 @@ def test_resumed_is_uninterrupted(flags, tmp_path, monkeypatch):
     interrupted.count = 0
     monkeypatch.setattr(train, "train_step", interrupted)
     with pytest.raises(SystemExit) as end:
-        train.main(flags("--dropout", 0.2))
+        train.main(flags("--peft", peft, "--dropout", 0.2))
     assert end.value.code == 128 + signal.SIGTERM and len(log(tmp_path / "run")) == 3
     with open(tmp_path / "run/log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # what a kill may leave of a line
     settings = json.loads((tmp_path / "run/settings.json").read_text())
-    del settings["args"]["peft"]  # as if the run were older than the flag
+    del settings["args"]["task"]  # as if the run were older than the flag
     (tmp_path / "run/settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(999)
@@ -520,7 +521,7 @@ def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
 # ---- merge -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("peft", ADAPTERS)
+@pytest.mark.parametrize("peft", ["lora", "dora", "ia3"])
 @pytest.mark.parametrize("model_type", ["qwen2", "phi"])
 def test_a_merged_checkpoint_answers_as_base_and_adapter_do(model_type, peft, flags, tmp_path, capsys):
     write_checkpoint(tmp_path / "model", model_type=model_type, num_key_value_heads=4)
@@ -543,3 +544,40 @@ def test_a_run_with_prompt_passes_is_not_merged(flags, tmp_path, capsys):
     argv = ["--model", tmp_path / "model", "--adapter", tmp_path / "run", "--out", tmp_path / "merged"]
     assert "is of method bitune, whose prompt passes need" in exits(2, merge.main, argv, capsys)
     assert not (tmp_path / "merged").exists()
+
+
+# ---- full finetuning -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lora", "bitune"])
+def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(flags("--method", method, "--peft", "full"))
+    said = capsys.readouterr().out
+    trained = load_file(run / "state.safetensors")
+    n = sum(t.numel() for name, t in trained.items() if name.startswith("param."))
+    assert f"GB: 0 frozen parameters and {n:,} that train, 16 bytes each" in said
+
+    bitune, tokenizer, _, _ = train.load_run(run)
+    for name, p in bitune.named_parameters():
+        assert torch.equal(p, trained[f"param.{name}"]), name
+    sample.main(["--adapter", str(run), "--prompt", "x", "--max-new-tokens", "2"])
+    assert f"loaded {run}:" in capsys.readouterr().err
+
+    model, _ = train.load_base(run)  # as any checkpoint: what writes the answers, without its prompt passes
+    plain = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
+    assert torch.equal(plain, Bitune(bitune.model, "lora")(RAGGED, ANSWERS)[0])
+    assert (plain - Bitune(train.load_base(tmp_path / "model")[0], "lora")(RAGGED, ANSWERS)[0]).abs().max() > 0.1
+
+
+def test_full_finetuning_is_refused_where_it_makes_no_sense(flags, tmp_path, capsys):
+    full = flags("--method", "lora", "--peft", "full")
+    line = exits(2, train.main, [*full, "--dtype", "bfloat16"], capsys)
+    assert "--peft full trains the weights, which takes float32" in line
+    line = exits(2, train.main, [*full, "--out", tmp_path / "model"], capsys)
+    assert "already holds a run" in line  # and would be written over
+    train.main(full)
+    capsys.readouterr()
+    pair = ["--model", tmp_path / "model", "--adapter", tmp_path / "run"]
+    for main, more in ((sample.main, ["--prompt", "x"]), (merge.main, ["--out", tmp_path / "merged"])):
+        assert "run is a whole checkpoint, not an adapter of" in exits(2, main, [*pair, *more], capsys)

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitune import METHODS, Bitune, pick
-from lora import ADAPTERS, merge
+from bitune import METHODS, Bitune, adapter_sets, pick
+from lora import ADAPTERS, AdapterConfig, add_adapter, merge
 from model import NONE, KVCache, Past, may_attend
-from tiny import ANSWERS, RAGGED, tiny_bitune
+from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model
 
 EXACT = dict(atol=1e-9, rtol=1e-9)
 F64 = torch.float64
@@ -105,6 +105,23 @@ def test_cached_is_uncached(method):
                 at = torch.tensor([[len(prompt) + n]])
                 steps.append(bitune.model(torch.tensor([[token]]), at, None, cache, "causal")[0][0, -1])
         torch.testing.assert_close(torch.stack(steps), logits, **EXACT)
+
+
+def test_full_finetuning_of_two_equal_sets_splits_the_gradient_of_one():
+    """By the chain rule: what a weight gets that both passes use is the sum of what its two copies get."""
+    weight = "model.layers.1.self_attn.k_proj.{}weight"
+    grads = {}
+    for method in ("shared-weights", "bitune"):
+        model = tiny_model(F64)
+        for name in adapter_sets(method):
+            add_adapter(model, name, AdapterConfig("full"))
+        Bitune(model, method).losses(RAGGED, ANSWERS).sum().backward()
+        grads[method] = {n: p.grad for n, p in model.named_parameters()}
+    one, two = grads["shared-weights"], grads["bitune"]
+    base, copy = two[weight.format("")], two[weight.format("sets.bidirectional.")]
+    torch.testing.assert_close(base + copy, one[weight.format("")], **EXACT)
+    assert copy.abs().max() > 1e-3 and base.abs().max() > 1e-3
+    torch.testing.assert_close(two["model.embed_tokens.weight"], one["model.embed_tokens.weight"], **EXACT)
 
 
 @pytest.mark.parametrize("adapter", ["causal", "bidirectional"])

@@ -1,0 +1,252 @@
+"""Zero-shot scores of a checkpoint, or of a run finetuned from it:
+
+    python -m experiments.evaluate [--model FOLDER] [--adapter RUN] --task piqa --data FILE
+
+piqa, arc, csqa, siqa, mmlu: published files, as text/rows.py reads them. The choice counts as right whose
+tokens have the highest log-probability after the prompt, summed (acc) or divided by the characters of its
+text (acc_norm). gsm8k: an answer is written greedily until "Question:" or a stop token; its number behind
+"#### " (strict-match), or its last number (flexible-extract), is compared with the true one. rows: any file
+of choices, scored as above, or of answers, which must come out word for word (exact_match).
+"""
+
+import copy
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bitune import Bitune, pad, surprise
+from lora import json_bytes, write_files
+from model import Past, may_attend
+from text.examples import batches, encode_answer, encode_prompt, parse_row, right_choice, stop_id
+from text.rows import TASKS, read_rows
+from train import DTYPES, Progress, clock, fail, load_base, load_run, new_parser, number, set_up_streams
+
+SCORED = [task for task in TASKS if task != "ultrafeedback"]
+
+
+class Question(NamedTuple):
+    place: int              # in the file
+    text: str               # before the template
+    prompt: list            # ids
+    texts: list             # of the choices; none if the answer is to be written
+    choices: list           # lists of ids
+    answer: object          # the index of the right choice, or the right text
+
+
+def load_questions(path, task, tokenizer, template, longest, limit=None):
+    """The first `limit` questions of a file, and how many of these were left out because prompt and choice
+    have more than `longest` tokens."""
+    questions, left_out = [], 0
+    for place, row in islice(read_rows(path, task), limit):
+        try:
+            turns, input, answer = parse_row(row)
+            texts = row.get("choices", [])
+            answer = right_choice(row) if texts else answer
+        except ValueError as error:
+            raise ValueError(f"{path}, {place}: {error}") from None
+        if answer == "":
+            raise ValueError(f"{path}, {place}: it has no answer and no choices to score")
+        prompt = encode_prompt(tokenizer, template, turns, input)
+        choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
+        question = Question(len(questions), turns[-1][1] if turns else "", prompt, texts, choices, answer)
+        if length(question) > longest:
+            left_out += 1
+        else:
+            questions.append(question)
+    if not questions:
+        raise ValueError(f"{path}: no question left, {left_out} are longer than {longest} tokens")
+    if len({bool(q.choices) for q in questions}) > 1:
+        raise ValueError(f"{path}: some rows have choices and some have not: expected one kind")
+    return questions, left_out
+
+
+def length(question):
+    return len(question.prompt) + max(map(len, question.choices), default=1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the model says
+
+@torch.inference_mode()
+def log_probs(bitune, prompts, choices):
+    """The log-probability of each choice after its prompt, the sum over its tokens: lists of ids, a list of
+    them for each prompt, to a list of numbers for each prompt."""
+    if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
+        bitune = copy.copy(bitune)
+        bitune.passes = [("causal", "causal")]
+    context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
+    past = bitune.encode(context)                               # once for all choices
+
+    owner = [b for b, group in enumerate(choices) for _ in group]           # each choice's prompt
+    choice = [ids for group in choices for ids in group]
+    if past is not None:
+        past = Past([(k[owner], v[owner]) for k, v in past.layers])
+    _, stream = bitune.lay_out([prompts[b] for b in owner], [ids[:-1] for ids in choice])
+    sees = may_attend(stream.positions, torch.cat((context.positions[owner], stream.positions), dim=1))
+    logits, _ = bitune.model(*stream, sees, past, "causal")
+    sums = -surprise(logits, pad(choice, -100, bitune.device)).sum(1)
+    return [group.tolist() for group in sums.split([len(group) for group in choices])]
+
+
+def write(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
+    """The texts that greedy decoding writes after the prompts, each up to "Question:" or a stop token."""
+    said, ended = [[] for _ in prompts], [False] * len(prompts)
+    for step in bitune.answer(prompts, max_new_tokens, stop_ids):
+        for b, token in enumerate(step):
+            if token is None:
+                ended[b] = True
+            elif not ended[b]:
+                said[b].append(token)
+                ended[b] = "Question:" in tokenizer.decode(said[b][-16:])
+        if all(ended):
+            break
+    return [tokenizer.decode(ids).split("Question:")[0] for ids in said]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What it is worth: the numbers of one question, by the names of the metrics
+
+def score_choices(question, sums):
+    best = lambda values: max(range(len(values)), key=values.__getitem__)
+    by_length = [s / len(text) for s, text in zip(sums, question.texts)]
+    return {"acc": float(best(sums) == question.answer), "acc_norm": float(best(by_length) == question.answer)}
+
+
+def score_gsm8k(question, said):
+    def bare(number):
+        for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
+            number = re.sub(pattern, "", number)
+        return number.lower()
+
+    strict = re.findall(r"#### (-?[0-9.,]+)", said)
+    numbers = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", said)
+    true = bare(question.answer)
+    return {"strict-match": float(bool(strict) and bare(strict[0]) == true),
+            "flexible-extract": float(bool(numbers) and bare(numbers[-1]) == true)}
+
+
+def score_text(question, said):
+    return {"exact_match": float(said.strip() == question.answer.strip())}
+
+
+def mean_and_error(values):
+    """The mean, and its standard error: the sample's standard deviation over the root of its size (0 for a
+    sample of one, which has none)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens, progress):
+    """Every question's result in the file's order, dicts as they are written to the JSONL file, and each
+    metric's (mean, standard error)."""
+    results, begun = {}, time.monotonic()
+    for batch in batches(questions, batch_size, length):
+        prompts = [q.prompt for q in batch]
+        if batch[0].choices:
+            for q, sums in zip(batch, log_probs(bitune, prompts, [q.choices for q in batch])):
+                results[q.place] = {"prompt": q.text, "choices": q.texts, "answer": q.answer,
+                                    "log_probs": sums, **score_choices(q, sums)}
+        else:
+            score = score_gsm8k if task == "gsm8k" else score_text
+            for q, said in zip(batch, write(bitune, tokenizer, prompts, stop_ids, max_new_tokens)):
+                results[q.place] = {"prompt": q.text, "answer": q.answer, "said": said, **score(q, said)}
+        seconds = time.monotonic() - begun
+        rate, left = len(results) / seconds, len(questions) - len(results)
+        progress.update(f"{task}: {len(results)}/{len(questions)}  ETA {clock(left / rate)}  "
+                        f"{rate:.1f} questions/s")
+    progress.clear()
+    rows = [results[q.place] for q in questions]
+    metrics = [key for key, value in rows[0].items() if isinstance(value, float)]
+    return rows, {key: mean_and_error([row[key] for row in rows]) for key in metrics}
+
+
+def in_words(scores):
+    return ", ".join(f"{name} {mean:.2%} ± {error:.2%}" for name, (mean, error) in scores.items())
+
+
+def page(title, rows):
+    """Questions, what was said and the verdicts, to be read: Markdown."""
+    parts = [f"# {title}"]
+    for n, row in enumerate(rows, 1):
+        verdicts = ", ".join(f"{k} {'✓' if v else '✗'}" for k, v in row.items() if isinstance(v, float))
+        quoted = [f"```text\n{row[key].strip()}\n```" for key in ("prompt", "said", "answer")]
+        parts += [f"## {n}. {verdicts}", quoted[0], "The model:", quoted[1], "The truth:", quoted[2]]
+    return "\n\n".join(parts) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+def main(argv=None):
+    set_up_streams()
+    parser = new_parser(__doc__)
+    arg = parser.add_argument
+    arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
+    arg("--adapter", metavar="RUN", help="a run of train.py, or a PEFT adapter (default: the bare model)")
+    arg("--task", choices=SCORED, required=True, help="what the file is: " + ", ".join(SCORED))
+    arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV")
+    arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
+    arg("--batch-size", type=number(int, 1), default=8, help="questions at a time (default: 8)")
+    arg("--max-new-tokens", type=number(int, 1), default=256, help="longest written answer (default: 256)")
+    arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
+    arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/ and the model's name)")
+    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
+    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
+    args = parser.parse_args(argv)
+    try:
+        if not (args.model or args.adapter):
+            raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
+        if not Path(args.data).is_file():
+            raise ValueError(f"{args.data!r} is not a file: expected the questions of {args.task}")
+        about = {}
+        if args.adapter:
+            bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
+        else:
+            model, tokenizer = load_base(args.model, args.device, args.dtype)
+            bitune = Bitune(model, "lora").eval()
+        template = about.get("template", "paper")
+        stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
+        longest = bitune.model.config.max_length
+        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit)
+        if args.samples and questions[0].choices:
+            raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
+        out = Path(args.out or args.adapter or Path("runs") / Path(args.model).resolve().name)
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
+        fail(problem)
+
+    begun = time.monotonic()
+    try:
+        rows, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
+                                args.max_new_tokens, Progress())
+    except torch.OutOfMemoryError as problem:
+        print(f"error: {problem}: try a smaller --batch-size", file=sys.stderr)
+        sys.exit(1)
+    name = f"{args.task}-{Path(args.data).stem}"
+    summary = {**vars(args), "method": bitune.method if args.adapter else None, "template": template,
+               "questions": len(rows), "left_out": left_out, "seconds": round(time.monotonic() - begun, 1),
+               "scores": {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}}
+    files = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+             f"{name}.json": json_bytes(summary)}
+    if args.samples:
+        title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(rows)}"
+        files[f"{name}.md"] = page(title, rows[:args.samples]).encode()
+    write_files(out, files)
+    beyond = f", {left_out} longer than {longest} tokens left out" if left_out else ""
+    print(f"{args.task}: {in_words(scores)} ({len(rows)} questions{beyond}, {clock(summary['seconds'])})")
+    print(f"wrote {', '.join(str(out / file) for file in files)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

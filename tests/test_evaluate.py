@@ -1,0 +1,262 @@
+"""The published files of the paper's tasks, and the scores on them."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import train
+from bitune import METHODS, Bitune
+from experiments import evaluate
+from test_commands import exits
+from text.examples import load_examples
+from text.rows import read_rows
+from text.tokenizer import Tokenizer
+from tiny import ANSWERS, RAGGED, tiny_bitune, write_checkpoint
+
+ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
+PUBLISHED = {  # task, rows as they are published, the prompt in the paper's template, the right choice
+    "arc": (
+        [
+            {"id": 1, "question": "Sky?", "choices": ARC, "answerKey": "B"},
+            {
+                "id": 1,
+                "question": {
+                    "stem": "Sky?",
+                    "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}],
+                },
+                "answerKey": "2",
+            },
+        ],
+        "Question: Sky?\n\nChoices:\nred\nblue\n\nAnswer:",
+        " blue",
+    ),
+    "siqa": (
+        [
+            {
+                "context": "Jo ran.",
+                "question": "Why?",
+                "answerA": "late",
+                "answerB": "fun",
+                "answerC": "fear",
+                "label": label,
+            }
+            for label in ("3", 3)
+        ],
+        "Question: Given the context, answer correctly the question.\nContext: Jo ran.\nQuestion: Why?\n\n"
+        "Choices:\n(0) late\n(1) fun\n(2) fear\n\nAnswer:",
+        " (2)",
+    ),
+    "mmlu": (
+        [{"question": "1 + 1?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2}],
+        "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:",
+        " (2)",
+    ),
+    "rows": (
+        [
+            {"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1},
+            {"question": "Sky?", "choices": ["red", "blue"], "answer": "blue"},
+        ],
+        "Question: Sky?\n\nAnswer:",
+        " blue",
+    ),
+    "gsm8k": (
+        [{"question": "1 + 1?", "answer": "It is\n#### 2"}],
+        "Question: 1 + 1?\n\nAnswer:",
+        " It is\n#### 2",
+    ),
+    "ultrafeedback": (
+        [
+            {
+                "instruction": "Sing!",
+                "source": "x",
+                "completions": [
+                    {"model": "llama", "response": "no"},
+                    {"model": "gpt-4", "response": "La."},
+                ],
+            }
+        ],
+        "Question: Sing!\n\nAnswer:",
+        " La.",
+    ),
+}
+PUBLISHED["csqa"] = PUBLISHED["arc"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return Tokenizer.from_pretrained(write_checkpoint(tmp_path / "base"))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_published_rows_make_the_paper_s_prompts(task, tokenizer, tmp_path):
+    rows, prompt, answer = PUBLISHED[task]
+    file = write_rows(tmp_path / "published.jsonl", rows)
+    examples, _ = load_examples(file, tokenizer, "paper", 512, task)
+    assert len(examples) == len(rows)
+    for example in examples:
+        assert tokenizer.decode(example.prompt) == "<s>" + prompt
+        assert tokenizer.decode(example.answer) == answer + "</s>"
+
+
+@pytest.mark.parametrize("task, first", [("piqa", 0), ("siqa", 1)])
+def test_labels_lie_in_a_file_beside(task, first, tmp_path):
+    piqa = {"goal": "Cut.", "sol1": "a knife", "sol2": "a spoon"}
+    siqa = PUBLISHED["siqa"][0][0] | {"label": None}
+    file = write_rows(tmp_path / "dev.jsonl", [{"piqa": piqa, "siqa": siqa}[task]] * 2)
+    labels = tmp_path / "dev-labels.lst"
+    labels.write_text(f"{first}\n{first + 1}\n")
+    rows = [row for _, row in read_rows(file, task)]
+    assert [row["answer"] for row in rows] == [0, 1]
+    if task == "piqa":
+        assert rows[0]["prompt"] == "Cut.\n\nChoices:\na knife\na spoon"
+    for n in ("0\n", "1\n1\n1\n"):
+        labels.write_text(n)
+        with pytest.raises(ValueError, match=f"{len(n) // 2} labels for the 2 rows"):
+            list(read_rows(file, task))
+    labels.unlink()
+    with pytest.raises(ValueError, match="line 1: "):
+        list(read_rows(file, task))
+
+
+def test_mmlu_s_csv_is_its_json(tmp_path):
+    rows, prompt, _ = PUBLISHED["mmlu"]
+    with open(tmp_path / "sums_test.csv", "w", newline="") as file:
+        csv.writer(file).writerow(["1 + 1?", "0", "1", "2", "3", "C"])
+        csv.writer(file).writerow(['a "b",\nc', *"0123", "A"])
+    one, two = read_rows(tmp_path / "sums_test.csv", "mmlu")
+    assert one[1] == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
+    assert two[1]["prompt"].startswith('a "b",\nc\n(0). 0') and two[1]["answer"] == 0
+
+
+@pytest.mark.parametrize(
+    "task, row, message",
+    [
+        ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2': this one has goal, sol1"),
+        ("piqa", {"goal": "x", "sol1": "y", "sol2": "z", "label": -1}, "expected one of its 2 choices, or 0"),
+        ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
+        ("mmlu", "1 + 1", "expected an object, got str"),
+        ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
+        ("rows", {"prompt": "x", "choices": [], "answer": 0}, "'choices' is not a list of texts"),
+    ],
+)
+def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):
+    file = write_rows(tmp_path / "data.jsonl", [row])
+    with pytest.raises(ValueError, match="data.jsonl, line 1: ") as error:
+        load_examples(file, tokenizer, "paper", 512, task)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_choice_s_log_probability_is_that_of_the_training_loss(method):
+    """The prompt read once for all its choices, in a batch, as against each choice alone."""
+    bitune = tiny_bitune(method)
+    prompts, choices = RAGGED, [ANSWERS[:2], ANSWERS, [[8]], ANSWERS[2:]]
+    alone = [[-bitune.losses([p], [c]).item() * len(c) for c in group] for p, group in zip(prompts, choices)]
+    for one, other in zip(evaluate.log_probs(bitune, prompts, choices), alone):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=2e-5, rtol=1e-5)
+    assert bitune.passes == Bitune(bitune.model, method).passes
+    one_token = evaluate.log_probs(bitune, [[5], [6]], [[[7], [8, 9]], [[7]]])  # no context at all
+    assert one_token[1][0] == pytest.approx(-bitune.losses([[6]], [[7]]).item(), abs=1e-5)
+
+
+def test_the_arithmetic_is_the_evaluation_harness_s():
+    """On its own verdicts (harness.json says which version's): choices with made-up log-probabilities, and
+    answers to GSM8K in every form that a number can take."""
+    harness = json.loads((train.Path(__file__).parent / "harness.json").read_text())
+    question = lambda row: evaluate.Question(0, "", [], row.get("choices"), [], row["answer"])
+    scorers = {
+        "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
+        "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"]),
+    }
+    for kind, score in scorers.items():
+        rows = harness[kind]["rows"]
+        for row in rows:
+            assert score(row).items() <= row.items(), row
+        for metric, expected in harness[kind]["scores"].items():
+            assert evaluate.mean_and_error([row[metric] for row in rows]) == pytest.approx(tuple(expected))
+
+
+def test_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.from_pretrained(write_checkpoint(tmp_path / "base"))
+    texts = ["Yes. Question: 1", "#### 2", "Never ends ... and on"]
+    said = [tokenizer.encode(t) for t in texts]
+
+    def answer(prompts, max_new_tokens, stop_ids):
+        for i in range(max_new_tokens):
+            asked.append(i)
+            yield [ids[i] if i < len(ids) else None for ids in said]
+
+    asked, bitune = [], tiny_bitune()
+    monkeypatch.setattr(bitune, "answer", answer)
+    assert evaluate.write(bitune, tokenizer, said, {257}, 14) == ["Yes. ", "#### 2", "Never ends ..."]
+    said.pop()
+    asked.clear()
+    assert evaluate.write(bitune, tokenizer, said, {257}, 99) == ["Yes. ", "#### 2"]
+    assert len(asked) == len("Yes. Question:")
+
+
+def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base")
+    data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0] * 7)
+    flags = ["--model", str(base), "--data", str(data), "--task", "arc", "--steps", "2", "--val-size", "0"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    common = ["--task", "arc", "--data", str(data), "--batch-size", "3"]
+    for argv in (["--adapter", str(tmp_path / "run")], ["--model", str(base), "--out", str(tmp_path / "own")]):
+        capsys.readouterr()
+        evaluate.main([*common, *argv])
+        said = capsys.readouterr().out.splitlines()
+        assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
+        out = train.Path(argv[-1])
+        rows = [json.loads(line) for line in (out / "arc-arc.jsonl").read_text().splitlines()]
+        summary = json.loads((out / "arc-arc.json").read_text())
+        assert len(rows) == 14 and rows[0] == rows[12]  # in the file's order
+        assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
+        assert summary["method"] == ("bitune" if "--adapter" in argv else None)
+
+
+def test_written_answers_make_a_page(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base")
+    rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)] + [
+        {"question": "x" * 256, "answer": "#### 1"}
+    ]
+    data = write_rows(tmp_path / "test.jsonl", rows)
+    argv = ["--model", base, "--data", data, "--task", "gsm8k", "--out", tmp_path, "--samples", "2"]
+    evaluate.main([str(a) for a in [*argv, "--max-new-tokens", "9"]])
+    assert "(5 questions, 1 longer than 256 tokens left out, " in capsys.readouterr().out
+    page = (tmp_path / "gsm8k-test.md").read_text()
+    assert page.count("\n## ") == 2 and "strict-match ✗, flexible-extract ✗" in page and "#### 2" in page
+    evaluate.main([str(a) for a in [*argv[:4], "--task", "rows", *argv[6:8], "--limit", "1"]])
+    assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
+
+
+def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base")
+    data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
+    wrong = {
+        "neither --model nor --adapter": ["--task", "arc", "--data", data],
+        "is not a file": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
+        "a row of piqa has 'goal'": ["--model", base, "--task", "piqa", "--data", data],
+        "are chosen, not written": ["--model", base, "--task", "arc", "--data", data, "--samples", "1"],
+        "invalid choice: 'ultrafeedback'": ["--task", "ultrafeedback"],
+        "has no bitune.json": ["--adapter", base, "--task", "arc", "--data", data],
+    }
+    for message, argv in wrong.items():
+        assert message in exits(2, evaluate.main, argv, capsys), message
+    assert not list(tmp_path.rglob("arc-arc*"))
+
+
+def test_ids_of_choices_are_those_of_training(tokenizer, tmp_path):
+    file = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
+    questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512)
+    examples, _ = load_examples(file, tokenizer, "paper", 512, "arc")
+    assert left_out == 0
+    for question, example in zip(questions, examples):
+        assert question.prompt == example.prompt
+        assert question.choices[question.answer] == example.answer[:-1]  # the stop token is not scored
