@@ -117,7 +117,8 @@ def write(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
 def score_choices(question, sums):
     best = lambda values: max(range(len(values)), key=values.__getitem__)
     by_length = [s / len(text) for s, text in zip(sums, question.texts)]
-    return {"acc": float(best(sums) == question.answer), "acc_norm": float(best(by_length) == question.answer)}
+    return {"acc": float(best(sums) == question.answer),
+            "acc_norm": float(best(by_length) == question.answer)}
 
 
 def score_gsm8k(question, said):

@@ -138,7 +138,7 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
 @pytest.mark.parametrize(
     "task, row, message",
     [
-        ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2': this one has goal, sol1"),
+        ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2': this has goal, sol1"),
         ("piqa", {"goal": "x", "sol1": "y", "sol2": "z", "label": -1}, "expected one of its 2 choices, or 0"),
         ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
         ("mmlu", "1 + 1", "expected an object, got str"),
@@ -158,7 +158,8 @@ def test_a_choice_s_log_probability_is_that_of_the_training_loss(method):
     """The prompt read once for all its choices, in a batch, as against each choice alone."""
     bitune = tiny_bitune(method)
     prompts, choices = RAGGED, [ANSWERS[:2], ANSWERS, [[8]], ANSWERS[2:]]
-    alone = [[-bitune.losses([p], [c]).item() * len(c) for c in group] for p, group in zip(prompts, choices)]
+    score = lambda p, c: -bitune.losses([p], [c]).item() * len(c)
+    alone = [[score(p, c) for c in group] for p, group in zip(prompts, choices)]
     for one, other in zip(evaluate.log_probs(bitune, prompts, choices), alone):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), atol=2e-5, rtol=1e-5)
     assert bitune.passes == Bitune(bitune.model, method).passes
@@ -208,7 +209,8 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
     flags = ["--model", str(base), "--data", str(data), "--task", "arc", "--steps", "2", "--val-size", "0"]
     train.main([*flags, "--out", str(tmp_path / "run")])
     common = ["--task", "arc", "--data", str(data), "--batch-size", "3"]
-    for argv in (["--adapter", str(tmp_path / "run")], ["--model", str(base), "--out", str(tmp_path / "own")]):
+    run, bare = ["--adapter", str(tmp_path / "run")], ["--model", str(base), "--out", str(tmp_path / "own")]
+    for argv in (run, bare):
         capsys.readouterr()
         evaluate.main([*common, *argv])
         said = capsys.readouterr().out.splitlines()

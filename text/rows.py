@@ -34,7 +34,7 @@ def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
     return with_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
-def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in train-labels.lst beside train.jsonl
+def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-labels.lst beside dev.jsonl
     listed = "\n".join(f"({i}) {row['answer' + letter]}" for i, letter in enumerate("ABC"))
     question = f"Given the context, answer correctly the question.\nContext: {row['context']}\n" \
                f"Question: {row['question']}\n\nChoices:\n{listed}"
@@ -76,7 +76,7 @@ def read_rows(path, task="rows"):
                 row = TASKS[task](row)
             except KeyError as error:
                 has = ", ".join(map(str, row)) or "nothing"
-                raise ValueError(f"{path}, {place}: a row of {task} has {error}: this one has {has}") from None
+                raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has {has}") from None
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, {place}: not a row of {task}: {error}") from None
             yield place, row
@@ -110,7 +110,7 @@ def read_csv(path):
     with open(path, encoding="utf-8-sig", newline="") as file:
         for n, fields in enumerate(filter(None, csv.reader(file)), 1):
             if len(fields) != 6 or fields[5] not in list("ABCD"):
-                raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter of A to D")
+                raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter A to D")
             yield f"row {n}", {"question": fields[0], "choices": fields[1:5],
                                "answer": "ABCD".index(fields[5])}
 

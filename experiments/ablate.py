@@ -1,0 +1,298 @@
+"""The paper's tables: a grid of finetunings on one base, each of them evaluated.
+
+    python -m experiments.ablate --out FOLDER --model FOLDER --data FILE --evaluate piqa=FILE
+        [--methods bitune ...] [--pefts lora ...] [--theta-inits 0.01 ...] [--second-masks ...]
+        [--lrs 3e-4 ...] [--seeds 42 43 44] [any other flag of train.py]
+
+Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
+trainable parameters as Bitune's two sets. Learning rates are compared on validation data alone. A finished
+run is never made again, and one that was stopped goes on from its last save: repeat the command.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from itertools import product
+from pathlib import Path
+
+from bitune import METHODS, SECOND_MASKS, Bitune
+from experiments.evaluate import SCORED, evaluate, load_questions
+from lora import ADAPTERS, json_bytes, read_json, write_files
+from model import Config
+from text.examples import stop_id
+from text.tokenizer import Tokenizer
+from train import MAY_CHANGE, Progress, begin, fail, load_base, load_run, make_parser, new_parser
+from train import number, set_up_streams, settings, train
+
+KINDS = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA3", "full": "full finetuning"}
+OWN = ("method", "peft", "theta-init", "second-mask", "lr", "seed", "out", "resume")    # set by the grid
+
+
+def variants(methods, pefts=("lora",), theta_inits=(0.01,), second_masks=("bidirectional",),
+             rank=8, alpha=1):
+    """The models of a grid: name -> flags of train.py. What a method does not use is not varied."""
+    models = {}
+    for peft in dict.fromkeys(["lora", *pefts]):
+        ranked = peft in ("lora", "dora")
+        for times in (1, 2) if ranked else (1,):        # alpha grows along: the scale alpha / rank stays
+            name = KINDS[peft] + f" rank {times * rank}" * ranked
+            models[name] = ["--method=lora", f"--peft={peft}", f"--rank={times * rank}",
+                            f"--alpha={times * alpha:g}"]
+    for method, peft, c, mask in product(methods, pefts, theta_inits, second_masks):
+        name, flags = method.replace("bitune", "Bitune"), [f"--method={method}", f"--peft={peft}"]
+        if list(pefts) != ["lora"]:
+            name += f", {KINDS[peft]}"
+        if len(METHODS[method]) == 2:
+            flags.append(f"--theta-init={c:g}")
+            name += f", c {c:g}" * (list(theta_inits) != [0.01])
+        if "bidirectional" in dict(METHODS[method]):
+            flags.append(f"--second-mask={mask}")
+            name += f", {mask}" * (list(second_masks) != ["bidirectional"])
+        models[name] = flags
+    return models
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Running it
+
+class Line(Progress):
+    """All that a run has to say, on one line: a name, and a bar for each validation's exact match."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.bars = name, ""
+
+    def update(self, text, last=False):
+        super().update(f"{self.name}  {self.bars}  {text}")
+
+    def note(self, text):
+        self.update(text)
+
+    def validated(self, what, result):
+        self.bars += bar(result["exact_match"])
+
+    def end(self, record):
+        bars = "".join(bar(r["val_exact_match"]) for r in log(record) if "val_exact_match" in r)
+        scores = "".join(f", {column} {value:.1%}" for column, value in record["scores"].items())
+        super().note(f"{self.name}  {bars}  {record['seconds']:.0f} s{scores}")
+
+
+def bar(part):
+    return "▁▂▃▄▅▆▇█"[round(part * 7)]
+
+
+def log(record):
+    return [json.loads(line) for line in (Path(record["run"]) / "log.jsonl").read_text().splitlines()]
+
+
+def finetune(flags, run, progress):
+    """The model that train.py's flags make in the folder `run`, and its tokenizer; of a run that is there,
+    what is left of it to do."""
+    saved = run / "bitune.json"
+    args = settings(["--resume", str(run)] if saved.exists() else [*flags, f"--out={run}"])
+    if not saved.exists() or read_json(saved)["step"] < args.steps:
+        bitune, _, *rest = begin(args)
+        train(args, bitune, *rest, progress)
+    return load_run(run, device=args.device, dtype=args.dtype)[:2]
+
+
+def measure(name, flags, run, score, line):
+    """One run and its record. score(bitune, tokenizer, progress) gives its numbers, column by column."""
+    scores = score(*finetune(flags, run, line), line)
+    derived = read_json(run / "settings.json", "derived")["derived"]
+    record = {"name": name, "run": str(run), "trainable": derived["trainable_parameters"], "scores": scores}
+    record["seconds"] = sum(r.get("seconds", 0) for r in log(record))               # without validation
+    record["val_loss"] = ([None] + [r["val_loss"] for r in log(record) if "val_loss" in r])[-1]
+    return record
+
+
+def grid(models, lrs, seeds, out, score):
+    """Every model at every learning rate with every seed: their records, which are also the lines of
+    out/results.jsonl. One whose training failed has none."""
+    results, width = out / "results.jsonl", max(map(len, models))
+    lines = results.read_text().splitlines() if results.exists() else []
+    done = {(r["name"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}
+    records = []
+    for (name, flags), lr, seed in product(models.items(), lrs, seeds):
+        line = Line(f"{name:<{width}}  lr {lr:<6g} seed {seed}")
+        record = done.get((name, lr, seed))
+        if record is None:
+            run = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
+            try:
+                record = measure(name, [*flags, f"--lr={lr}", f"--seed={seed}"], run, score, line)
+            except SystemExit as end:
+                if end.code != 1:                   # stopped by hand; 1: it went wrong, and has said how
+                    raise
+                continue
+            record |= {"lr": lr, "seed": seed}
+            done[name, lr, seed] = record
+            write_files(out, {results.name: "".join(json.dumps(r) + "\n" for r in done.values()).encode()})
+        line.end(record)
+        records.append(record)
+    return records
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The tables
+
+def chosen(records):
+    """Each model's records, a seed each, at the learning rate with the lowest mean validation loss; only
+    rates at which the most seeds have come to their end are compared."""
+    best = {}
+    for name in dict.fromkeys(r["name"] for r in records):
+        rates = by_rate(records, name)
+        most = max(map(len, rates))
+        rates = [group for group in rates if len(group) == most]
+        if len(rates) > 1 and None in [r["val_loss"] for group in rates for r in group]:
+            raise ValueError("several --lrs and no validation data to choose by: give --val-data")
+        best[name] = min(rates, key=lambda group: statistics.fmean(r["val_loss"] or 0 for r in group))
+    return best
+
+
+def by_rate(records, name):
+    own = [r for r in records if r["name"] == name]
+    return [[r for r in own if r["lr"] == lr] for lr in dict.fromkeys(r["lr"] for r in own)]
+
+
+def spread(values, form):
+    """mean ± standard deviation, if there are several"""
+    mean = form.format(statistics.fmean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def table(groups, first=()):
+    """Markdown: a row for each group, the records of one model at one learning rate; `first` are rows to put
+    above, each a list of cells."""
+    columns = list(groups[0][0]["scores"])
+    rows = [["", "trainable parameters", "learning rate", "seconds", "validation loss", *columns], *first]
+    for group in groups:
+        loss = [r["val_loss"] for r in group]
+        rows.append([group[0]["name"], f"{group[0]['trainable']:,}", f"{group[0]['lr']:g}",
+                     spread([r["seconds"] for r in group], "{:.0f}"),
+                     "" if None in loss else spread(loss, "{:.3f}"),
+                     *(spread([100 * r["scores"][c] for r in group], "{:.1f}") + "%" for c in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+def common_settings(argv):
+    """train.py's settings that hold for the whole grid. ValueError for those that the grid varies itself."""
+    parser = make_parser()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))      # else defaults look given
+    given = {name.replace("_", "-") for name, value in vars(parser.parse_args(argv, unset)).items() if value}
+    if odd := [f"--{name}" for name in OWN if name in given]:
+        raise ValueError(f"{', '.join(odd)}: the grid sets this for each run; see --help")
+    return settings(argv)
+
+
+def read_questions(files, common, limit):
+    """[TASK=FILE] to [(task, the name of its columns, its questions)]."""
+    tokenizer, config = Tokenizer.from_pretrained(common.model), Config.from_pretrained(common.model)
+    tasks = []
+    for task, _, file in (f.partition("=") for f in files):
+        if task not in SCORED or not file:
+            raise ValueError(f"--evaluate {task}: expected TASK=FILE, TASK one of {', '.join(SCORED)}")
+        longest = config.max_length
+        questions, left_out = load_questions(file, task, tokenizer, common.template, longest, limit)
+        stem = Path(file).stem
+        tasks.append((task, task if stem == task else f"{task} {stem}", questions))
+        if left_out:
+            print(f"{file}: {left_out} questions longer than {longest} tokens are left out")
+    return tasks
+
+
+def scorer(tasks, common, batch_size, max_new_tokens):
+    def score(bitune, tokenizer, progress):
+        stop_ids, columns = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}
+        for task, name, questions in tasks:
+            _, scores = evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens,
+                                 progress)
+            columns |= {f"{name} {metric}": mean for metric, (mean, _) in scores.items()}
+        return columns
+    return score
+
+
+def base_row(common, score, out):
+    """The table's first row: what the model scores before any finetuning, measured once."""
+    if not (out / "base.json").exists():
+        model, tokenizer = load_base(common.model, common.device, common.dtype)
+        scores = score(Bitune(model, "lora").eval(), tokenizer, Line("base model"))
+        write_files(out, {"base.json": json_bytes(scores)})
+    scores = read_json(out / "base.json").values()
+    return ["base model", "", "", "", "", *(f"{100 * v:.1f}%" for v in scores)]
+
+
+def claim(out, grid):
+    """Make the folder `out` this grid's. ValueError if it holds runs of another."""
+    if any(out.glob("*/settings.json")):
+        before = read_json(out / "grid.json")
+        if differ := [k for k in grid if before.get(k) != grid[k]]:
+            raise ValueError(f"{out} holds a grid with other settings: " + ", ".join(
+                f"{k} was {before.get(k)} and is {grid[k]}" for k in differ))
+    write_files(out, {"grid.json": json_bytes(grid)})
+
+
+def main(argv=None):
+    set_up_streams()
+    parser = new_parser(__doc__)
+    parser.allow_abbrev = False
+    arg = parser.add_argument
+    arg("--out", metavar="FOLDER", required=True, help="where runs, results.jsonl and tables.md go, and "
+        "where they are gone on with")
+    arg("--evaluate", nargs="+", default=[], metavar="TASK=FILE", help="what to score every run on, as "
+        "experiments.evaluate does: " + ", ".join(SCORED))
+    arg("--methods", nargs="+", default=["bitune"], choices=[m for m in METHODS if m != "lora"],
+        help="what to lay beside plain finetuning (default: bitune)")
+    arg("--pefts", nargs="+", default=["lora"], choices=ADAPTERS, help="kinds of adapters (default: lora)")
+    arg("--theta-inits", nargs="+", default=[0.01], type=number(float, 1e-9, 1e9), metavar="C",
+        help="of the methods that mix (default: 0.01)")
+    arg("--second-masks", nargs="+", default=["bidirectional"], choices=SECOND_MASKS,
+        help="what the second pass sees (default: bidirectional)")
+    arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
+    arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="(default: 42 43 44)")
+    arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
+    arg("--questions", type=number(int, 1), default=8, metavar="N", help="how many at a time (default: 8)")
+    arg("--max-new-tokens", type=number(int, 1), default=256, help="longest written answer (default: 256)")
+    args, rest = parser.parse_known_args(argv)
+    out = Path(args.out)
+    try:
+        common = common_settings(rest)
+        tasks = read_questions(args.evaluate, common, args.limit)
+        lrs = args.lrs or [common.lr]
+        if len(lrs) > 1 and not common.val_data and not common.val_size:
+            raise ValueError("several --lrs and no validation data to choose by: leave --val-size 0 away")
+        same = {k: v for k, v in vars(common).items() if k.replace("_", "-") not in (*OWN, *MAY_CHANGE)}
+        claim(out, same | {"model": common.model, "data": common.data, "evaluate": args.evaluate,
+                           "limit": args.limit, "max_new_tokens": args.max_new_tokens})
+        score = scorer(tasks, common, args.questions, args.max_new_tokens)
+        models = variants(args.methods, args.pefts, args.theta_inits, args.second_masks, common.rank,
+                          common.alpha)
+        flags = {name: [*rest, *own] for name, own in models.items()}
+        records = grid(flags, lrs, args.seeds, out, score)
+        if not records:
+            raise ValueError(f"{out}: no run came to its end")
+        base = base_row(common, score, out)
+        text = table(list(chosen(records).values()), [base])
+        if len(lrs) > 1:
+            every = [group for name in models for group in by_rate(records, name)]
+            text += f"\n\nAt each learning rate:\n\n{table(every)}"
+        write_files(out, {"tables.md": (text + "\n").encode()})
+    except (ValueError, OSError, RuntimeError) as problem:
+        fail(problem)
+    print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
+    if missing := len(models) * len(lrs) * len(args.seeds) - len(records):
+        print(f"error: {missing} of the runs did not come to an end: repeat the command to try again",
+              file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

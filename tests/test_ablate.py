@@ -1,0 +1,136 @@
+"""Grids of finetunings: what they are made of, that nothing is made twice, and what the tables say."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import train
+from experiments import ablate
+from test_commands import exits
+from test_evaluate import PUBLISHED, write_rows
+from tiny import write_checkpoint, write_data
+
+
+def test_a_grid_varies_only_what_a_method_uses():
+    models = ablate.variants(
+        ["bitune", "naive-bidir", "only-causal"],
+        ["lora", "dora", "ia3", "full"],
+        [0.1, 0.01],
+        ["bidirectional", "anticausal"],
+        rank=4,
+    )
+    plain = {name: flags for name, flags in models.items() if "--method=lora" in flags}
+    ranked = [f"{kind} rank {rank}" for kind in ("LoRA", "DoRA") for rank in (4, 8)]
+    assert list(plain) == [*ranked, "IA3", "full finetuning"]
+    assert plain["DoRA rank 8"] == ["--method=lora", "--peft=dora", "--rank=8", "--alpha=2"]
+    assert sum("--method=bitune" in flags for flags in models.values()) == 4 * 2 * 2
+    assert sum("--method=naive-bidir" in flags for flags in models.values()) == 4 * 2  # mixes nothing
+    assert sum("--method=only-causal" in flags for flags in models.values()) == 4 * 2  # sees nothing ahead
+    assert "Bitune, DoRA, c 0.1, anticausal" in models and len(models) == 6 + 16 + 8 + 8
+    assert list(ablate.variants(["bitune"])) == ["LoRA rank 8", "LoRA rank 16", "Bitune"]
+
+
+def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
+    def record(name, lr, seed, loss, acc):
+        return {
+            "name": name,
+            "lr": lr,
+            "seed": seed,
+            "val_loss": loss,
+            "scores": {"acc": acc},
+            "trainable": 1234,
+            "seconds": 3.0,
+        }
+
+    records = [
+        record("A", 1e-3, 42, 1.0, 0.5),
+        record("A", 1e-3, 43, 1.2, 0.6),
+        record("A", 1e-2, 42, 0.9, 0.9),
+        record("A", 1e-2, 43, 1.5, 0.9),  # better scores, but the worse loss
+        record("A", 1e-1, 42, 0.1, 0.9),  # the other seed failed
+        record("B", 1e-2, 42, 0.9, 0.1),
+    ]
+    best = ablate.chosen(records)
+    assert [(r["lr"], r["seed"]) for r in best["A"]] == [(1e-3, 42), (1e-3, 43)]
+    lines = ablate.table([*best.values()]).splitlines()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
+    assert rows[2] == ["A", "1,234", "0.001", "3 ± 0", "1.100 ± 0.141", "55.0 ± 7.1%"]
+    assert rows[3] == ["B", "1,234", "0.01", "3", "0.900", "10.0%"]
+
+
+@pytest.fixture
+def argv(tmp_path):
+    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+    arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
+    line = f"--model {model} --data {data} --steps 4 --save-every 2 --batch-size 2 --evaluate arc={arc} " \
+           f"--seeds 42 43 --lrs 0.01 --out {tmp_path / 'grid'}"
+    return line.split()
+
+
+def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys):
+    """Stopped in its third run, in step 3; then extended by a method."""
+    step, steps = train.train_step, []
+
+    def counted(*args):
+        steps.append(1)
+        if stop and len(steps) == 2 * 4 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", counted)
+    stop = True
+    with pytest.raises(SystemExit) as end:
+        ablate.main(argv)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert len((tmp_path / "grid/results.jsonl").read_text().splitlines()) == 2
+    assert "step 3: stopped by SIGTERM. The save of step 3 is whole" in capsys.readouterr().err
+    stop = False
+    steps.clear()
+    ablate.main(argv)
+    assert len(steps) == 1 + 3 * 4
+    said = capsys.readouterr().out
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in said.splitlines() if line[:2] == "| "]
+    names = ["LoRA rank 8", "LoRA rank 16", "Bitune"]
+    assert [row[0] for row in rows] == ["", "-" * 12, "base model", *names]
+    assert rows[0][5:] == ["arc acc", "arc acc_norm"] and rows[2][5].endswith("%")
+    assert (tmp_path / "grid/tables.md").read_text() in said
+    records = [json.loads(line) for line in (tmp_path / "grid/results.jsonl").read_text().splitlines()]
+    assert len(records) == 6 and all(r["val_loss"] and r["scores"] for r in records)
+
+    steps.clear()
+    ablate.main([*argv, "--methods", "bitune", "naive-bidir"])
+    assert len(steps) == 2 * 4 and "naive-bidir" in capsys.readouterr().out
+    line = exits(2, ablate.main, [*argv, "--steps", "5"], capsys)
+    assert "holds a grid with other settings: steps was 4 and is 5" in line
+
+
+def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, capsys):
+    step = train.train_step
+
+    def fails(bitune, *args):
+        if bitune.method == "bitune" and args[3] > 0.01:  # the learning rate
+            raise FloatingPointError("the loss is nan and the gradient norm nan")
+        return step(bitune, *args)
+
+    monkeypatch.setattr(train, "train_step", fails)
+    with pytest.raises(SystemExit) as end:
+        ablate.main([*argv, "--seeds", "42", "--lrs", "0.01", "0.02"])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "error: 1 of the runs did not come to an end" in said.err
+    assert "the loss is nan" in said.err
+    bitune = [line for line in said.out.splitlines() if line.startswith("| Bitune")]
+    assert len(bitune) == 2 and all("| 0.01 " in line for line in bitune)  # at its best, and at each rate
+    assert "At each learning rate:" in said.out and said.out.count("| LoRA rank 16") == 3
+
+
+def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, capsys):
+    bad = lambda *more: exits(2, ablate.main, [*argv, *more], capsys)
+    assert "--method, --lr: the grid sets this for each run" in bad("--method", "lora", "--lr", "1")
+    assert "--evaluate arc: expected TASK=FILE" in bad("--evaluate", "arc")
+    assert "a row of piqa has 'goal'" in bad("--evaluate", f"piqa={tmp_path / 'arc.jsonl'}")
+    assert "invalid choice: 'lora'" in bad("--methods", "lora")
+    assert "nowhere has no tokenizer.json" in bad("--model", "nowhere")
+    assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
+    assert not (tmp_path / "grid").exists()
