@@ -384,7 +384,7 @@ def open_run(args, derived):
         before = read_json(out / "settings.json", "derived")["derived"]
         if before["data_hash"] != derived["data_hash"]:
             raise ValueError(f"{args.data}, or the validation data, has changed since {out} began")
-    elif any((out / f).exists() for f in ("adapter_config.json", "config.json")):   # one ends every save
+    elif any((out / f).exists() for f in ("adapter_config.json", "config.json")):
         raise ValueError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
     else:
         write_files(out, {"settings.json": json_bytes({"args": vars(args), "derived": derived})})

@@ -31,7 +31,7 @@ def main(argv=None):
             method = read_json(run / "bitune.json", "method")["method"]
         if method != "lora":
             raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
-                             "from the base: ask it with sample.py --adapter; only method lora can be merged")
+                             "from the base: ask it with sample.py --adapter; only lora can be merged")
         model = Llama.from_pretrained(base, checkpoint_dtype(base))
         Bitune.load(model, run, args.model)
         write_files(out, plain_files(merge(model, "causal"), base))

@@ -138,8 +138,8 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
 @pytest.mark.parametrize(
     "task, row, message",
     [
-        ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2': this has goal, sol1"),
-        ("piqa", {"goal": "x", "sol1": "y", "sol2": "z", "label": -1}, "expected one of its 2 choices, or 0"),
+        ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2', this has goal, sol1"),
+        ("piqa", {"goal": "x", "sol1": "y", "sol2": "z", "label": -1}, "expected one of its 2 choices"),
         ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
         ("mmlu", "1 + 1", "expected an object, got str"),
         ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
