@@ -1,0 +1,112 @@
+"""What finetuning the paper's base models takes, computed without weights and without a GPU:
+
+    python -m experiments.cost [--models llama-2-7b ...] [--peft lora] [--prompt 256] [--answer 256]
+
+One example at a time, in bfloat16 (full finetuning: float32). The weights' bytes; 16 bytes for each parameter
+that trains; the tensors that autograd keeps from the forward pass, as a fused attention kernel would leave
+them; the operations of forward and backward, counted by PyTorch, and the hours that 3,000 steps of 10
+examples take at --tflops. What a kernel needs for a moment comes on top.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitune import Bitune, adapter_sets
+from lora import ADAPTERS, AdapterConfig, add_adapter
+from model import Config, Llama
+from train import new_parser, number
+
+SHAPES = {
+    "gemma-2b": dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
+                     num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256),
+    "gemma-7b": dict(model_type="gemma", vocab_size=256000, hidden_size=3072, intermediate_size=24576,
+                     num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16, head_dim=256),
+    "llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                       num_hidden_layers=32, num_attention_heads=32),
+    "llama-3-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
+                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
+    "phi-2": dict(model_type="phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240,
+                  num_hidden_layers=32, num_attention_heads=32, partial_rotary_factor=0.4),
+}
+
+
+class FusedAttention(torch.autograd.Function):
+    """Of scaled_dot_product_attention, what a fused kernel keeps for its backward pass: q, k, v, the mask in
+    their dtype, the output, and a number a row. It computes nothing."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        ctx.save_for_backward(q, k, v, mask.to(q.dtype), out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def apply_to(q, k, v, mask, enable_gqa):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return FusedAttention.apply(q, k, v, mask)
+
+
+def kept(bitune, loss):
+    """How many bytes autograd keeps of a forward pass, which loss() makes, parameters aside."""
+    storages = {}                                       # held here, so that none is counted twice
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss()
+    for p in bitune.parameters():
+        storages.pop(p.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def cost(shape, method, peft, rank, P, A):
+    """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
+    with torch.device("meta"):
+        model = Llama(Config.from_dict(shape)).to(torch.float32 if peft == "full" else torch.bfloat16)
+    parameters = sum(p.numel() for p in model.parameters())
+    for name in adapter_sets(method):
+        add_adapter(model, name, AdapterConfig(peft, rank))
+    bitune = Bitune(model, method)
+    loss = lambda: bitune.losses([[0] * P], [[0] * A]).sum()
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    sdpa, F.scaled_dot_product_attention = F.scaled_dot_product_attention, FusedAttention.apply_to
+    try:
+        activations = kept(bitune, loss)
+    finally:
+        F.scaled_dot_product_attention = sdpa
+    trained = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
+    frozen = sum(p.numel() * p.element_size() for p in bitune.parameters() if not p.requires_grad)
+    return parameters, trained, frozen, activations, counter.get_total_flops()
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    arg = parser.add_argument
+    arg("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
+    arg("--peft", choices=ADAPTERS, default="lora", help="(default: lora)")
+    arg("--prompt", type=number(int, 1), default=256, help="tokens of the prompt (default: 256)")
+    arg("--answer", type=number(int, 1), default=256, help="tokens of the answer (default: 256)")
+    arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second (default: 150)")
+    args = parser.parse_args(argv)
+    ranked = args.peft in ("lora", "dora")
+    rows = [("lora", 8), *[("lora", 16)] * ranked, ("bitune", 8)]
+    print("| base model | parameters | method | that train | weights | these, 16 bytes each | activations "
+          "| together | TFLOP an example | 3,000 steps |")
+    print("|---" * 10 + "|")
+    for name in args.models:
+        for method, rank in rows:
+            n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, rank, args.prompt, args.answer)
+            sizes.insert(1, 16 * trained)
+            cells = [name, f"{n:,}", f"{method}, rank {rank}" if ranked else method, f"{trained:,}",
+                     *(f"{size / 1e9:.1f} GB" for size in (*sizes, sum(sizes))), f"{flops / 1e12:.1f}",
+                     f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

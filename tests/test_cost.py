@@ -1,0 +1,58 @@
+"""The computed costs, against closed forms and against real tensors."""
+
+import torch
+import torch.nn.functional as F
+
+from experiments import cost
+from tiny import tiny_bitune
+
+SHAPE = dict(
+    model_type="llama",
+    vocab_size=1000,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+)
+
+
+def test_parameters_are_the_published_models():
+    """As their model cards have them."""
+    published = {
+        "gemma-2b": 2_506_172_416,
+        "gemma-7b": 8_537_680_896,
+        "llama-2-7b": 6_738_415_616,
+        "llama-3-8b": 8_030_261_248,
+        "phi-2": 2_779_683_840,
+    }
+    for name, shape in cost.SHAPES.items():
+        with torch.device("meta"):
+            model = cost.Llama(cost.Config.from_dict(shape))
+        assert sum(p.numel() for p in model.parameters()) == published[name]
+
+
+def test_operations_of_a_step_are_those_of_its_tokens():
+    """Four a weight and token with a frozen base, forward and backward; in Bitune for each reading."""
+    P, A = 40, 24
+    n, _, frozen, _, lora = cost.cost(SHAPE, "lora", "lora", 2, P, A)
+    _, _, _, _, bitune = cost.cost(SHAPE, "bitune", "lora", 2, P, A)
+    layers = n - 2 * 1000 * 256
+    assert frozen == 2 * n
+    assert abs(lora / (4 * (layers * (P + A - 1) + 1000 * 256 * A)) - 1) < 0.15
+    assert 1 < (bitune - lora) / (4 * layers * 2 / 3 * (P - 1)) < 1.6  # the last layer's is but K and V
+    _, trained, frozen, _, full = cost.cost(SHAPE, "bitune", "full", 2, P, A)
+    assert frozen == 0 and trained == n + 3 * (4 * 256**2 + 3 * 256 * 512) + 6 and full > bitune
+
+
+def test_what_autograd_keeps_is_counted_once(monkeypatch):
+    x, w = torch.randn(10, 4), torch.nn.Parameter(torch.randn(4, 4))
+    module = torch.nn.ParameterList([w])
+    y = lambda: (x @ w).exp().sin()  # keeps x, exp's result (twice); w needs no gradient through x
+    assert cost.kept(module, y) == 2 * 10 * 4 * 4
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", cost.FusedAttention.apply_to)
+    bitune = tiny_bitune()
+    loss = lambda: bitune.losses([[5] * 30], [[7] * 10]).sum()
+    real = cost.kept(bitune, loss)
+    bitune.to("meta")
+    assert cost.kept(bitune, loss) == real > 30 * 32 * 4 * 3  # more than an activation a layer
