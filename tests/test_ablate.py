@@ -79,7 +79,13 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
+    def scored(*args):
+        scores.append(1)
+        return score(*args)
+
+    score, scores = ablate.evaluate, []
     monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(ablate, "evaluate", scored)
     stop = True
     with pytest.raises(SystemExit) as end:
         ablate.main(argv)
@@ -89,7 +95,7 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     stop = False
     steps.clear()
     ablate.main(argv)
-    assert len(steps) == 1 + 3 * 4
+    assert len(steps) == 1 + 3 * 4 and len(scores) == 6 + 1  # and the base model
     said = capsys.readouterr().out
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in said.splitlines() if line[:2] == "| "]
     names = ["LoRA rank 8", "LoRA rank 16", "Bitune"]
@@ -101,7 +107,7 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
 
     steps.clear()
     ablate.main([*argv, "--methods", "bitune", "naive-bidir"])
-    assert len(steps) == 2 * 4 and "naive-bidir" in capsys.readouterr().out
+    assert len(steps) == 2 * 4 and len(scores) == 7 + 2 and "naive-bidir" in capsys.readouterr().out
     line = exits(2, ablate.main, [*argv, "--steps", "5"], capsys)
     assert "holds a grid with other settings: steps was 4 and is 5" in line
 

@@ -553,10 +553,10 @@ def test_a_run_with_prompt_passes_is_not_merged(flags, tmp_path, capsys):
 def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
     run = tmp_path / "run"
     train.main(flags("--method", method, "--peft", "full"))
-    said = capsys.readouterr().out
+    said = capsys.readouterr().out.replace("\n  ", " ")
     trained = load_file(run / "state.safetensors")
     n = sum(t.numel() for name, t in trained.items() if name.startswith("param."))
-    assert f"GB: 0 frozen parameters and {n:,} that train, 16 bytes each" in said
+    assert f"memory: {16 * n / 1e6:.1f} MB for 0 frozen parameters and {n:,} that train" in said
 
     bitune, tokenizer, _, _ = train.load_run(run)
     for name, p in bitune.named_parameters():

@@ -47,8 +47,8 @@ def test_operations_of_a_step_are_those_of_its_tokens():
 def test_what_autograd_keeps_is_counted_once(monkeypatch):
     x, w = torch.randn(10, 4), torch.nn.Parameter(torch.randn(4, 4))
     module = torch.nn.ParameterList([w])
-    y = lambda: (x @ w).exp().sin()  # keeps x, exp's result (twice); w needs no gradient through x
-    assert cost.kept(module, y) == 2 * 10 * 4 * 4
+    y = lambda: (x @ w @ w).exp().sin()  # keeps x, the first product, exp's result (twice); and w
+    assert cost.kept(module, y) == 3 * 10 * 4 * 4
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", cost.FusedAttention.apply_to)
     bitune = tiny_bitune()

@@ -205,7 +205,9 @@ def test_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):
 
 def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
     base = write_checkpoint(tmp_path / "base")
-    data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0] * 7)
+    row = PUBLISHED["arc"][0][0]
+    rows = [row | {"question": "Sky" + "?" * (i * 5 % 14)} for i in range(14)]  # of all lengths
+    data = write_rows(tmp_path / "arc.jsonl", rows)
     flags = ["--model", str(base), "--data", str(data), "--task", "arc", "--steps", "2", "--val-size", "0"]
     train.main([*flags, "--out", str(tmp_path / "run")])
     common = ["--task", "arc", "--data", str(data), "--batch-size", "3"]
@@ -218,7 +220,7 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
         out = train.Path(argv[-1])
         rows = [json.loads(line) for line in (out / "arc-arc.jsonl").read_text().splitlines()]
         summary = json.loads((out / "arc-arc.json").read_text())
-        assert len(rows) == 14 and rows[0] == rows[12]  # in the file's order
+        assert [r["prompt"].split("\n")[0] for r in rows] == ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
         assert summary["method"] == ("bitune" if "--adapter" in argv else None)
 
