@@ -173,9 +173,9 @@ class Bitune(nn.Module):
     def answer(self, prompts, max_new_tokens, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Answer a batch of prompts, yielding after each step a list of each row's next id, None once ended.
 
-        A row ends at a stop id, which is not yielded, or with the text at the model's limit. temperature 0
-        takes the likeliest token; else it is drawn, from the top_k likeliest (0: all) that make up the
-        first top_p of the mass.
+        A row ends at a stop id, which is not yielded, and all of them end where the longest is at the
+        model's limit. temperature 0 takes the likeliest token; else it is drawn, from the top_k likeliest
+        (0: all) that make up the first top_p of the mass.
         """
         if not prompts:
             return
@@ -254,8 +254,9 @@ class Bitune(nn.Module):
         if differ := [k for k in here if k in there and there[k] != here[k]]:
             raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
                              ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
-        n = sum(load_adapter(model, name, folder if name == "causal" else folder / name)
-                for name in adapter_sets(about["method"])[full:])
+        n = len(model.state_dict()) if full else 0
+        n += sum(load_adapter(model, name, folder if name == "causal" else folder / name)
+                 for name in adapter_sets(about["method"])[full:])
         bitune = cls(model, **{k: about[k] for k in ("method", "theta_init", "second_mask") if k in about})
         if bitune.mixes:
             theta, shape = read_tensors(folder / "mixing.safetensors"), bitune.theta_key.shape

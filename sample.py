@@ -13,11 +13,10 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from bitune import Bitune
 from lora import read_json
-from text.examples import TEMPLATES, encode_prompt, stop_id
+from text.examples import encode_prompt, stop_id
 from text.rows import read_rows
-from train import DEMO, DTYPES, fail, load_base, load_run, new_parser, number, set_up_streams
+from train import DEMO, DTYPES, fail, load_run, new_parser, number, set_up_streams
 
 
 def make_parser():
@@ -90,23 +89,13 @@ def main(argv=None):
         demonstrates = not (args.model or args.adapter)
         if demonstrates:
             args.adapter = last_demonstration()
-        template, loaded = "plain", ""
-        if args.adapter is not None:
-            bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
-            template = about.get("template", "plain")
-            if template not in TEMPLATES:
-                names = " or ".join(TEMPLATES)
-                raise ValueError(f"{args.adapter} has the template {template!r}: expected {names}")
-            loaded = f"loaded {args.adapter}: {n} tensors, method {bitune.method}, template {template}" + (
-                f", trained for {about['step']} steps" if "step" in about else "")
-        else:
-            model, tokenizer = load_base(args.model, args.device, args.dtype)
-            bitune = Bitune(model, "lora").eval()
+        bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
+        template = about.get("template", "plain")
         if args.show_mixing and not bitune.mixes:
             raise ValueError("--show-mixing: " + (
                 "give --adapter, a run whose method mixes" if not args.adapter else
                 f"{args.adapter} was trained with method {bitune.method}, which mixes nothing"))
-        stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if args.adapter else set())
+        stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if about else set())
         encode = lambda text: encode_prompt(tokenizer, template, [("user", text)])
         if args.prompt is not None:
             bitune.model.config.check_length(len(encode(args.prompt)) + 1)
@@ -115,8 +104,10 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
         fail(problem)
 
-    if loaded:
-        say(loaded)
+    if about:
+        name = args.adapter or args.model
+        say(f"loaded {name}: {n} tensors, method {bitune.method}, template {template}" + (
+            f", trained for {about['step']} steps" if "step" in about else ""))
     if args.show_mixing:
         say(draw_mixing(bitune))
     if args.prompt is not None:

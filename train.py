@@ -102,10 +102,11 @@ def make_parser():
     arg("--theta-init", default=0.01, type=number(float, 1e-9, 1e9), help="c and first θ: the speed of α")
     arg("--peft", default="lora", choices=ADAPTERS, help="kind of adapters: lora, dora, ia3; or full: the "
         "base itself trains, at 16 bytes of memory a parameter, and a second set is a copy of its linears")
-    arg("--rank", default=8, type=number(int, 1, 65536), help="rank of the adapters")
-    arg("--alpha", default=1.0, type=number(float, 0, 1e9), help="LoRA's alpha: the scale is alpha / rank")
-    arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="dropout before the adapters")
-    arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all that end in _proj)")
+    arg("--rank", default=8, type=number(int, 1, 65536), help="rank of LoRA and DoRA")
+    arg("--alpha", default=1.0, type=number(float, 0, 1e9), help="theirs, too: the scale is alpha / rank")
+    arg("--dropout", default=0.0, type=number(float, 0, 0.99), help="theirs, before the low-rank part")
+    arg("--targets", nargs="+", metavar="NAME", help="linears to adapt, or with --peft full to copy "
+        "(default: all that end in _proj)")
 
     arg = group("data")
     arg("--task", default="rows", choices=TASKS, help="form of the data: rows of README's kinds, or a "
@@ -171,7 +172,13 @@ def load_base(folder, device=None, dtype=None):
 
 def load_run(run, model=None, device=None, dtype=None):
     """A run, or a PEFT adapter, on the base in the folder `model` (None: the run's own): the Bitune, the
-    tokenizer, how many tensors the run holds, and its bitune.json. device, dtype: as in `load_base`."""
+    tokenizer, how many tensors the run holds, and its bitune.json. Without a run, the bare base (a fully
+    finetuned one as the run that it is). device, dtype: as in `load_base`."""
+    if not run and (Path(model) / "bitune.json").exists():
+        run = model
+    if not run:
+        base, tokenizer = load_base(model, device, dtype)
+        return Bitune(base, "lora").eval(), tokenizer, 0, {}
     run = Path(run)
     finish_writing(run)
     if not model and not (run / "bitune.json").exists():
@@ -180,6 +187,8 @@ def load_run(run, model=None, device=None, dtype=None):
         model = run if (run / "config.json").exists() else read_json(run / "bitune.json", "base")["base"]
     base, tokenizer = load_base(model, device, dtype)
     bitune, tensors, about = Bitune.load(base, run, model)
+    if (template := about.get("template", "plain")) not in TEMPLATES:
+        raise ValueError(f"{run} has the template {template!r}: expected {' or '.join(TEMPLATES)}")
     return bitune.eval(), tokenizer, tensors, about
 
 
@@ -355,7 +364,7 @@ def derive(args, bitune, examples, val, dropped):
     return {
         "device": str(bitune.device),
         "dtype": str(bitune.model.model.embed_tokens.weight.dtype).removeprefix("torch."),
-        "base_parameters": sum(p.numel() for p in bitune.parameters()) - trainable,
+        "frozen_parameters": sum(p.numel() for p in bitune.parameters()) - trainable,
         "trainable_parameters": trainable,
         "train_examples": len(examples), "val_examples": len(val), "dropped": dict(dropped),
         "prompt_tokens": sum(len(e.prompt) for e in examples),
@@ -373,8 +382,9 @@ def memory(bitune):
     trained = [p.numel() for p in bitune.parameters() if p.requires_grad]
     frozen = [p for p in bitune.parameters() if not p.requires_grad]
     size = sum(p.numel() * p.element_size() for p in frozen) + 16 * sum(trained)
-    return (f"{size / 1e9:.2f} GB: {sum(p.numel() for p in frozen):,} frozen parameters and {sum(trained):,} "
-            "that train, 16 bytes each (float32, gradient and AdamW's moments); activations come on top")
+    size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
+    return (f"{size} for {sum(p.numel() for p in frozen):,} frozen parameters and {sum(trained):,} that "
+            "train, these 16 bytes each (float32, gradient, AdamW's moments); activations come on top")
 
 
 def open_run(args, derived):
@@ -391,17 +401,22 @@ def open_run(args, derived):
     return out
 
 
+def given(argv):
+    """The settings that the flags `argv` name themselves, defaults left away."""
+    parser = make_parser()
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    return {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+
+
 def resumed(parser, args, argv):
     """The settings of the run args.resume, with what was given of MAY_CHANGE. ValueError for other flags."""
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))        # else defaults would look like flags
-    given = {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
-    more = {name.replace("_", "-") for name in given} - {"resume", *MAY_CHANGE}
-    if more:
-        flags = " --".join(sorted(more))
-        raise ValueError(f"--resume goes on with a run's own settings, which --{flags} would change")
+    flags = given(argv)
+    if more := {name.replace("_", "-") for name in flags} - {"resume", *MAY_CHANGE}:
+        raise ValueError(f"--resume goes on with a run's own settings, which "
+                         f"--{' --'.join(sorted(more))} would change")
     before = read_json(Path(args.resume) / "settings.json", "args")["args"]
-    flags = vars(parser.parse_args([])) | before | given            # the first: for flags newer than the run
-    return argparse.Namespace(**flags | {"out": args.resume})
+    newer = vars(parser.parse_args([]))                             # flags that the run does not know
+    return argparse.Namespace(**newer | before | flags | {"out": args.resume})
 
 
 def logged(path, start):
@@ -410,6 +425,18 @@ def logged(path, start):
     lines = path.read_text().splitlines() if start and path.exists() else []
     kept = takewhile(lambda line: line.endswith("}") and json.loads(line)["step"] <= start, lines)
     return "".join(line + "\n" for line in kept)
+
+
+def finished(run):
+    """Whether a run has taken all of its steps, and has validated after the last one."""
+    finish_writing(run)
+    if not (run / "bitune.json").exists():
+        return False
+    steps = read_json(run / "settings.json", "args")["args"]["steps"]
+    if read_json(run / "bitune.json").get("step") != steps:
+        return False
+    return (not read_json(run / "settings.json", "derived")["derived"]["val_examples"]
+            or f'"step": {steps}, "val_loss"' in logged(run / "log.jsonl", steps))
 
 
 def train(args, bitune, optimizer, examples, val, derived, start, progress):
@@ -443,7 +470,7 @@ def train(args, bitune, optimizer, examples, val, derived, start, progress):
             bitune.losses(*zip(*batches(examples, args.micro_batch_size)[0])).sum().backward()
         if val and not start:
             validate(Bitune(bitune.model, "lora"), "base model")        # B = 0: there are no adapters yet
-        due = val and start and start % derived["eval_every"] == 0
+        due = val and start and (start % derived["eval_every"] == 0 or start == args.steps)
         if due and f'"step": {start}, "val_loss"' not in kept:
             validate(bitune, f"step {start}")                           # which an interruption had cut short
         begun = time.monotonic()
@@ -479,7 +506,7 @@ def train(args, bitune, optimizer, examples, val, derived, start, progress):
                 validate(bitune, f"step {step}")
         progress.note(f"saved {out} after {clock(time.monotonic() - begun)}; ask it: "
                       f"python sample.py --adapter {out}")
-    except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
+    except (FloatingPointError, OSError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
         what = {FloatingPointError: f"{problem}: start again with a lower --lr",
                 torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
                 KeyboardInterrupt: "stopped by " + " and ".join(signal.Signals(n).name for n in asked)}
@@ -522,14 +549,14 @@ def begin(args):
     says what is wrong with the settings."""
     if args.out:
         finish_writing(Path(args.out))
+    if args.resume and finished(Path(args.out)):
+        raise ValueError(f"{args.out} is finished: all of its {args.steps} steps are done")
     bitune, tokenizer, examples, val, dropped = prepare(args)
     derived = derive(args, bitune, examples, val, dropped)
     out = open_run(args, derived)
     optimizer, start = make_optimizer(bitune, args.eps, args.weight_decay), 0
     if args.resume:
         start = load_state(out / "state.safetensors", bitune, optimizer)
-    if start == args.steps:
-        raise ValueError(f"{out} is finished: all of its {start} steps are done")
     return bitune, tokenizer, optimizer, examples, val, derived, start
 
 
@@ -544,7 +571,7 @@ def main(argv=None):
     for title, values in (("settings", vars(args)), ("derived", derived)):
         words = [f"{k} {v}" for k, v in values.items() if v is not None]
         print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
-    print("memory:", memory(bitune))
+    print(textwrap.fill(f"memory: {memory(bitune)}", 110, subsequent_indent="  "))
     first = tokenizer.decode(examples[0].prompt)
     answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
     print(f"first example, the answer it learns in [[ ]]:\n{first}[[{answer}]]", flush=True)

@@ -9,7 +9,6 @@ trainable parameters as Bitune's two sets. Learning rates are compared on valida
 run is never made again, and one that was stopped goes on from its last save: repeat the command.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -18,12 +17,12 @@ from pathlib import Path
 
 from bitune import METHODS, SECOND_MASKS, Bitune
 from experiments.evaluate import SCORED, evaluate, load_questions
-from lora import ADAPTERS, json_bytes, read_json, write_files
+from lora import ADAPTERS, finish_writing, json_bytes, read_json, write_files
 from model import Config
 from text.examples import stop_id
 from text.tokenizer import Tokenizer
-from train import MAY_CHANGE, Progress, begin, fail, load_base, load_run, make_parser, new_parser
-from train import number, set_up_streams, settings, train
+from train import MAY_CHANGE, Progress, begin, fail, finished, given, load_base, load_run, make_parser
+from train import new_parser, number, set_up_streams, settings, train
 
 KINDS = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA3", "full": "full finetuning"}
 OWN = ("method", "peft", "theta-init", "second-mask", "lr", "seed", "out", "resume")    # set by the grid
@@ -41,14 +40,13 @@ def variants(methods, pefts=("lora",), theta_inits=(0.01,), second_masks=("bidir
                             f"--alpha={times * alpha:g}"]
     for method, peft, c, mask in product(methods, pefts, theta_inits, second_masks):
         name, flags = method.replace("bitune", "Bitune"), [f"--method={method}", f"--peft={peft}"]
-        if list(pefts) != ["lora"]:
-            name += f", {KINDS[peft]}"
+        name += f", {KINDS[peft]}" * (peft != "lora")           # what differs from the defaults is named
         if len(METHODS[method]) == 2:
             flags.append(f"--theta-init={c:g}")
-            name += f", c {c:g}" * (list(theta_inits) != [0.01])
+            name += f", c {c:g}" * (c != 0.01)
         if "bidirectional" in dict(METHODS[method]):
             flags.append(f"--second-mask={mask}")
-            name += f", {mask}" * (list(second_masks) != ["bidirectional"])
+            name += f", {mask}" * (mask != "bidirectional")
         models[name] = flags
     return models
 
@@ -73,7 +71,7 @@ class Line(Progress):
         self.bars += bar(result["exact_match"])
 
     def end(self, record):
-        bars = "".join(bar(r["val_exact_match"]) for r in log(record) if "val_exact_match" in r)
+        bars = "".join(bar(r["val_exact_match"]) for r in record["validations"])
         scores = "".join(f", {column} {value:.1%}" for column, value in record["scores"].items())
         super().note(f"{self.name}  {bars}  {record['seconds']:.0f} s{scores}")
 
@@ -82,52 +80,59 @@ def bar(part):
     return "▁▂▃▄▅▆▇█"[round(part * 7)]
 
 
-def log(record):
-    return [json.loads(line) for line in (Path(record["run"]) / "log.jsonl").read_text().splitlines()]
-
-
 def finetune(flags, run, progress):
     """The model that train.py's flags make in the folder `run`, and its tokenizer; of a run that is there,
     what is left of it to do."""
-    saved = run / "bitune.json"
-    args = settings(["--resume", str(run)] if saved.exists() else [*flags, f"--out={run}"])
-    if not saved.exists() or read_json(saved)["step"] < args.steps:
+    if not finished(run):
+        argv = [*flags, f"--out={run}"]
+        if (run / "bitune.json").exists():
+            now = {k.replace("_", "-"): v for k, v in given(flags).items()}
+            argv = [f"--resume={run}", *(f"--{k}={now[k]}" for k in MAY_CHANGE if k in now)]
+        args = settings(argv)
         bitune, _, *rest = begin(args)
         train(args, bitune, *rest, progress)
-    return load_run(run, device=args.device, dtype=args.dtype)[:2]
+    own = given(flags)
+    return load_run(run, device=own.get("device"), dtype=own.get("dtype"))[:2]
 
 
-def measure(name, flags, run, score, line):
-    """One run and its record. score(bitune, tokenizer, progress) gives its numbers, column by column."""
+def measure(flags, run, score, line):
+    """One run's numbers. score(bitune, tokenizer, progress) gives its scores, column by column."""
     scores = score(*finetune(flags, run, line), line)
-    derived = read_json(run / "settings.json", "derived")["derived"]
-    record = {"name": name, "run": str(run), "trainable": derived["trainable_parameters"], "scores": scores}
-    record["seconds"] = sum(r.get("seconds", 0) for r in log(record))               # without validation
-    record["val_loss"] = ([None] + [r["val_loss"] for r in log(record) if "val_loss" in r])[-1]
-    return record
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    validations = [r for r in log if "val_loss" in r]
+    return {"trainable": read_json(run / "settings.json", "derived")["derived"]["trainable_parameters"],
+            "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
+            "val_loss": validations[-1]["val_loss"] if validations else None,
+            "validations": validations, "scores": scores}
 
 
-def grid(models, lrs, seeds, out, score):
+def grid(models, lrs, seeds, out, score, scored_on=()):
     """Every model at every learning rate with every seed: their records, which are also the lines of
-    out/results.jsonl. One whose training failed has none."""
+    out/results.jsonl. One whose training failed has none. Records with scores on anything but `scored_on`
+    get new ones."""
     results, width = out / "results.jsonl", max(map(len, models))
     lines = results.read_text().splitlines() if results.exists() else []
     done = {(r["name"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}
     records = []
-    for (name, flags), lr, seed in product(models.items(), lrs, seeds):
+    for (name, flags), lr, seed in product(models.items(), dict.fromkeys(lrs), dict.fromkeys(seeds)):
         line = Line(f"{name:<{width}}  lr {lr:<6g} seed {seed}")
         record = done.get((name, lr, seed))
-        if record is None:
-            run = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
+        if record is None or record["scored_on"] != list(scored_on):
+            run = f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
+            record = {"name": name, "lr": lr, "seed": seed, "run": run, "scored_on": list(scored_on)}
             try:
-                record = measure(name, [*flags, f"--lr={lr}", f"--seed={seed}"], run, score, line)
+                record |= measure([*flags, f"--lr={lr}", f"--seed={seed}"], out / run, score, line)
+            except FloatingPointError as problem:
+                print(f"error: {run}: {problem}", file=sys.stderr)
+                continue
             except SystemExit as end:
                 if end.code != 1:                   # stopped by hand; 1: it went wrong, and has said how
                     raise
                 continue
-            record |= {"lr": lr, "seed": seed}
             done[name, lr, seed] = record
             write_files(out, {results.name: "".join(json.dumps(r) + "\n" for r in done.values()).encode()})
+        if len(lrs) > 1 and record["val_loss"] is None:
+            raise ValueError("several learning rates and no validation data to choose by: give --val-data")
         line.end(record)
         records.append(record)
     return records
@@ -144,8 +149,6 @@ def chosen(records):
         rates = by_rate(records, name)
         most = max(map(len, rates))
         rates = [group for group in rates if len(group) == most]
-        if len(rates) > 1 and None in [r["val_loss"] for group in rates for r in group]:
-            raise ValueError("several --lrs and no validation data to choose by: give --val-data")
         best[name] = min(rates, key=lambda group: statistics.fmean(r["val_loss"] or 0 for r in group))
     return best
 
@@ -182,15 +185,15 @@ def table(groups, first=()):
 
 def common_settings(argv):
     """train.py's settings that hold for the whole grid. ValueError for those that the grid varies itself."""
-    parser = make_parser()
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))      # else defaults look given
-    given = {name.replace("_", "-") for name, value in vars(parser.parse_args(argv, unset)).items() if value}
-    if odd := [f"--{name}" for name in OWN if name in given]:
+    if odd := [f"--{name}" for name in OWN if name.replace("-", "_") in given(argv)]:
         raise ValueError(f"{', '.join(odd)}: the grid sets this for each run; see --help")
-    return settings(argv)
+    common = settings(argv)
+    if missing := [f"--{k}" for k in ("model", "data") if not getattr(common, k)]:
+        raise ValueError(f"{missing[0]} not given: see train.py --help")
+    return common
 
 
-def read_questions(files, common, limit):
+def read_questions(files, common, limit, max_new_tokens):
     """[TASK=FILE] to [(task, the name of its columns, its questions)]."""
     tokenizer, config = Tokenizer.from_pretrained(common.model), Config.from_pretrained(common.model)
     tasks = []
@@ -198,11 +201,15 @@ def read_questions(files, common, limit):
         if task not in SCORED or not file:
             raise ValueError(f"--evaluate {task}: expected TASK=FILE, TASK one of {', '.join(SCORED)}")
         longest = config.max_length
-        questions, left_out = load_questions(file, task, tokenizer, common.template, longest, limit)
+        questions, left_out = load_questions(file, task, tokenizer, common.template, longest, max_new_tokens,
+                                             limit)
         stem = Path(file).stem
         tasks.append((task, task if stem == task else f"{task} {stem}", questions))
         if left_out:
-            print(f"{file}: {left_out} questions longer than {longest} tokens are left out")
+            print(f"{file}: {left_out} questions left out, longer than {longest} tokens with their answers")
+    names = [name for _, name, _ in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--evaluate: two files would both be called {twice[0]!r}: rename one")
     return tasks
 
 
@@ -217,20 +224,22 @@ def scorer(tasks, common, batch_size, max_new_tokens):
     return score
 
 
-def base_row(common, score, out):
+def base_row(common, score, scored_on, out):
     """The table's first row: what the model scores before any finetuning, measured once."""
-    if not (out / "base.json").exists():
+    file = out / "base.json"
+    if not file.exists() or read_json(file)["scored_on"] != scored_on:
         model, tokenizer = load_base(common.model, common.device, common.dtype)
         scores = score(Bitune(model, "lora").eval(), tokenizer, Line("base model"))
-        write_files(out, {"base.json": json_bytes(scores)})
-    scores = read_json(out / "base.json").values()
+        write_files(out, {file.name: json_bytes({"scored_on": scored_on, "scores": scores})})
+    scores = read_json(file)["scores"].values()
     return ["base model", "", "", "", "", *(f"{100 * v:.1f}%" for v in scores)]
 
 
 def claim(out, grid):
     """Make the folder `out` this grid's. ValueError if it holds runs of another."""
-    if any(out.glob("*/settings.json")):
-        before = read_json(out / "grid.json")
+    finish_writing(out)
+    if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
+        before = vars(make_parser().parse_args([])) | read_json(out / "grid.json")  # newer flags: as default
         if differ := [k for k in grid if before.get(k) != grid[k]]:
             raise ValueError(f"{out} holds a grid with other settings: " + ", ".join(
                 f"{k} was {before.get(k)} and is {grid[k]}" for k in differ))
@@ -256,27 +265,27 @@ def main(argv=None):
     arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
     arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="(default: 42 43 44)")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
-    arg("--questions", type=number(int, 1), default=8, metavar="N", help="how many at a time (default: 8)")
+    arg("--eval-batch-size", type=number(int, 1), default=8, help="questions at a time (default: 8)")
     arg("--max-new-tokens", type=number(int, 1), default=256, help="longest written answer (default: 256)")
     args, rest = parser.parse_known_args(argv)
     out = Path(args.out)
     try:
         common = common_settings(rest)
-        tasks = read_questions(args.evaluate, common, args.limit)
+        tasks = read_questions(args.evaluate, common, args.limit, args.max_new_tokens)
+        scored_on = [*args.evaluate, args.limit, args.max_new_tokens]
         lrs = args.lrs or [common.lr]
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: leave --val-size 0 away")
         same = {k: v for k, v in vars(common).items() if k.replace("_", "-") not in (*OWN, *MAY_CHANGE)}
-        claim(out, same | {"model": common.model, "data": common.data, "evaluate": args.evaluate,
-                           "limit": args.limit, "max_new_tokens": args.max_new_tokens})
-        score = scorer(tasks, common, args.questions, args.max_new_tokens)
+        claim(out, same | {k: getattr(common, k) for k in ("model", "data", "val_data")})
+        score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.theta_inits, args.second_masks, common.rank,
                           common.alpha)
         flags = {name: [*rest, *own] for name, own in models.items()}
-        records = grid(flags, lrs, args.seeds, out, score)
+        records = grid(flags, lrs, args.seeds, out, score, scored_on)
         if not records:
             raise ValueError(f"{out}: no run came to its end")
-        base = base_row(common, score, out)
+        base = base_row(common, score, scored_on, out)
         text = table(list(chosen(records).values()), [base])
         if len(lrs) > 1:
             every = [group for name in models for group in by_rate(records, name)]
@@ -285,9 +294,9 @@ def main(argv=None):
     except (ValueError, OSError, RuntimeError) as problem:
         fail(problem)
     print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
-    if missing := len(models) * len(lrs) * len(args.seeds) - len(records):
-        print(f"error: {missing} of the runs did not come to an end: repeat the command to try again",
-              file=sys.stderr)
+    if missing := len(models) * len({*lrs}) * len({*args.seeds}) - len(records):
+        print(f"error: {missing} of the runs did not come to an end, as said above; the same command tries "
+              "them again", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,6 +1,6 @@
 """What finetuning the paper's base models takes, computed without weights and without a GPU:
 
-    python -m experiments.cost [--models llama-2-7b ...] [--peft lora] [--prompt 256] [--answer 256]
+    python -m experiments.cost [--models llama-2-7b] [--peft lora] [--prompt 256] [--answer 256]
 
 One example at a time, in bfloat16 (full finetuning: float32). The weights' bytes; 16 bytes for each parameter
 that trains; the tensors that autograd keeps from the forward pass, as a fused attention kernel would leave
@@ -95,8 +95,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     ranked = args.peft in ("lora", "dora")
     rows = [("lora", 8), *[("lora", 16)] * ranked, ("bitune", 8)]
-    print("| base model | parameters | method | that train | weights | these, 16 bytes each | activations "
-          "| together | TFLOP an example | 3,000 steps |")
+    print("| base model | parameters | method | that train | frozen weights | trained, 16 bytes each "
+          "| activations | together | TFLOP an example | 3,000 steps |")
     print("|---" * 10 + "|")
     for name in args.models:
         for method, rank in rows:

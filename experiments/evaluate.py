@@ -22,18 +22,18 @@ from typing import NamedTuple
 
 import torch
 
-from bitune import Bitune, pad, surprise
+from bitune import pad, surprise
 from lora import json_bytes, write_files
 from model import Past, may_attend
 from text.examples import batches, encode_answer, encode_prompt, parse_row, right_choice, stop_id
 from text.rows import TASKS, read_rows
-from train import DTYPES, Progress, clock, fail, load_base, load_run, new_parser, number, set_up_streams
+from train import DTYPES, Progress, clock, fail, load_run, new_parser, number, set_up_streams
 
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
 
 
 class Question(NamedTuple):
-    place: int              # in the file
+    place: str              # in the file
     text: str               # before the template
     prompt: list            # ids
     texts: list             # of the choices; none if the answer is to be written
@@ -41,9 +41,9 @@ class Question(NamedTuple):
     answer: object          # the index of the right choice, or the right text
 
 
-def load_questions(path, task, tokenizer, template, longest, limit=None):
-    """The first `limit` questions of a file, and how many of these were left out because prompt and choice
-    have more than `longest` tokens."""
+def load_questions(path, task, tokenizer, template, longest, max_new_tokens, limit=None):
+    """The first `limit` questions of a file, and how many of these were left out because the prompt with
+    its longest choice, or with max_new_tokens of an answer, has more than `longest` tokens."""
     questions, left_out = [], 0
     for place, row in islice(read_rows(path, task), limit):
         try:
@@ -56,20 +56,17 @@ def load_questions(path, task, tokenizer, template, longest, limit=None):
             raise ValueError(f"{path}, {place}: it has no answer and no choices to score")
         prompt = encode_prompt(tokenizer, template, turns, input)
         choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
-        question = Question(len(questions), turns[-1][1] if turns else "", prompt, texts, choices, answer)
-        if length(question) > longest:
+        if len(prompt) + max(map(len, choices), default=max_new_tokens) > longest:
             left_out += 1
-        else:
-            questions.append(question)
+            continue
+        text = "\n\n".join([text for _, text in turns] + [input] * bool(input))
+        questions.append(Question(place, text, prompt, texts, choices, answer))
     if not questions:
-        raise ValueError(f"{path}: no question left, {left_out} are longer than {longest} tokens")
+        raise ValueError(f"{path}: no question left, {left_out} are longer, with their answers, than the "
+                         f"model's {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
         raise ValueError(f"{path}: some rows have choices and some have not: expected one kind")
     return questions, left_out
-
-
-def length(question):
-    return len(question.prompt) + max(map(len, question.choices), default=1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -78,7 +75,7 @@ def length(question):
 @torch.inference_mode()
 def log_probs(bitune, prompts, choices):
     """The log-probability of each choice after its prompt, the sum over its tokens: lists of ids, a list of
-    them for each prompt, to a list of numbers for each prompt."""
+    them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
         bitune = copy.copy(bitune)
         bitune.passes = [("causal", "causal")]
@@ -93,6 +90,8 @@ def log_probs(bitune, prompts, choices):
     sees = may_attend(stream.positions, torch.cat((context.positions[owner], stream.positions), dim=1))
     logits, _ = bitune.model(*stream, sees, past, "causal")
     sums = -surprise(logits, pad(choice, -100, bitune.device)).sum(1)
+    if not sums.isfinite().all():
+        raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")
     return [group.tolist() for group in sums.split([len(group) for group in choices])]
 
 
@@ -149,16 +148,18 @@ def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_t
     """Every question's result in the file's order, dicts as they are written to the JSONL file, and each
     metric's (mean, standard error)."""
     results, begun = {}, time.monotonic()
+    length = lambda q: len(q.prompt) + max(map(len, q.choices), default=0)
     for batch in batches(questions, batch_size, length):
         prompts = [q.prompt for q in batch]
         if batch[0].choices:
             for q, sums in zip(batch, log_probs(bitune, prompts, [q.choices for q in batch])):
-                results[q.place] = {"prompt": q.text, "choices": q.texts, "answer": q.answer,
-                                    "log_probs": sums, **score_choices(q, sums)}
+                results[q.place] = {"place": q.place, "prompt": q.text, "choices": q.texts,
+                                    "answer": q.answer, "log_probs": sums, **score_choices(q, sums)}
         else:
             score = score_gsm8k if task == "gsm8k" else score_text
             for q, said in zip(batch, write(bitune, tokenizer, prompts, stop_ids, max_new_tokens)):
-                results[q.place] = {"prompt": q.text, "answer": q.answer, "said": said, **score(q, said)}
+                results[q.place] = {"place": q.place, "prompt": q.text, "answer": q.answer, "said": said,
+                                    **score(q, said)}
         seconds = time.monotonic() - begun
         rate, left = len(results) / seconds, len(questions) - len(results)
         progress.update(f"{task}: {len(results)}/{len(questions)}  ETA {clock(left / rate)}  "
@@ -207,16 +208,12 @@ def main(argv=None):
             raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
         if not Path(args.data).is_file():
             raise ValueError(f"{args.data!r} is not a file: expected the questions of {args.task}")
-        about = {}
-        if args.adapter:
-            bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
-        else:
-            model, tokenizer = load_base(args.model, args.device, args.dtype)
-            bitune = Bitune(model, "lora").eval()
+        bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
         template = about.get("template", "paper")
         stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
         longest = bitune.model.config.max_length
-        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit)
+        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest,
+                                             args.max_new_tokens, args.limit)
         if args.samples and questions[0].choices:
             raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
         out = Path(args.out or args.adapter or Path("runs") / Path(args.model).resolve().name)
@@ -228,11 +225,12 @@ def main(argv=None):
     try:
         rows, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
                                 args.max_new_tokens, Progress())
-    except torch.OutOfMemoryError as problem:
-        print(f"error: {problem}: try a smaller --batch-size", file=sys.stderr)
+    except (FloatingPointError, torch.OutOfMemoryError) as problem:
+        hint = ": try a smaller --batch-size" * isinstance(problem, torch.OutOfMemoryError)
+        print(f"error: {problem}{hint}", file=sys.stderr)
         sys.exit(1)
-    name = f"{args.task}-{Path(args.data).stem}"
-    summary = {**vars(args), "method": bitune.method if args.adapter else None, "template": template,
+    name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
+    summary = {**vars(args), "method": bitune.method if about else None, "template": template,
                "questions": len(rows), "left_out": left_out, "seconds": round(time.monotonic() - begun, 1),
                "scores": {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}}
     files = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
@@ -241,7 +239,7 @@ def main(argv=None):
         title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(rows)}"
         files[f"{name}.md"] = page(title, rows[:args.samples]).encode()
     write_files(out, files)
-    beyond = f", {left_out} longer than {longest} tokens left out" if left_out else ""
+    beyond = f", {left_out} left out, longer than {longest} tokens with their answers" if left_out else ""
     print(f"{args.task}: {in_words(scores)} ({len(rows)} questions{beyond}, {clock(summary['seconds'])})")
     print(f"wrote {', '.join(str(out / file) for file in files)}")
 

@@ -29,6 +29,7 @@ def test_a_grid_varies_only_what_a_method_uses():
     assert sum("--method=naive-bidir" in flags for flags in models.values()) == 4 * 2  # mixes nothing
     assert sum("--method=only-causal" in flags for flags in models.values()) == 4 * 2  # sees nothing ahead
     assert "Bitune, DoRA, c 0.1, anticausal" in models and len(models) == 6 + 16 + 8 + 8
+    assert ablate.variants(["bitune"])["Bitune"] == models["Bitune"]  # and a name stays as the grid grows
     assert list(ablate.variants(["bitune"])) == ["LoRA rank 8", "LoRA rank 16", "Bitune"]
 
 
@@ -106,10 +107,48 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     assert len(records) == 6 and all(r["val_loss"] and r["scores"] for r in records)
 
     steps.clear()
-    ablate.main([*argv, "--methods", "bitune", "naive-bidir"])
-    assert len(steps) == 2 * 4 and len(scores) == 7 + 2 and "naive-bidir" in capsys.readouterr().out
+    ablate.main([*argv, "--methods", "bitune", "naive-bidir", "--seeds", "42", "42"])
+    assert len(steps) == 4 and len(scores) == 7 + 1 and "naive-bidir" in capsys.readouterr().out
+    ablate.main([*argv, "--limit", "1"])  # other questions: scored again, not made again
+    assert len(steps) == 4 and len(scores) == 8 + 7
+    os.rename(tmp_path / "grid", tmp_path / "elsewhere")
+    ablate.main([*argv, "--limit", "1", "--out", str(tmp_path / "elsewhere")])
+    assert len(steps) == 4 and len(scores) == 8 + 7
+    os.rename(tmp_path / "elsewhere", tmp_path / "grid")
     line = exits(2, ablate.main, [*argv, "--steps", "5"], capsys)
     assert "holds a grid with other settings: steps was 4 and is 5" in line
+
+
+def test_a_run_killed_in_its_last_validation_is_validated_before_it_is_scored(argv, tmp_path):
+    argv = [*argv, "--seeds", "42"]
+    ablate.main(argv)
+    table = (tmp_path / "grid/tables.md").read_text()
+    results, log = tmp_path / "grid/results.jsonl", tmp_path / "grid/bitune-lr0.01-seed42/log.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
+    lines = log.read_text().splitlines(keepends=True)
+    assert '"step": 4, "val_loss"' in lines[-1]
+    log.write_text("".join(lines[:-1]))
+    ablate.main(argv)
+    assert [row.split("|")[5] for row in (tmp_path / "grid/tables.md").read_text().splitlines()] == [
+        row.split("|")[5] for row in table.splitlines()
+    ]
+    assert log.read_text().splitlines(keepends=True)[-1] == lines[-1]
+
+
+def test_a_run_goes_on_with_the_flags_that_may_change(argv, tmp_path, monkeypatch):
+    step, sizes = train.train_step, []
+
+    def counted(bitune, optimizer, examples, micro_batch_size, *args):
+        sizes.append(micro_batch_size)
+        if len(sizes) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(bitune, optimizer, examples, micro_batch_size, *args)
+
+    monkeypatch.setattr(train, "train_step", counted)
+    with pytest.raises(SystemExit):
+        ablate.main(argv)
+    ablate.main([*argv, "--seeds", "42", "--micro-batch-size", "2"])
+    assert sizes == [1] * 3 + [2] * (1 + 2 * 4)
 
 
 def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, capsys):
@@ -124,7 +163,7 @@ def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as end:
         ablate.main([*argv, "--seeds", "42", "--lrs", "0.01", "0.02"])
     said = capsys.readouterr()
-    assert end.value.code == 1 and "error: 1 of the runs did not come to an end" in said.err
+    assert end.value.code == 1 and "error: 1 of the runs did not come to an end, as said above" in said.err
     assert "the loss is nan" in said.err
     bitune = [line for line in said.out.splitlines() if line.startswith("| Bitune")]
     assert len(bitune) == 2 and all("| 0.01 " in line for line in bitune)  # at its best, and at each rate
@@ -139,4 +178,10 @@ def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, cap
     assert "invalid choice: 'lora'" in bad("--methods", "lora")
     assert "nowhere has no tokenizer.json" in bad("--model", "nowhere")
     assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
+    assert "--seed: the grid sets this" in bad("--seed", "0")
+    assert "--model not given" in exits(2, ablate.main, ["--out", "x", "--data", "y"], capsys)
+    (tmp_path / "hard").mkdir()
+    hard = write_rows(tmp_path / "hard/arc.jsonl", PUBLISHED["arc"][0])
+    same = ["--evaluate", f"arc={hard}", f"arc={tmp_path / 'arc.jsonl'}"]
+    assert "two files would both be called 'arc'" in bad(*same)
     assert not (tmp_path / "grid").exists()

@@ -340,6 +340,8 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
         2, train.main, ["--resume", tmp_path / "run", "--lr", 3e-4], capsys
     )
     write_data(tmp_path / "data.jsonl", 41)
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run/log.jsonl").write_text("".join(lines[:-1]))  # as if killed in the last validation
     line = exits(2, train.main, ["--resume", tmp_path / "run"], capsys)
     assert "data.jsonl, or the validation data, has changed since" in line
     assert "has no settings.json" in exits(2, train.main, ["--resume", tmp_path / "nowhere"], capsys)
@@ -564,6 +566,8 @@ def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
     sample.main(["--adapter", str(run), "--prompt", "x", "--max-new-tokens", "2"])
     assert f"loaded {run}:" in capsys.readouterr().err
 
+    sample.main(["--model", str(run), "--prompt", "x", "--max-new-tokens", "2"])
+    assert f"loaded {run}: " in capsys.readouterr().err  # not its answering half alone
     model, _ = train.load_base(run)  # as any checkpoint: what writes the answers, without its prompt passes
     plain = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
     assert torch.equal(plain, Bitune(bitune.model, "lora")(RAGGED, ANSWERS)[0])

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from bitune import METHODS, Bitune
@@ -43,6 +44,16 @@ PUBLISHED = {  # task, rows as they are published, the prompt in the paper's tem
                 "label": label,
             }
             for label in ("3", 3)
+        ]
+        + [
+            {
+                "context": "Jo ran.",
+                "question": "Why?",
+                "answerA": "late",
+                "answerB": "fun",
+                "answerC": "fear",
+                "correct": "C",
+            }
         ],
         "Question: Given the context, answer correctly the question.\nContext: Jo ran.\nQuestion: Why?\n\n"
         "Choices:\n(0) late\n(1) fun\n(2) fear\n\nAnswer:",
@@ -132,6 +143,14 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
         csv.writer(file).writerow(['a "b",\nc', *"0123", "A"])
     one, two = read_rows(tmp_path / "sums_test.csv", "mmlu")
     assert one[1] == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
+    for task, text, message in (
+        ("rows", "", "CSV is read of mmlu alone"),
+        ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
+        ("mmlu", "a,0,1,2,3,E", "row 1: expected a question, four choices and a letter"),
+    ):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            list(read_rows(tmp_path / "bad.csv", task))
     assert two[1]["prompt"].startswith('a "b",\nc\n(0). 0') and two[1]["answer"] == 0
 
 
@@ -141,6 +160,9 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
         ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2', this has goal, sol1"),
         ("piqa", {"goal": "x", "sol1": "y", "sol2": "z", "label": -1}, "expected one of its 2 choices"),
         ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
+        ("arc", {"question": "x", "answer": "y"}, "a row of arc has 'choices', this has question, answer"),
+        ("piqa", {"goal": "x", "sol1": "y", "sol2": "z"}, "and no data-labels.lst lies beside it"),
+        ("rows", {"goal": "x", "sol1": "y", "sol2": "z"}, "(or a --task)"),
         ("mmlu", "1 + 1", "expected an object, got str"),
         ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
         ("rows", {"prompt": "x", "choices": [], "answer": 0}, "'choices' is not a list of texts"),
@@ -171,7 +193,7 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
     """On its own verdicts (harness.json says which version's): choices with made-up log-probabilities, and
     answers to GSM8K in every form that a number can take."""
     harness = json.loads((train.Path(__file__).parent / "harness.json").read_text())
-    question = lambda row: evaluate.Question(0, "", [], row.get("choices"), [], row["answer"])
+    question = lambda row: evaluate.Question("", "", [], row.get("choices"), [], row["answer"])
     scorers = {
         "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
         "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"]),
@@ -228,16 +250,30 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
 def test_written_answers_make_a_page(tmp_path, capsys):
     base = write_checkpoint(tmp_path / "base")
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)] + [
-        {"question": "x" * 256, "answer": "#### 1"}
+        {"question": "x" * 230, "answer": "#### 1"}
     ]
     data = write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "gsm8k", "--out", tmp_path, "--samples", "2"]
     evaluate.main([str(a) for a in [*argv, "--max-new-tokens", "9"]])
-    assert "(5 questions, 1 longer than 256 tokens left out, " in capsys.readouterr().out
+    assert "(5 questions, 1 left out, longer than 256 tokens with their answers, " in capsys.readouterr().out
     page = (tmp_path / "gsm8k-test.md").read_text()
     assert page.count("\n## ") == 2 and "strict-match ✗, flexible-extract ✗" in page and "#### 2" in page
-    evaluate.main([str(a) for a in [*argv[:4], "--task", "rows", *argv[6:8], "--limit", "1"]])
+    kept = (tmp_path / "gsm8k-test.jsonl").read_text()
+    evaluate.main([str(a) for a in [*argv[:-2], "--limit", "1", "--max-new-tokens", "5"]])
+    assert (tmp_path / "gsm8k-test.jsonl").read_text() == kept  # a shorter look does not write over it
+    rows = [*argv[:4], "--task", "rows", *argv[6:8], "--limit", "1", "--max-new-tokens", "9"]
+    evaluate.main([str(a) for a in rows])
     assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
+
+
+def test_a_model_that_gives_no_numbers_gets_no_score(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, base / "model.safetensors")
+    data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
+    line = exits(1, evaluate.main, ["--model", base, "--task", "arc", "--data", data], capsys)
+    assert "the log-probability of a choice is nan" in line
 
 
 def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys):
@@ -258,7 +294,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
 
 def test_ids_of_choices_are_those_of_training(tokenizer, tmp_path):
     file = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512)
+    questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512, 9)
     examples, _ = load_examples(file, tokenizer, "paper", 512, "arc")
     assert left_out == 0
     for question, example in zip(questions, examples):

@@ -128,9 +128,9 @@ def parse_row(row):
     prompt = next((k for k in PROMPT_KEYS if k in row), None)
     if prompt is None:
         raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
-                         f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)}")
+                         f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)} (or a --task)")
     turns = [("user", text(prompt))] if text(prompt) else []
-    if "choices" in row:
+    if "choices" in row and "answer" in row:
         return Row(turns, text("input") or text("context"), row["choices"][right_choice(row)])
     return Row(turns, text("input") or text("context"), next((text(k) for k in ANSWER_KEYS if k in row), ""))
 

@@ -26,19 +26,22 @@ def piqa(row):              # goal, sol1, sol2; 0 or 1 in valid-labels.lst besid
 
 
 def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
-    question, choices = row["question"], row.get("choices")
+    question = row["question"]
     if isinstance(question, dict):
-        question, choices = question["stem"], question["choices"]
+        question, row = question["stem"], row | question
+    choices = row["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
     return with_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
-def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-labels.lst beside dev.jsonl
+def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-labels.lst beside dev.jsonl,
+                            # or, in other releases, "correct": "A"
     listed = "\n".join(f"({i}) {row['answer' + letter]}" for i, letter in enumerate("ABC"))
     question = f"Given the context, answer correctly the question.\nContext: {row['context']}\n" \
                f"Question: {row['question']}\n\nChoices:\n{listed}"
-    return {"prompt": question, "choices": ["(0)", "(1)", "(2)"], "answer": int(row["label"]) - 1}
+    answer = "ABC".index(row["correct"]) if "correct" in row else int(row["label"]) - 1
+    return {"prompt": question, "choices": ["(0)", "(1)", "(2)"], "answer": answer}
 
 
 def mmlu(row):              # question, choices, answer; in the CSV files the answer is a letter
@@ -68,6 +71,8 @@ def read_rows(path, task="rows"):
     makes it. ValueError names the place of one that is malformed."""
     path = Path(path)
     try:
+        if path.suffix == ".csv" and task != "mmlu":
+            raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
         rows = zip_labels(path, read_csv(path) if path.suffix == ".csv" else read_json(path))
         for place, row in rows:
             try:
@@ -76,7 +81,9 @@ def read_rows(path, task="rows"):
                 row = TASKS[task](row)
             except KeyError as error:
                 has = ", ".join(map(str, row)) or "nothing"
-                raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has {has}") from None
+                beside = f" and no {path.stem}-labels.lst lies beside it" * (error.args[0] == "label")
+                raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has {has}{beside}"
+                                 ) from None
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, {place}: not a row of {task}: {error}") from None
             yield place, row
@@ -108,7 +115,11 @@ def read_json(path):
 def read_csv(path):
     """MMLU's: a question, its four choices and the right one's letter, and no line of titles."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        for n, fields in enumerate(filter(None, csv.reader(file)), 1):
+        try:
+            rows = [fields for fields in csv.reader(file) if fields]
+        except csv.Error as error:
+            raise ValueError(f"{path}: not CSV: {error}") from None
+        for n, fields in enumerate(rows, 1):
             if len(fields) != 6 or fields[5] not in list("ABCD"):
                 raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter A to D")
             yield f"row {n}", {"question": fields[0], "choices": fields[1:5],

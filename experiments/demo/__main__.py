@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments.ablate import chosen, claim, grid, log, table, variants
+from experiments.ablate import chosen, claim, grid, table, variants
 from experiments.demo.figure import curves
 from experiments.demo.language import TASKS, write
 from sample import draw_mixing
@@ -51,10 +51,10 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     best = chosen(grid({name: flags + more for name, more in models.items()}, lrs, seeds, out, score))
     if best.keys() != models.keys():
         raise ValueError(f"only {', '.join(best) or 'nothing'} came to its end: try lower --lrs")
-    logs = {name: [log(record) for record in records] for name, records in best.items()}
-    (out / "curves.svg").write_text(curves(logs, chance), encoding="utf-8")
+    validations = {name: [r["validations"] for r in records] for name, records in best.items()}
+    (out / "curves.svg").write_text(curves(validations, chance), encoding="utf-8")
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
-    first = {name: load_run(records[0]["run"])[0] for name, records in best.items()}
+    first = {name: load_run(out / records[0]["run"])[0] for name, records in best.items()}
     print(f"{answers(first, rows[:3], tokenizer)}\n")
     print(f"Bitune's mixing coefficients:\n{draw_mixing(first['Bitune'])}\n")
     print(f"Exact match over steps: {out / 'curves.svg'}. Ask the last run yourself: python sample.py")

@@ -8,10 +8,10 @@ COLOURS = {"Bitune": "#cc6677", "LoRA rank 8": "#88bbdd", "LoRA rank 16": "#4477
 LEFT, TOP, WIDTH, HEIGHT = 64, 36, 500, 250
 
 
-def curves(logs, chance):
-    """logs: method name -> one list of log records a seed, each as train.py's log.jsonl has them."""
+def curves(validations, chance):
+    """validations: method name -> a list for each seed, of what train.py's log.jsonl has of them."""
     points = {}                                     # name -> [(step, exact match of each seed), ...]
-    for name, seeds in logs.items():
+    for name, seeds in validations.items():
         marks = [[(r["step"], r["val_exact_match"]) for r in log if "val_exact_match" in r] for log in seeds]
         points[name] = [(at[0][0], [match for _, match in at]) for at in zip(*marks)]
     end = max(step for line in points.values() for step, _ in line)
