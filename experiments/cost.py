@@ -2,8 +2,8 @@
 
     python -m experiments.cost [--models llama-2-7b] [--peft lora] [--prompt 256] [--answer 256]
 
-One example at a time, in bfloat16 (full finetuning: float32). The weights' bytes; 16 bytes for each parameter
-that trains; the tensors that autograd keeps from the forward pass, as a fused attention kernel would leave
+One example at a time, in bfloat16 (full finetuning: float32). The weights' bytes; 16 for each parameter that
+trains; the tensors that autograd keeps from the forward pass, as a fused attention kernel would leave
 them; the operations of forward and backward, counted by PyTorch, and the hours that 3,000 steps of 10
 examples take at --tflops. What a kernel needs for a moment comes on top.
 """
