@@ -193,7 +193,7 @@ def common_settings(argv):
     return common
 
 
-def read_questions(files, common, limit, max_new_tokens):
+def read_questions(files, common, limit):
     """[TASK=FILE] to [(task, the name of its columns, its questions)]."""
     tokenizer, config = Tokenizer.from_pretrained(common.model), Config.from_pretrained(common.model)
     tasks = []
@@ -201,12 +201,11 @@ def read_questions(files, common, limit, max_new_tokens):
         if task not in SCORED or not file:
             raise ValueError(f"--evaluate {task}: expected TASK=FILE, TASK one of {', '.join(SCORED)}")
         longest = config.max_length
-        questions, left_out = load_questions(file, task, tokenizer, common.template, longest, max_new_tokens,
-                                             limit)
+        questions, left_out = load_questions(file, task, tokenizer, common.template, longest, limit)
         stem = Path(file).stem
         tasks.append((task, task if stem == task else f"{task} {stem}", questions))
         if left_out:
-            print(f"{file}: {left_out} questions left out, longer than {longest} tokens with their answers")
+            print(f"{file}: {left_out} questions longer than {longest} tokens are left out")
     names = [name for _, name, _ in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--evaluate: two files would both be called {twice[0]!r}: rename one")
@@ -271,7 +270,7 @@ def main(argv=None):
     out = Path(args.out)
     try:
         common = common_settings(rest)
-        tasks = read_questions(args.evaluate, common, args.limit, args.max_new_tokens)
+        tasks = read_questions(args.evaluate, common, args.limit)
         scored_on = [*args.evaluate, args.limit, args.max_new_tokens]
         lrs = args.lrs or [common.lr]
         if len(lrs) > 1 and not common.val_data and not common.val_size:

@@ -41,9 +41,9 @@ class Question(NamedTuple):
     answer: object          # the index of the right choice, or the right text
 
 
-def load_questions(path, task, tokenizer, template, longest, max_new_tokens, limit=None):
+def load_questions(path, task, tokenizer, template, longest, limit=None):
     """The first `limit` questions of a file, and how many of these were left out because the prompt with
-    its longest choice, or with max_new_tokens of an answer, has more than `longest` tokens."""
+    its longest choice, or with the first token of an answer, has more than `longest` tokens."""
     questions, left_out = [], 0
     for place, row in islice(read_rows(path, task), limit):
         try:
@@ -56,14 +56,13 @@ def load_questions(path, task, tokenizer, template, longest, max_new_tokens, lim
             raise ValueError(f"{path}, {place}: it has no answer and no choices to score")
         prompt = encode_prompt(tokenizer, template, turns, input)
         choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
-        if len(prompt) + max(map(len, choices), default=max_new_tokens) > longest:
+        if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out += 1
             continue
         text = "\n\n".join([text for _, text in turns] + [input] * bool(input))
         questions.append(Question(place, text, prompt, texts, choices, answer))
     if not questions:
-        raise ValueError(f"{path}: no question left, {left_out} are longer, with their answers, than the "
-                         f"model's {longest} tokens")
+        raise ValueError(f"{path}: no question left, {left_out} are longer than {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
         raise ValueError(f"{path}: some rows have choices and some have not: expected one kind")
     return questions, left_out
@@ -96,7 +95,10 @@ def log_probs(bitune, prompts, choices):
 
 
 def write(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
-    """The texts that greedy decoding writes after the prompts, each up to "Question:" or a stop token."""
+    """The texts that greedy decoding writes after the prompts, each up to "Question:" or a stop token, or
+    to the model's limit."""
+    if len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > bitune.model.config.max_length:
+        return [write(bitune, tokenizer, [p], stop_ids, max_new_tokens)[0] for p in prompts]  # its own limit
     said, ended = [[] for _ in prompts], [False] * len(prompts)
     for step in bitune.answer(prompts, max_new_tokens, stop_ids):
         for b, token in enumerate(step):
@@ -212,8 +214,7 @@ def main(argv=None):
         template = about.get("template", "paper")
         stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
         longest = bitune.model.config.max_length
-        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest,
-                                             args.max_new_tokens, args.limit)
+        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit)
         if args.samples and questions[0].choices:
             raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
         out = Path(args.out or args.adapter or Path("runs") / Path(args.model).resolve().name)
@@ -239,7 +240,7 @@ def main(argv=None):
         title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(rows)}"
         files[f"{name}.md"] = page(title, rows[:args.samples]).encode()
     write_files(out, files)
-    beyond = f", {left_out} left out, longer than {longest} tokens with their answers" if left_out else ""
+    beyond = f", {left_out} longer than {longest} tokens left out" if left_out else ""
     print(f"{args.task}: {in_words(scores)} ({len(rows)} questions{beyond}, {clock(summary['seconds'])})")
     print(f"wrote {', '.join(str(out / file) for file in files)}")
 

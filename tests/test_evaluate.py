@@ -250,14 +250,17 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
 def test_written_answers_make_a_page(tmp_path, capsys):
     base = write_checkpoint(tmp_path / "base")
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)] + [
-        {"question": "x" * 230, "answer": "#### 1"}
+        {"question": "x" * n, "answer": "#### 1"} for n in (230, 240)
     ]
     data = write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "gsm8k", "--out", tmp_path, "--samples", "2"]
     evaluate.main([str(a) for a in [*argv, "--max-new-tokens", "9"]])
-    assert "(5 questions, 1 left out, longer than 256 tokens with their answers, " in capsys.readouterr().out
+    assert "(6 questions, 1 longer than 256 tokens left out, " in capsys.readouterr().out
     page = (tmp_path / "gsm8k-test.md").read_text()
     assert page.count("\n## ") == 2 and "strict-match ✗, flexible-extract ✗" in page and "#### 2" in page
+    alone = [*argv, "--max-new-tokens", "9", "--batch-size", "1", "--out", tmp_path / "alone"]
+    evaluate.main([str(a) for a in alone])  # the sixth answer ends at the model's limit: its own
+    assert (tmp_path / "alone/gsm8k-test.jsonl").read_text() == (tmp_path / "gsm8k-test.jsonl").read_text()
     kept = (tmp_path / "gsm8k-test.jsonl").read_text()
     evaluate.main([str(a) for a in [*argv[:-2], "--limit", "1", "--max-new-tokens", "5"]])
     assert (tmp_path / "gsm8k-test.jsonl").read_text() == kept  # a shorter look does not write over it
@@ -294,7 +297,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
 
 def test_ids_of_choices_are_those_of_training(tokenizer, tmp_path):
     file = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512, 9)
+    questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512)
     examples, _ = load_examples(file, tokenizer, "paper", 512, "arc")
     assert left_out == 0
     for question, example in zip(questions, examples):
