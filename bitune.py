@@ -25,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lora import adapted, adapter_files, plain_files, load_adapter
+from lora import adapted, adapter_files, load_adapter, plain_files
 from lora import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes
 from model import NONE, KVCache, Past, may_attend
 
@@ -242,7 +242,8 @@ class Bitune(nn.Module):
         finish_writing(folder)
         full = (folder / "bitune.json").exists() and (folder / "config.json").exists()
         if full and Path(base).resolve() != folder.resolve():
-            raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base")
+            raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own "
+                             "base, give no other")
         about = {"method": "lora"}
         if (folder / "bitune.json").exists():
             keys = ("method", "theta_init", "second_mask", "base", "base_config")

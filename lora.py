@@ -8,8 +8,9 @@
 with s = alpha / r. In full finetuning the set "causal" is the base itself, which trains, and only a second
 set is a copy. Each starts at the base model. Which set runs is an argument of the call,
 `linear(x, adapter)`: there is no switch that a later call, or a recomputation in the backward pass, could
-read stale. Adapters are float32 on a base of any dtype: in bfloat16 a step of 3e-4 on a weight of 0.1 would
-be rounded away. Files are PEFT's, so other tools read and write the same adapters.
+read stale. Adapters are float32 on a base of any dtype (a full copy has the base's): in bfloat16 a step of
+3e-4 on a weight of 0.1 would be rounded away. Files are PEFT's, so other tools read and write the same
+adapters.
 """
 
 import json

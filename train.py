@@ -185,6 +185,8 @@ def load_run(run, model=None, device=None, dtype=None):
         raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
     if not model:                               # fully finetuned, a run is its own base
         model = run if (run / "config.json").exists() else read_json(run / "bitune.json", "base")["base"]
+        if not Path(model).is_dir():
+            raise ValueError(f"{run} was finetuned from {model}, which is not a folder here: give --model")
     base, tokenizer = load_base(model, device, dtype)
     bitune, tensors, about = Bitune.load(base, run, model)
     if (template := about.get("template", "plain")) not in TEMPLATES:
@@ -327,6 +329,9 @@ def prepare(args):
         if file is not None and not Path(file).is_file():
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
+    if (made := Path(args.model) / "bitune.json").exists() and read_json(made).get("method") != "lora":
+        raise ValueError(f"{args.model} is a run with prompt passes, which need more than its checkpoint: "
+                         "expected a base model, or a run of method lora")
     if args.peft == "full" and args.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {args.dtype}: --peft full trains the weights, which takes float32")
     dtype = "float32" if args.peft == "full" else args.dtype

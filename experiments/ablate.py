@@ -92,7 +92,8 @@ def finetune(flags, run, progress):
         bitune, _, *rest = begin(args)
         train(args, bitune, *rest, progress)
     own = given(flags)
-    return load_run(run, device=own.get("device"), dtype=own.get("dtype"))[:2]
+    dtype = "float32" if own.get("peft") == "full" else own.get("dtype")
+    return load_run(run, device=own.get("device"), dtype=dtype)[:2]
 
 
 def measure(flags, run, score, line):
@@ -106,14 +107,17 @@ def measure(flags, run, score, line):
             "validations": validations, "scores": scores}
 
 
+def read_records(out):
+    file = out / "results.jsonl"
+    return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
+
+
 def grid(models, lrs, seeds, out, score, scored_on=()):
     """Every model at every learning rate with every seed: their records, which are also the lines of
     out/results.jsonl. One whose training failed has none. Records with scores on anything but `scored_on`
     get new ones."""
-    results, width = out / "results.jsonl", max(map(len, models))
-    lines = results.read_text().splitlines() if results.exists() else []
-    done = {(r["name"], r["lr"], r["seed"]): r for r in map(json.loads, lines)}
-    records = []
+    width, records = max(map(len, models)), []
+    done = {(r["name"], r["lr"], r["seed"]): r for r in read_records(out)}
     for (name, flags), lr, seed in product(models.items(), dict.fromkeys(lrs), dict.fromkeys(seeds)):
         line = Line(f"{name:<{width}}  lr {lr:<6g} seed {seed}")
         record = done.get((name, lr, seed))
@@ -127,10 +131,12 @@ def grid(models, lrs, seeds, out, score, scored_on=()):
                 continue
             except SystemExit as end:
                 if end.code != 1:                   # stopped by hand; 1: it went wrong, and has said how
+                    print("All of the grid goes on when its own command is repeated.", file=sys.stderr)
                     raise
                 continue
             done[name, lr, seed] = record
-            write_files(out, {results.name: "".join(json.dumps(r) + "\n" for r in done.values()).encode()})
+            lines = "".join(json.dumps(r) + "\n" for r in done.values())
+            write_files(out, {"results.jsonl": lines.encode()})
         if len(lrs) > 1 and record["val_loss"] is None:
             raise ValueError("several learning rates and no validation data to choose by: give --val-data")
         line.end(record)
@@ -275,7 +281,8 @@ def main(argv=None):
         lrs = args.lrs or [common.lr]
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: leave --val-size 0 away")
-        same = {k: v for k, v in vars(common).items() if k.replace("_", "-") not in (*OWN, *MAY_CHANGE)}
+        free = (*OWN, *MAY_CHANGE, "save-every")
+        same = {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free}
         claim(out, same | {k: getattr(common, k) for k in ("model", "data", "val_data")})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.theta_inits, args.second_masks, common.rank,
@@ -285,17 +292,19 @@ def main(argv=None):
         if not records:
             raise ValueError(f"{out}: no run came to its end")
         base = base_row(common, score, scored_on, out)
-        text = table(list(chosen(records).values()), [base])
-        if len(lrs) > 1:
-            every = [group for name in models for group in by_rate(records, name)]
+        every = [r for r in read_records(out) if r["scored_on"] == scored_on]   # and of earlier commands
+        best = chosen(every)
+        text = table(list(best.values()), [base])
+        if len({r["lr"] for r in every}) > 1:
+            every = [group for name in best for group in by_rate(every, name)]
             text += f"\n\nAt each learning rate:\n\n{table(every)}"
         write_files(out, {"tables.md": (text + "\n").encode()})
     except (ValueError, OSError, RuntimeError) as problem:
         fail(problem)
     print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
     if missing := len(models) * len({*lrs}) * len({*args.seeds}) - len(records):
-        print(f"error: {missing} of the runs did not come to an end, as said above; the same command tries "
-              "them again", file=sys.stderr)
+        print(f"error: {missing} of the runs did not come to an end, as said above: repeat the command, or "
+              "leave a rate that diverges out of --lrs", file=sys.stderr)
         sys.exit(1)
 
 

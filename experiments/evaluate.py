@@ -117,7 +117,7 @@ def write(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
 
 def score_choices(question, sums):
     best = lambda values: max(range(len(values)), key=values.__getitem__)
-    by_length = [s / len(text) for s, text in zip(sums, question.texts)]
+    by_length = [s / max(1, len(text)) for s, text in zip(sums, question.texts)]
     return {"acc": float(best(sums) == question.answer),
             "acc_norm": float(best(by_length) == question.answer)}
 
@@ -181,7 +181,7 @@ def page(title, rows):
     parts = [f"# {title}"]
     for n, row in enumerate(rows, 1):
         verdicts = ", ".join(f"{k} {'✓' if v else '✗'}" for k, v in row.items() if isinstance(v, float))
-        quoted = [f"```text\n{row[key].strip()}\n```" for key in ("prompt", "said", "answer")]
+        quoted = [f"~~~\n{row[key].strip()}\n~~~" for key in ("prompt", "said", "answer")]
         parts += [f"## {n}. {verdicts}", quoted[0], "The model:", quoted[1], "The truth:", quoted[2]]
     return "\n\n".join(parts) + "\n"
 
@@ -201,7 +201,7 @@ def main(argv=None):
     arg("--batch-size", type=number(int, 1), default=8, help="questions at a time (default: 8)")
     arg("--max-new-tokens", type=number(int, 1), default=256, help="longest written answer (default: 256)")
     arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
-    arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/ and the model's name)")
+    arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/base/NAME)")
     arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
     arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
@@ -217,7 +217,8 @@ def main(argv=None):
         questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit)
         if args.samples and questions[0].choices:
             raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
-        out = Path(args.out or args.adapter or Path("runs") / Path(args.model).resolve().name)
+        bare = Path("runs/base") / Path(args.model or "").resolve().name
+        out = Path(args.out or args.adapter or (args.model if about else bare))
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
         fail(problem)

@@ -2,14 +2,14 @@
 
     python -m experiments.merge --model FOLDER --adapter RUN --out FOLDER
 
-For runs of method lora, with any --peft, and for PEFT adapters. It is refused for a run with prompt passes:
-these need the base, or two sets of weights, at once.
+For runs of method lora, with any --peft but full (which is a checkpoint already), and for PEFT adapters. It
+is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
 """
 
 from pathlib import Path
 
 from bitune import Bitune
-from lora import plain_files, finish_writing, merge, read_json, write_files
+from lora import finish_writing, merge, plain_files, read_json, write_files
 from model import Llama, checkpoint_dtype
 from train import fail, new_parser
 

@@ -109,6 +109,8 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     steps.clear()
     ablate.main([*argv, "--methods", "bitune", "naive-bidir", "--seeds", "42", "42"])
     assert len(steps) == 4 and len(scores) == 7 + 1 and "naive-bidir" in capsys.readouterr().out
+    ablate.main([*argv, "--seeds", "42", "--save-every", "1"])
+    assert len(steps) == 4 and "naive-bidir" in (tmp_path / "grid/tables.md").read_text()
     ablate.main([*argv, "--limit", "1"])  # other questions: scored again, not made again
     assert len(steps) == 4 and len(scores) == 8 + 7
     os.rename(tmp_path / "grid", tmp_path / "elsewhere")

@@ -568,6 +568,9 @@ def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
 
     sample.main(["--model", str(run), "--prompt", "x", "--max-new-tokens", "2"])
     assert f"loaded {run}: " in capsys.readouterr().err  # not its answering half alone
+    if method == "bitune":
+        line = exits(2, train.main, flags("--model", run, "--out", tmp_path / "next"), capsys)
+        assert "is a run with prompt passes, which need more than its checkpoint" in line
     model, _ = train.load_base(run)  # as any checkpoint: what writes the answers, without its prompt passes
     plain = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
     assert torch.equal(plain, Bitune(bitune.model, "lora")(RAGGED, ANSWERS)[0])

@@ -138,7 +138,7 @@ def parse_row(row):
 def right_choice(row):
     """The index of a multiple-choice row's answer, which is given as such or as its text."""
     choices, answer = row["choices"], row.get("answer")
-    if not (isinstance(choices, list) and choices and all(isinstance(c, str) and c for c in choices)):
+    if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
         raise ValueError("'choices' is not a list of texts")
     index = choices.index(answer) if answer in choices else answer
     if not isinstance(index, int) or not 0 <= index < len(choices):
