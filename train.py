@@ -382,14 +382,13 @@ def derive(args, bitune, examples, val, dropped):
     }
 
 
-def memory(bitune):
+def memory(derived):
     """What a run needs before any activations, in words."""
-    trained = [p.numel() for p in bitune.parameters() if p.requires_grad]
-    frozen = [p for p in bitune.parameters() if not p.requires_grad]
-    size = sum(p.numel() * p.element_size() for p in frozen) + 16 * sum(trained)
+    frozen, trained = derived["frozen_parameters"], derived["trainable_parameters"]
+    size = frozen * DTYPES[derived["dtype"]].itemsize + 16 * trained
     size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
-    return (f"{size} for {sum(p.numel() for p in frozen):,} frozen parameters and {sum(trained):,} that "
-            "train, these 16 bytes each (float32, gradient, AdamW's moments); activations come on top")
+    return (f"{size} for {frozen:,} frozen parameters and {trained:,} that train, these 16 bytes each "
+            "(float32, gradient, AdamW's moments); activations come on top")
 
 
 def open_run(args, derived):
@@ -437,11 +436,11 @@ def finished(run):
     finish_writing(run)
     if not (run / "bitune.json").exists():
         return False
-    steps = read_json(run / "settings.json", "args")["args"]["steps"]
+    settings = read_json(run / "settings.json", "args", "derived")
+    steps, validates = settings["args"]["steps"], settings["derived"]["val_examples"] > 0
     if read_json(run / "bitune.json").get("step") != steps:
         return False
-    return (not read_json(run / "settings.json", "derived")["derived"]["val_examples"]
-            or f'"step": {steps}, "val_loss"' in logged(run / "log.jsonl", steps))
+    return not validates or f'"step": {steps}, "val_loss"' in logged(run / "log.jsonl", steps)
 
 
 def train(args, bitune, optimizer, examples, val, derived, start, progress):
@@ -576,7 +575,7 @@ def main(argv=None):
     for title, values in (("settings", vars(args)), ("derived", derived)):
         words = [f"{k} {v}" for k, v in values.items() if v is not None]
         print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
-    print(textwrap.fill(f"memory: {memory(bitune)}", 110, subsequent_indent="  "))
+    print(textwrap.fill(f"memory: {memory(derived)}", 110, subsequent_indent="  "))
     first = tokenizer.decode(examples[0].prompt)
     answer = tokenizer.decode(examples[0].prompt + examples[0].answer)[len(first):]
     print(f"first example, the answer it learns in [[ ]]:\n{first}[[{answer}]]", flush=True)

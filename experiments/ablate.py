@@ -91,14 +91,13 @@ def finetune(flags, run, progress):
         args = settings(argv)
         bitune, _, *rest = begin(args)
         train(args, bitune, *rest, progress)
-    own = given(flags)
-    dtype = "float32" if own.get("peft") == "full" else own.get("dtype")
-    return load_run(run, device=own.get("device"), dtype=dtype)[:2]
+    dtype = read_json(run / "settings.json", "derived")["derived"]["dtype"]     # scored as it was trained
+    return load_run(run, device=given(flags).get("device"), dtype=dtype)[:2]
 
 
-def measure(flags, run, score, line):
+def measure(flags, run, score, progress):
     """One run's numbers. score(bitune, tokenizer, progress) gives its scores, column by column."""
-    scores = score(*finetune(flags, run, line), line)
+    scores = score(*finetune(flags, run, progress), progress)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     validations = [r for r in log if "val_loss" in r]
     return {"trainable": read_json(run / "settings.json", "derived")["derived"]["trainable_parameters"],
@@ -219,6 +218,7 @@ def read_questions(files, common, limit):
 
 
 def scorer(tasks, common, batch_size, max_new_tokens):
+    """The function that scores a model on all tasks: column -> mean."""
     def score(bitune, tokenizer, progress):
         stop_ids, columns = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}
         for task, name, questions in tasks:
@@ -281,9 +281,8 @@ def main(argv=None):
         lrs = args.lrs or [common.lr]
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: leave --val-size 0 away")
-        free = (*OWN, *MAY_CHANGE, "save-every")
-        same = {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free}
-        claim(out, same | {k: getattr(common, k) for k in ("model", "data", "val_data")})
+        free = (*OWN, "micro-batch-size", "save-every", "device")       # no result hangs on these
+        claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.theta_inits, args.second_masks, common.rank,
                           common.alpha)

@@ -73,7 +73,7 @@ def read_rows(path, task="rows"):
     try:
         if path.suffix == ".csv" and task != "mmlu":
             raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
-        rows = zip_labels(path, read_csv(path) if path.suffix == ".csv" else read_json(path))
+        rows = zip_labels(path, csv_rows(path) if path.suffix == ".csv" else json_rows(path))
         for place, row in rows:
             try:
                 if task != "rows" and not isinstance(row, dict):
@@ -91,7 +91,7 @@ def read_rows(path, task="rows"):
         raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
 
 
-def read_json(path):
+def json_rows(path):
     """JSON Lines, or one JSON list."""
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         first = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "")
@@ -112,7 +112,7 @@ def read_json(path):
                 yield f"line {n}", row
 
 
-def read_csv(path):
+def csv_rows(path):
     """MMLU's: a question, its four choices and the right one's letter, and no line of titles."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
