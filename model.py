@@ -1,10 +1,10 @@
-"""A Llama-style decoder, and reading public safetensors checkpoints into it.
+"""A Llama-style decoder, as public checkpoints have it.
 
 Shapes, here and in every other file:
 
     B  batch                          H  query heads             C  width (hidden_size)
     T  new tokens                     G  key/value heads         V  vocabulary
-    T' those that are read on         D  size of one head        L  layers
+    T' of these, the ones kept        D  size of one head        L  layers
     S  tokens before
 
 The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens
@@ -12,36 +12,24 @@ and the name of the adapter set come in as arguments; logits and the new tokens'
 Modules carry the checkpoint's own names, so a Hugging Face checkpoint loads without a rename table.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
-ROPE_TYPES = {       # and the numbers of config.json that each needs besides rope_theta
-    "default": [],
-    "linear": ["factor"],
-    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-}
-ALL = slice(None)    # rows: logits for every token
-NONE = slice(0)      # rows: no logits, the keys and values are all that is wanted
+ALL = slice(None)    # keep: logits for every token
+NONE = slice(0)      # keep: no logits, only the keys and values are wanted
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Configuration: config.json, under its own field names
 
 @dataclass(frozen=True)
 class Config:
-    """What shapes the computation, read from config.json. `rope` holds `rope_type`, `rope_theta` and that
-    type's own numbers, whichever of the two ways config.json spells them."""
-    model_type: str
+    """What shapes the computation, as files/checkpoint.py reads it from a config.json. `rope` holds
+    `rope_type` ("default", "linear" or "llama3"), `rope_theta` and that type's own numbers."""
+    model_type: str             # "llama", "mistral", "qwen2", "qwen3", "gemma" or "phi"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -51,7 +39,7 @@ class Config:
     head_dim: int
     max_position_embeddings: int
     rope: dict
-    rotary_dim: int             # of head_dim: those that are turned
+    rotary_dim: int             # how much of head_dim is turned
     activation: str             # of ACTIVATIONS
     norm: str                   # of NORMS
     norm_eps: float
@@ -61,74 +49,6 @@ class Config:
     o_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-
-    @classmethod
-    def from_dict(cls, c):
-        """Config from the contents of a config.json; ValueError names what is missing or not supported."""
-        kind = c.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise ValueError(f"model_type {kind!r} is not supported: expected {' or '.join(MODEL_TYPES)}")
-        needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-        if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
-            raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
-        # Gemma's hidden_act was published as "gelu", which was never meant; hidden_activation mends it.
-        act = c.get("hidden_act", "silu")
-        if kind == "gemma":
-            act = c.get("hidden_activation") or "gelu_pytorch_tanh"
-        if act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {act!r} is not supported: expected {' or '.join(ACTIVATIONS)}")
-        if c.get("qk_layernorm"):
-            raise ValueError("qk_layernorm is not supported: expected a phi model without it")
-
-        # Up to transformers 4: rope_theta + rope_scaling ("type" is the older word); then rope_parameters.
-        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-        turned = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
-        rope["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
-        if rope["rope_type"] not in ROPE_TYPES:
-            kinds = " or ".join(ROPE_TYPES)
-            raise ValueError(f"RoPE type {rope['rope_type']!r} is not supported: expected {kinds}")
-        wanted = ROPE_TYPES[rope["rope_type"]]
-        if lacking := [k for k in wanted if k not in rope]:
-            raise ValueError(f"RoPE type {rope['rope_type']!r} needs {', '.join(lacking)} in config.json")
-        rope = {k: rope[k] for k in ["rope_type", "rope_theta", *wanted]}
-
-        heads = c["num_attention_heads"]
-        head_dim = c.get("head_dim") or c["hidden_size"] // heads
-        bias = bool(c.get("attention_bias", False)) or kind == "phi"
-        slides = c.get("use_sliding_window", kind == "mistral")
-        return cls(
-            model_type=kind,
-            vocab_size=c["vocab_size"],
-            hidden_size=c["hidden_size"],
-            intermediate_size=c["intermediate_size"],
-            num_hidden_layers=c["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=c.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            max_position_embeddings=c.get("max_position_embeddings") or 2048,
-            rope=rope,
-            rotary_dim=int(head_dim * turned),
-            activation=act,
-            norm={"gemma": "rms + 1", "phi": "layer"}.get(kind, "rms"),
-            norm_eps=c.get("layer_norm_eps", 1e-5) if kind == "phi" else c.get("rms_norm_eps", 1e-6),
-            qk_norm=kind == "qwen3",
-            sliding_window=c.get("sliding_window", 4096) if slides else None,
-            qkv_bias=bias or kind == "qwen2",
-            o_bias=bias and kind != "qwen2",
-            mlp_bias=bool(c.get("mlp_bias", False)) or kind == "phi",
-            tie_word_embeddings=bool(c.get("tie_word_embeddings", kind == "gemma")),
-        )
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} has no config.json: expected a Hugging Face checkpoint folder")
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, AttributeError) as error:  # the last two: a value of another kind
-            raise ValueError(f"{path}: {error}") from None
 
     @property
     def max_length(self):
@@ -152,11 +72,11 @@ def rotary(config, positions, dtype):
     if rope["rope_type"] == "linear":
         freq = freq / rope["factor"]
     if rope["rope_type"] == "llama3":
-        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended.
+        # Llama 3.1: long wavelengths are stretched by `factor`, short ones are not, those between in part.
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)       # in the old context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = freq * (keep + (1 - keep) / rope["factor"])
+        short = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = freq * (short + (1 - short) / rope["factor"])
     angle = positions[:, None, :, None].float() * freq                                    # (B, 1, T, R/2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -221,10 +141,16 @@ class KVCache:
 # The decoder, from the smallest part up
 
 class Linear(nn.Linear):
-    """A linear layer that is told which adapter set to use, and has none; lora.py swaps in those that do."""
+    """A linear layer with adapter sets beside it, which lora.py makes, told by name which one to use."""
+
+    def __init__(self, in_features, out_features, bias):
+        super().__init__(in_features, out_features, bias)
+        self.sets = nn.ModuleDict()
 
     def forward(self, x, adapter=None):
-        return F.linear(x, self.weight, self.bias)
+        if adapter in self.sets:
+            return self.sets[adapter](x, self)
+        return F.linear(x, self.weight, self.bias)          # the bare base, or a set that is on other linears
 
 
 class OffsetRMSNorm(nn.RMSNorm):
@@ -242,30 +168,28 @@ def make_norm(c, size):
 
 
 class Attention(nn.Module):
-    out = "o_proj"                              # the name of the output projection
-
-    def __init__(self, c):
+    def __init__(self, c, out="o_proj"):        # out: the checkpoint's name of the output projection
         super().__init__()
-        self.n_q, self.n_kv, self.D = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.out, self.n_q, self.n_kv, self.D = out, c.num_attention_heads, c.num_key_value_heads, c.head_dim
         self.q_proj = Linear(c.hidden_size, self.n_q * self.D, bias=c.qkv_bias)
         self.k_proj = Linear(c.hidden_size, self.n_kv * self.D, bias=c.qkv_bias)
         self.v_proj = Linear(c.hidden_size, self.n_kv * self.D, bias=c.qkv_bias)
-        self.add_module(self.out, Linear(self.n_q * self.D, c.hidden_size, bias=c.o_bias))
+        self.add_module(out, Linear(self.n_q * self.D, c.hidden_size, bias=c.o_bias))
         self.q_norm = make_norm(c, self.D) if c.qk_norm else nn.Identity()
         self.k_norm = make_norm(c, self.D) if c.qk_norm else nn.Identity()
 
-    def forward(self, x, rope, mask, past, layer, adapter, rows):
-        """x (B, T, C). Keys and values are made for all T tokens, queries only for `rows`, T' of them."""
+    def forward(self, x, rope, mask, past, layer, adapter, keep):
+        """x (B, T, C). Keys and values are made for all T tokens, queries for the T' tokens of `keep`."""
         cos, sin = rope
         k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         k = rotate(self.k_norm(k), cos, sin)
-        q = self.q_proj(x[:, rows], adapter).unflatten(-1, (self.n_q, self.D))
+        q = self.q_proj(x[:, keep], adapter).unflatten(-1, (self.n_q, self.D))
         q = q.transpose(1, 2)                                                             # (B, H, T', D)
-        q = rotate(self.q_norm(q), cos[:, :, rows], sin[:, :, rows])
+        q = rotate(self.q_norm(q), cos[:, :, keep], sin[:, :, keep])
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)
-        mask = None if mask is None else mask[:, :, rows]                                 # (B, 1, T', S + T)
+        mask = None if mask is None else mask[:, :, keep]                                 # (B, 1, T', S + T)
         grouped = self.n_q != self.n_kv
         if grouped and mask is not None and x.is_cuda:      # no fused kernel takes both: spell the heads out
             k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
@@ -296,15 +220,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(c, c.hidden_size)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, mask, past, layer, adapter, rows):
+    def forward(self, x, rope, mask, past, layer, adapter, keep):
         """x (B, T, C) to (B, T', C), and the layer's new (k, v). Arguments as in Llama.forward."""
-        y, kv = self.self_attn(self.input_layernorm(x), rope, mask, past, layer, adapter, rows)
-        x = x[:, rows] + y
+        y, kv = self.self_attn(self.input_layernorm(x), rope, mask, past, layer, adapter, keep)
+        x = x[:, keep] + y
         return x + self.mlp(self.post_attention_layernorm(x), adapter), kv
-
-
-class PhiAttention(Attention):
-    out = "dense"
 
 
 class PhiMLP(nn.Module):
@@ -324,38 +244,43 @@ class PhiBlock(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.input_layernorm = make_norm(c, c.hidden_size)
-        self.self_attn = PhiAttention(c)
+        self.self_attn = Attention(c, out="dense")
         self.mlp = PhiMLP(c)
 
-    def forward(self, x, rope, mask, past, layer, adapter, rows):
+    def forward(self, x, rope, mask, past, layer, adapter, keep):
         normed = self.input_layernorm(x)
-        y, kv = self.self_attn(normed, rope, mask, past, layer, adapter, rows)
-        return x[:, rows] + y + self.mlp(normed[:, rows], adapter), kv
+        y, kv = self.self_attn(normed, rope, mask, past, layer, adapter, keep)
+        return x[:, keep] + y + self.mlp(normed[:, keep], adapter), kv
 
 
 class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.sets = {}          # the adapter sets that its layers carry, by name: see lora.py
         phi = config.model_type == "phi"
         block, self.final = (PhiBlock, "final_layernorm") if phi else (Block, "norm")
+        embedding = (config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            # Drawing random numbers for it would take PyTorch two seconds to prepare; a checkpoint has them.
+            "embed_tokens": nn.Embedding(*embedding, _weight=torch.empty(embedding)),
             "layers": nn.ModuleList(block(config) for _ in range(config.num_hidden_layers)),
             self.final: make_norm(config, config.hidden_size),
         })
         if not config.tie_word_embeddings:      # a tied head is the embedding itself
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=phi)
 
-    def forward(self, tokens, positions, mask=None, past=None, adapter=None, rows=ALL):
-        """Logits (B, T', V) of the tokens in `rows`, and the new keys and values: L pairs (B, G, T, D).
+    def forward(self, tokens, positions, mask=None, past=None, adapter=None, keep=ALL):
+        """Logits (B, T', V) of the tokens in `keep`, and the new keys and values: L pairs (B, G, T, D).
 
         tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it;
         None lets every token attend to all. past: a Past or KVCache. adapter: the name of the adapter set
-        to run, None for the bare base. rows: a slice of the T tokens. Nobody reads the last layer's output
-        elsewhere, so its attention and MLP, the final norm and the head run for these rows only: with NONE,
-        for no token at all.
+        to run, None for the bare base; ValueError if no layer carries it. keep: the slice of the T tokens
+        whose logits are wanted. Nothing reads what the last layer makes of the others, so there attention,
+        MLP, final norm and head run for these T' alone: with NONE, for no token at all.
         """
+        if adapter is not None and adapter not in self.sets:
+            raise ValueError(f"no layer carries an adapter set {adapter!r}: the model has {[*self.sets]}")
         if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
             self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
         x = self.model.embed_tokens(tokens)                                               # (B, T, C)
@@ -365,7 +290,7 @@ class Llama(nn.Module):
         keys_values = []
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
-            x, kv = block(x, rope, mask, past, i, adapter, rows if i == last else ALL)
+            x, kv = block(x, rope, mask, past, i, adapter, keep if i == last else ALL)
             keys_values.append(kv)
         x = self.model[self.final](x)
         if self.config.tie_word_embeddings:
@@ -374,66 +299,6 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Read a checkpoint folder: config.json and model.safetensors, or shards with their index.
-
-        Built without memory, then filled tensor by tensor, so the host holds little more than the weights.
-        All missing, unexpected and misshapen tensors are in one ValueError, raised before any is read.
-        """
-        folder = Path(folder)
-        config = Config.from_pretrained(folder)
-        with torch.device("meta"):
-            model = cls(config)
-        want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-
-        where, have = {}, {}                    # tensor name -> its file, its shape
-        for file in checkpoint_files(folder):
-            try:
-                with safe_open(file, framework="pt") as f:
-                    for name in f.keys():
-                        entry = f.get_slice(name)
-                        where[name], have[name] = file, tuple(entry.get_shape())
-                        if name in want and "F" not in entry.get_dtype():       # F32, F16, BF16
-                            raise ValueError(f"{file}: {name} is {entry.get_dtype()}, expected floats")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
-        have = {n: s for n, s in have.items() if not n.endswith("rotary_emb.inv_freq")}    # in old exports
-        if config.tie_word_embeddings:
-            have.pop("lm_head.weight", None)                                     # the embedding once more
-        wrong = [f"missing {n} {want[n]}" for n in want.keys() - have.keys()]
-        wrong += [f"unexpected {n} {have[n]}" for n in have.keys() - want.keys()]
-        both = want.keys() & have.keys()
-        wrong += [f"{n} is {have[n]}, expected {want[n]}" for n in both if have[n] != want[n]]
-        if wrong:
-            listed = "; ".join(sorted(wrong))
-            raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed}")
-
-        state = {}
-        for file in sorted(set(where.values())):
-            with safe_open(file, framework="pt") as f:
-                state |= {n: f.get_tensor(n).to(device, dtype) for n in want if where[n] == file}
-        model.load_state_dict(state, assign=True)
-        return model
-
-
-def checkpoint_files(folder):
-    """The safetensors files of a checkpoint folder; ValueError if any are missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]    # tensor name -> file name
-            files = sorted({folder / name for name in where.values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not an index of shards: expected a weight_map of names") from None
-    else:
-        files = [folder / "model.safetensors"]
-    if lacking := [f.name for f in files if not f.is_file()]:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
-        hint = f" It has {', '.join(pickles)}: convert to safetensors, they are not read" if pickles else ""
-        raise ValueError(f"{folder} lacks {', '.join(lacking)}.{hint}")
-    return files
-
-
-def checkpoint_dtype(folder):
-    """The dtype that a checkpoint's weights are stored in."""
-    with safe_open(checkpoint_files(Path(folder))[0], framework="pt") as f:
-        return f.get_tensor(next(iter(f.keys()))).dtype
+        """The model of a checkpoint folder: see files/checkpoint.py."""
+        from files.checkpoint import load_model
+        return load_model(folder, dtype, device)

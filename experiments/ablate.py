@@ -1,7 +1,7 @@
 """The paper's tables: a grid of finetunings on one base, each of them evaluated.
 
     python -m experiments.ablate --out FOLDER --model FOLDER --data FILE --evaluate piqa=FILE
-        [--methods bitune ...] [--pefts lora ...] [--theta-inits 0.01 ...] [--second-masks ...]
+        [--methods bitune ...] [--pefts lora ...] [--cs 0.01 ...] [--second-masks ...]
         [--lrs 3e-4 ...] [--seeds 42 43 44] [any other flag of train.py]
 
 Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
@@ -9,6 +9,7 @@ trainable parameters as Bitune's two sets. Learning rates are compared on valida
 run is never made again, and one that was stopped goes on from its last save: repeat the command.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -16,37 +17,46 @@ from itertools import product
 from pathlib import Path
 
 from bitune import METHODS, SECOND_MASKS, Bitune
+from cli.process import before_work, guarded, run_main
+from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_parser, number
+from cli.settings import read_flags, train_parser
+from cli.terminal import Progress
 from experiments.evaluate import SCORED, evaluate, load_questions
-from lora import ADAPTERS, finish_writing, json_bytes, read_json, write_files
-from model import Config
+from files.checkpoint import load_base, read_config
+from files.disk import finish_writing, json_bytes, read_json, write_files
+from files.run import finished, load_run, modern, read_settings
+from lora import KINDS, add_adapter
 from text.examples import stop_id
 from text.tokenizer import Tokenizer
-from train import MAY_CHANGE, Progress, begin, fail, finished, given, load_base, load_run, make_parser
-from train import new_parser, number, set_up_streams, settings, train
+from train import prepare, train
 
-KINDS = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA3", "full": "full finetuning"}
-OWN = ("method", "peft", "theta-init", "second-mask", "lr", "seed", "out", "resume")    # set by the grid
+OWN = ("method", "peft", "c", "second-mask", "lr", "seed", "out", "resume")    # set by the grid
+KIND, C, MASK = default(add_adapter, "kind"), default(Bitune, "c"), default(Bitune, "second_mask")
 
 
-def variants(methods, pefts=("lora",), theta_inits=(0.01,), second_masks=("bidirectional",),
-             rank=8, alpha=1):
-    """The models of a grid: name -> flags of train.py. What a method does not use is not varied."""
+def variants(methods, kinds=(KIND,), cs=(C,), second_masks=(MASK,), options={}):
+    """The models of a grid: name -> flags of train.py. What a method does not use is not varied; `options`
+    are those of the adapters that differ from the defaults."""
     models = {}
-    for peft in dict.fromkeys(["lora", *pefts]):
-        ranked = peft in ("lora", "dora")
-        for times in (1, 2) if ranked else (1,):        # alpha grows along: the scale alpha / rank stays
-            name = KINDS[peft] + f" rank {times * rank}" * ranked
-            models[name] = ["--method=lora", f"--peft={peft}", f"--rank={times * rank}",
-                            f"--alpha={times * alpha:g}"]
-    for method, peft, c, mask in product(methods, pefts, theta_inits, second_masks):
-        name, flags = method.replace("bitune", "Bitune"), [f"--method={method}", f"--peft={peft}"]
-        name += f", {KINDS[peft]}" * (peft != "lora")           # what differs from the defaults is named
-        if len(METHODS[method]) == 2:
-            flags.append(f"--theta-init={c:g}")
-            name += f", c {c:g}" * (c != 0.01)
+    label = lambda kind: KINDS[kind].label or KINDS[kind].__name__
+    for kind in dict.fromkeys([KIND, *kinds]):
+        own = {n: options.get(n, option.default) for n, option in KINDS[kind].options.items()}
+        for times in (1, 2) if "rank" in own else (1,):
+            flags = ["--method=causal", f"--peft={kind}"]
+            for name in ("rank", "lora_alpha"):         # alpha grows along: the scale alpha / rank stays
+                if name in own:
+                    flags.append(f"--{name.replace('_', '-')}={times * own[name]:g}")
+            models[label(kind) + (f" rank {times * own['rank']}" if "rank" in own else "")] = flags
+    for method, kind, c, mask in product(methods, kinds, cs, second_masks):
+        name, flags = method.replace("bitune", "Bitune"), [f"--method={method}", f"--peft={kind}"]
+        if kind != KIND:                                # what differs from the defaults is named
+            name += f", {label(kind)}"
+        if len(METHODS[method]) > 1:
+            flags.append(f"--c={c:g}")
+            name += f", c {c:g}" if c != C else ""
         if "bidirectional" in dict(METHODS[method]):
             flags.append(f"--second-mask={mask}")
-            name += f", {mask}" * (mask != "bidirectional")
+            name += f", {mask}" if mask != MASK else ""
         models[name] = flags
     return models
 
@@ -67,7 +77,7 @@ class Line(Progress):
     def note(self, text):
         self.update(text)
 
-    def validated(self, what, result):
+    def validated(self, run, result):
         self.bars += bar(result["exact_match"])
 
     def end(self, record):
@@ -80,27 +90,27 @@ def bar(part):
     return "▁▂▃▄▅▆▇█"[round(part * 7)]
 
 
-def finetune(flags, run, progress):
-    """The model that train.py's flags make in the folder `run`, and its tokenizer; of a run that is there,
-    what is left of it to do."""
-    if not finished(run):
-        argv = [*flags, f"--out={run}"]
-        if (run / "bitune.json").exists():
+def finetune(flags, folder, progress):
+    """The model that train.py's flags make in a folder, and its tokenizer; of a run that is there, what is
+    left of it to do."""
+    if not finished(folder):
+        argv = [*flags, f"--out={folder}"]
+        if (folder / "bitune.json").exists():
             now = {k.replace("_", "-"): v for k, v in given(flags).items()}
-            argv = [f"--resume={run}", *(f"--{k}={now[k]}" for k in MAY_CHANGE if k in now)]
-        args = settings(argv)
-        bitune, _, *rest = begin(args)
-        train(args, bitune, *rest, progress)
-    dtype = read_json(run / "settings.json", "derived")["derived"]["dtype"]     # scored as it was trained
-    return load_run(run, device=given(flags).get("device"), dtype=dtype)[:2]
+            argv = [f"--resume={folder}", *(f"--{k}={now[k]}" for k in MAY_CHANGE if k in now)]
+        run = prepare(read_flags(argv))
+        with guarded(run, progress) as stop:
+            train(run, progress, stop)
+    dtype = read_settings(folder)[1]["dtype"]           # scored as it was trained
+    return load_run(folder, device=given(flags).get("device"), dtype=dtype)[:2]
 
 
-def measure(flags, run, score, progress):
+def measure(flags, folder, score, progress):
     """One run's numbers. score(bitune, tokenizer, progress) gives its scores, column by column."""
-    scores = score(*finetune(flags, run, progress), progress)
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    scores = score(*finetune(flags, folder, progress), progress)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validations = [r for r in log if "val_loss" in r]
-    return {"trainable": read_json(run / "settings.json", "derived")["derived"]["trainable_parameters"],
+    return {"trainable": read_settings(folder)[1]["trainable_parameters"],
             "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
             "val_loss": validations[-1]["val_loss"] if validations else None,
             "validations": validations, "scores": scores}
@@ -170,19 +180,19 @@ def spread(values, form):
 
 
 def table(groups, first=()):
-    """Markdown: a row for each group, the records of one model at one learning rate; `first` are rows to put
-    above, each a list of cells."""
+    """Markdown: a line for each group, the records of one model at one learning rate; `first` are lines to
+    put above, each a list of cells."""
     columns = list(groups[0][0]["scores"])
-    rows = [["", "trainable parameters", "learning rate", "seconds", "validation loss", *columns], *first]
+    lines = [["", "trainable parameters", "learning rate", "seconds", "validation loss", *columns], *first]
     for group in groups:
         loss = [r["val_loss"] for r in group]
-        rows.append([group[0]["name"], f"{group[0]['trainable']:,}", f"{group[0]['lr']:g}",
-                     spread([r["seconds"] for r in group], "{:.0f}"),
-                     "" if None in loss else spread(loss, "{:.3f}"),
-                     *(spread([100 * r["scores"][c] for r in group], "{:.1f}") + "%" for c in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows)
+        lines.append([group[0]["name"], f"{group[0]['trainable']:,}", f"{group[0]['lr']:g}",
+                      spread([r["seconds"] for r in group], "{:.0f}"),
+                      "" if None in loss else spread(loss, "{:.3f}"),
+                      *(spread([100 * r["scores"][c] for r in group], "{:.1f}") + "%" for c in columns)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -192,7 +202,7 @@ def common_settings(argv):
     """train.py's settings that hold for the whole grid. ValueError for those that the grid varies itself."""
     if odd := [f"--{name}" for name in OWN if name.replace("-", "_") in given(argv)]:
         raise ValueError(f"{', '.join(odd)}: the grid sets this for each run; see --help")
-    common = settings(argv)
+    common = read_flags(argv)
     if missing := [f"--{k}" for k in ("model", "data") if not getattr(common, k)]:
         raise ValueError(f"{missing[0]} not given: see train.py --help")
     return common
@@ -200,7 +210,7 @@ def common_settings(argv):
 
 def read_questions(files, common, limit):
     """[TASK=FILE] to [(task, the name of its columns, its questions)]."""
-    tokenizer, config = Tokenizer.from_pretrained(common.model), Config.from_pretrained(common.model)
+    tokenizer, config = Tokenizer.from_pretrained(common.model), read_config(common.model)
     tasks = []
     for task, _, file in (f.partition("=") for f in files):
         if task not in SCORED or not file:
@@ -229,12 +239,12 @@ def scorer(tasks, common, batch_size, max_new_tokens):
     return score
 
 
-def base_row(common, score, scored_on, out):
-    """The table's first row: what the model scores before any finetuning, measured once."""
+def base_line(common, score, scored_on, out):
+    """The table's first line: what the model scores before any finetuning, measured once."""
     file = out / "base.json"
     if not file.exists() or read_json(file)["scored_on"] != scored_on:
         model, tokenizer = load_base(common.model, common.device, common.dtype)
-        scores = score(Bitune(model, "lora").eval(), tokenizer, Line("base model"))
+        scores = score(Bitune(model, "causal").eval(), tokenizer, Line("base model"))
         write_files(out, {file.name: json_bytes({"scored_on": scored_on, "scores": scores})})
     scores = read_json(file)["scores"].values()
     return ["base model", "", "", "", "", *(f"{100 * v:.1f}%" for v in scores)]
@@ -244,7 +254,8 @@ def claim(out, grid):
     """Make the folder `out` this grid's. ValueError if it holds runs of another."""
     finish_writing(out)
     if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
-        before = vars(make_parser().parse_args([])) | read_json(out / "grid.json")  # newer flags: as default
+        older = vars(train_parser().parse_args([])) | modern(read_json(out / "grid.json"))  # newer flags: default
+        before = vars(complete(argparse.Namespace(**older)))
         if differ := [k for k in grid if before.get(k) != grid[k]]:
             raise ValueError(f"{out} holds a grid with other settings: " + ", ".join(
                 f"{k} was {before.get(k)} and is {grid[k]}" for k in differ))
@@ -252,45 +263,42 @@ def claim(out, grid):
 
 
 def main(argv=None):
-    set_up_streams()
     parser = new_parser(__doc__)
     parser.allow_abbrev = False
-    arg = parser.add_argument
+    arg = flag_adder(parser)
     arg("--out", metavar="FOLDER", required=True, help="where runs, results.jsonl and tables.md go, and "
         "where they are gone on with")
     arg("--evaluate", nargs="+", default=[], metavar="TASK=FILE", help="what to score every run on, as "
         "experiments.evaluate does: " + ", ".join(SCORED))
-    arg("--methods", nargs="+", default=["bitune"], choices=[m for m in METHODS if m != "lora"],
-        help="what to lay beside plain finetuning (default: bitune)")
-    arg("--pefts", nargs="+", default=["lora"], choices=ADAPTERS, help="kinds of adapters (default: lora)")
-    arg("--theta-inits", nargs="+", default=[0.01], type=number(float, 1e-9, 1e9), metavar="C",
-        help="of the methods that mix (default: 0.01)")
-    arg("--second-masks", nargs="+", default=["bidirectional"], choices=SECOND_MASKS,
-        help="what the second pass sees (default: bidirectional)")
+    arg("--methods", nargs="+", default=["bitune"], choices=[m for m in METHODS if METHODS[m]],
+        help="what to lay beside plain finetuning")
+    arg("--pefts", nargs="+", default=[KIND], choices=KINDS, help="kinds of adapters")
+    arg("--cs", nargs="+", default=[C], type=number(float, 1e-9, 1e9), metavar="C", help="of the methods that mix")
+    arg("--second-masks", nargs="+", default=[MASK], choices=SECOND_MASKS, help="what the second pass sees")
     arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
-    arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="(default: 42 43 44)")
+    arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="of each model")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
-    arg("--eval-batch-size", type=number(int, 1), default=8, help="questions at a time (default: 8)")
-    arg("--max-new-tokens", type=number(int, 1), default=256, help="longest written answer (default: 256)")
+    arg("--eval-batch-size", type=number(int, 1), default=8, help="questions at a time")
+    arg("--max-new-tokens", type=number(int, 1), default=default(Bitune.answer, "max_new_tokens"),
+        help="longest written answer")
     args, rest = parser.parse_known_args(argv)
     out = Path(args.out)
-    try:
+    with before_work():
         common = common_settings(rest)
         tasks = read_questions(args.evaluate, common, args.limit)
         scored_on = [*args.evaluate, args.limit, args.max_new_tokens]
         lrs = args.lrs or [common.lr]
         if len(lrs) > 1 and not common.val_data and not common.val_size:
-            raise ValueError("several --lrs and no validation data to choose by: leave --val-size 0 away")
+            raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
         free = (*OWN, "micro-batch-size", "save-every", "device")       # no result hangs on these
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
-        models = variants(args.methods, args.pefts, args.theta_inits, args.second_masks, common.rank,
-                          common.alpha)
+        models = variants(args.methods, args.pefts, args.cs, args.second_masks, given(rest))
         flags = {name: [*rest, *own] for name, own in models.items()}
         records = grid(flags, lrs, args.seeds, out, score, scored_on)
         if not records:
             raise ValueError(f"{out}: no run came to its end")
-        base = base_row(common, score, scored_on, out)
+        base = base_line(common, score, scored_on, out)
         every = [r for r in read_records(out) if r["scored_on"] == scored_on]   # and of earlier commands
         best = chosen(every)
         text = table(list(best.values()), [base])
@@ -298,8 +306,6 @@ def main(argv=None):
             every = [group for name in best for group in by_rate(every, name)]
             text += f"\n\nAt each learning rate:\n\n{table(every)}"
         write_files(out, {"tables.md": (text + "\n").encode()})
-    except (ValueError, OSError, RuntimeError) as problem:
-        fail(problem)
     print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
     if missing := len(models) * len({*lrs}) * len({*args.seeds}) - len(records):
         print(f"error: {missing} of the runs did not come to an end, as said above: repeat the command, or "
@@ -308,7 +314,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

@@ -14,10 +14,12 @@ import time
 import torch
 
 from bitune import Bitune, adapter_sets
+from cli.process import before_work, run_main
+from cli.settings import flag_adder, new_parser, number
+from files.checkpoint import DTYPES, check_device, default_device, default_dtype, parse_config
 from lora import add_adapter
-from model import Config, Llama
+from model import Llama
 from text.examples import Example
-from train import DTYPES, check_device, default_device, default_dtype, fail, new_parser, number
 from train import make_optimizer, train_step
 
 SIZES = {
@@ -30,7 +32,7 @@ SIZES = {
 
 def random_model(size, device, dtype):
     torch.manual_seed(0)
-    config = Config.from_dict({"model_type": "llama", "max_position_embeddings": 2048, **SIZES[size]})
+    config = parse_config({"model_type": "llama", "max_position_embeddings": 2048, **SIZES[size]})
     with torch.device(device):
         model = Llama(config).to(dtype)
     with torch.no_grad():
@@ -70,12 +72,12 @@ def medians(device, repeats, **functions):
 
 def bench_training(model, device, repeats, P, A):
     vocab = model.config.vocab_size
-    tasks = {m: finetunable(model, m) for m in ("lora", "bitune")}
-    optimizers = {m: make_optimizer(b, 1e-6, 0.0) for m, b in tasks.items()}
+    tasks = {"lora": finetunable(model, "causal"), "bitune": finetunable(model, "bitune")}
+    optimizers = {m: make_optimizer(b, eps=1e-6, weight_decay=0.0) for m, b in tasks.items()}
     bound = (2 * (P - 1) + A) / (P + A - 1)
     for B in (1, 8):
         ids = torch.randint(vocab, (B, P + A)).tolist()
-        examples = [Example(row[:P], row[P:]) for row in ids]
+        examples = [Example(tokens[:P], tokens[P:]) for tokens in ids]
         step = lambda m: lambda: train_step(tasks[m], optimizers[m], examples, B, 1e-4, 1.0)
         t = medians(device, repeats, lora=step("lora"), bitune=step("bitune"))
         peak = {}
@@ -93,7 +95,8 @@ def bench_training(model, device, repeats, P, A):
 
 def bench_decoding(model, device, repeats, P, new, against):
     prompt = [torch.randint(model.config.vocab_size, (P,)).tolist()]
-    tasks = {"base": Bitune(model, "lora"), **{m: finetunable(model, m) for m in ("lora", "bitune")}}
+    tasks = {"base": Bitune(model, "causal"), "lora": finetunable(model, "causal"),
+             "bitune": finetunable(model, "bitune")}
     # One long and one short answer: their difference is decoding alone, without the prompt.
     calls = {f"{m} {n}": lambda b=b, n=n: b.generate(prompt, n) for m, b in tasks.items() for n in (1, new)}
     if against:
@@ -107,7 +110,7 @@ def bench_decoding(model, device, repeats, P, new, against):
     weights = sum(p.numel() * p.element_size() for p in read)
     bound = bandwidth(device) / weights
     print(f"decoding, P {P}, batch 1: bound {bound:,.0f} tokens/s, {weights / 1e6:,.0f} MB a token")
-    models = [*tasks] + ["transformers"] * bool(against)
+    models = [*tasks, "transformers"] if against else [*tasks]
     rates = {m: (new - 1) / (t[f"{m} {new}"] - t[f"{m} 1"]) for m in models}
     for m, rate in rates.items():
         beside = f"  over transformers {rate / rates['transformers']:.2f}" if against else ""
@@ -138,31 +141,29 @@ def hugging_face(model):
     return theirs.eval()
 
 
-def main():
+def main(argv=None):
     parser = new_parser(__doc__)
-    arg = parser.add_argument
-    arg("--size", choices=SIZES, default="small", help="shape of the random model (default: small)")
-    arg("--device", default=default_device(), help="default: cuda if there is one, else cpu")
-    arg("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    arg("--prompt-length", type=number(int, 1, 1024), default=128, help="P (default: 128)")
-    arg("--answer-length", type=number(int, 2, 1024), default=64, help="A (default: 64)")
-    arg("--repeats", type=number(int, 1), default=10, help="timed calls of each (default: 10)")
+    arg = flag_adder(parser)
+    arg("--size", choices=SIZES, default="small", help="shape of the random model")
+    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
+    arg("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
+    arg("--prompt-length", type=number(int, 1, 1024), default=128, help="P")
+    arg("--answer-length", type=number(int, 2, 1024), default=64, help="A")
+    arg("--repeats", type=number(int, 1), default=10, help="timed calls of each")
     arg("--against", choices=["transformers"], help="also time this library, which must be installed")
-    args = parser.parse_args()
-    try:
-        check_device(args.device)
-    except ValueError as problem:
-        fail(problem)
-    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(args.device)
-    model = random_model(args.size, args.device, dtype)
-    on_gpu = args.device.startswith("cuda")
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+    args = parser.parse_args(argv)
+    device = args.device or default_device()
+    with before_work():
+        check_device(device)
+    dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    model = random_model(args.size, device, dtype)
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     n = sum(p.numel() for p in model.parameters())
     print(f"{args.size}: {n / 1e6:,.0f}M parameters, {dtype}, {where}, torch {torch.__version__}, "
           f"median of {args.repeats}")
-    bench_training(model, args.device, args.repeats, args.prompt_length, args.answer_length)
-    bench_decoding(model, args.device, args.repeats, args.prompt_length, args.answer_length, args.against)
+    bench_training(model, device, args.repeats, args.prompt_length, args.answer_length)
+    bench_decoding(model, device, args.repeats, args.prompt_length, args.answer_length, args.against)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

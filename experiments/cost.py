@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitune import Bitune, adapter_sets
-from lora import ADAPTERS, AdapterConfig, add_adapter
-from model import Config, Llama
-from train import new_parser, number
+from cli.process import run_main
+from cli.settings import default, flag_adder, new_parser, number
+from files.checkpoint import parse_config
+from lora import KINDS, add_adapter
+from model import Llama
 
 SHAPES = {
     "gemma-2b": dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
@@ -63,13 +65,13 @@ def kept(bitune, loss):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def cost(shape, method, peft, rank, P, A):
+def cost(shape, method, kind, options, P, A):
     """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
     with torch.device("meta"):
-        model = Llama(Config.from_dict(shape)).to(torch.float32 if peft == "full" else torch.bfloat16)
+        model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
     parameters = sum(p.numel() for p in model.parameters())
     for name in adapter_sets(method):
-        add_adapter(model, name, AdapterConfig(peft, rank))
+        add_adapter(model, name, kind, **options)
     bitune = Bitune(model, method)
     loss = lambda: bitune.losses([[0] * P], [[0] * A]).sum()
     with FlopCounterMode(display=False) as counter:
@@ -86,27 +88,28 @@ def cost(shape, method, peft, rank, P, A):
 
 def main(argv=None):
     parser = new_parser(__doc__)
-    arg = parser.add_argument
-    arg("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="(default: all)")
-    arg("--peft", choices=ADAPTERS, default="lora", help="(default: lora)")
-    arg("--prompt", type=number(int, 1), default=256, help="tokens of the prompt (default: 256)")
-    arg("--answer", type=number(int, 1), default=256, help="tokens of the answer (default: 256)")
-    arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second (default: 150)")
+    arg = flag_adder(parser)
+    arg("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes")
+    arg("--peft", choices=KINDS, default=default(add_adapter, "kind"), help="kind of adapters")
+    arg("--prompt", type=number(int, 1), default=256, help="tokens of the prompt")
+    arg("--answer", type=number(int, 1), default=256, help="tokens of the answer")
+    arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second")
     args = parser.parse_args(argv)
-    ranked = args.peft in ("lora", "dora")
-    rows = [("lora", 8), *[("lora", 16)] * ranked, ("bitune", 8)]
+    rank = KINDS[args.peft].options.get("rank")         # with one, plain finetuning of twice the rank as well
+    variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
     print("| base model | parameters | method | that train | frozen weights | trained, 16 bytes each "
           "| activations | together | TFLOP an example | 3,000 steps |")
     print("|---" * 10 + "|")
     for name in args.models:
-        for method, rank in rows:
-            n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, rank, args.prompt, args.answer)
+        for method, own in variants:
+            n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, own, args.prompt, args.answer)
             sizes.insert(1, 16 * trained)
-            cells = [name, f"{n:,}", f"{method}, rank {rank}" if ranked else method, f"{trained:,}",
+            label = f"{method}, rank {own.get('rank', rank.default)}" if rank else method
+            cells = [name, f"{n:,}", label, f"{trained:,}",
                      *(f"{size / 1e9:.1f} GB" for size in (*sizes, sum(sizes))), f"{flops / 1e12:.1f}",
                      f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h"]
             print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

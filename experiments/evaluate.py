@@ -22,12 +22,15 @@ from typing import NamedTuple
 
 import torch
 
-from bitune import pad, surprise
-from lora import json_bytes, write_files
+from bitune import nll, pad
+from cli.process import before_work, run_main
+from cli.settings import add_run, flag_adder, new_parser, number
+from cli.terminal import Progress, clock
+from files.disk import json_bytes, write_files
+from files.run import load_run
 from model import Past, may_attend
 from text.examples import batches, encode_answer, encode_prompt, parse_row, right_choice, stop_id
 from text.rows import TASKS, read_rows
-from train import DTYPES, Progress, clock, fail, load_run, new_parser, number, set_up_streams
 
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
 
@@ -77,7 +80,7 @@ def log_probs(bitune, prompts, choices):
     them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
         bitune = copy.copy(bitune)
-        bitune.passes = [("causal", "causal")]
+        bitune.passes = [("causal", bitune.answers)]
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
     past = bitune.encode(context)                               # once for all choices
 
@@ -87,8 +90,8 @@ def log_probs(bitune, prompts, choices):
         past = Past([(k[owner], v[owner]) for k, v in past.layers])
     _, stream = bitune.lay_out([prompts[b] for b in owner], [ids[:-1] for ids in choice])
     sees = may_attend(stream.positions, torch.cat((context.positions[owner], stream.positions), dim=1))
-    logits, _ = bitune.model(*stream, sees, past, "causal")
-    sums = -surprise(logits, pad(choice, -100, bitune.device)).sum(1)
+    logits, _ = bitune.model(*stream, sees, past, bitune.answers)
+    sums = -nll(logits, pad(choice, -100, bitune.device)).sum(1)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")
     return [group.tolist() for group in sums.split([len(group) for group in choices])]
@@ -167,21 +170,21 @@ def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_t
         progress.update(f"{task}: {len(results)}/{len(questions)}  ETA {clock(left / rate)}  "
                         f"{rate:.1f} questions/s")
     progress.clear()
-    rows = [results[q.place] for q in questions]
-    metrics = [key for key, value in rows[0].items() if isinstance(value, float)]
-    return rows, {key: mean_and_error([row[key] for row in rows]) for key in metrics}
+    results = [results[q.place] for q in questions]
+    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
+    return results, {key: mean_and_error([result[key] for result in results]) for key in metrics}
 
 
 def in_words(scores):
     return ", ".join(f"{name} {mean:.2%} ± {error:.2%}" for name, (mean, error) in scores.items())
 
 
-def page(title, rows):
+def page(title, results):
     """Questions, what was said and the verdicts, to be read: Markdown."""
     parts = [f"# {title}"]
-    for n, row in enumerate(rows, 1):
-        verdicts = ", ".join(f"{k} {'✓' if v else '✗'}" for k, v in row.items() if isinstance(v, float))
-        quoted = [f"~~~\n{row[key].strip()}\n~~~" for key in ("prompt", "said", "answer")]
+    for n, result in enumerate(results, 1):
+        verdicts = ", ".join(f"{k} {'✓' if v else '✗'}" for k, v in result.items() if isinstance(v, float))
+        quoted = [f"~~~\n{result[key].strip()}\n~~~" for key in ("prompt", "said", "answer")]
         parts += [f"## {n}. {verdicts}", quoted[0], "The model:", quoted[1], "The truth:", quoted[2]]
     return "\n\n".join(parts) + "\n"
 
@@ -190,22 +193,17 @@ def page(title, rows):
 # The command
 
 def main(argv=None):
-    set_up_streams()
     parser = new_parser(__doc__)
-    arg = parser.add_argument
-    arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
-    arg("--adapter", metavar="RUN", help="a run of train.py, or a PEFT adapter (default: the bare model)")
-    arg("--task", choices=SCORED, required=True, help="what the file is: " + ", ".join(SCORED))
+    arg = flag_adder(parser)
+    add_run(arg)
+    arg("--task", choices=SCORED, required=True, help="what the file is")
     arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
-    arg("--batch-size", type=number(int, 1), default=8, help="questions at a time (default: 8)")
-    arg("--max-new-tokens", type=number(int, 1), default=256, help="longest written answer (default: 256)")
+    arg("--batch-size", type=number(int, 1), default=8, help="questions at a time")
     arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
     arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/base/NAME)")
-    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU)")
-    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     args = parser.parse_args(argv)
-    try:
+    with before_work():
         if not (args.model or args.adapter):
             raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
         if not Path(args.data).is_file():
@@ -220,34 +218,29 @@ def main(argv=None):
         bare = Path("runs/base") / Path(args.model or "").resolve().name
         out = Path(args.out or args.adapter or (args.model if about else bare))
         out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
-        fail(problem)
 
     begun = time.monotonic()
     try:
-        rows, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
-                                args.max_new_tokens, Progress())
+        results, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
+                                   args.max_new_tokens, Progress())
     except (FloatingPointError, torch.OutOfMemoryError) as problem:
-        hint = ": try a smaller --batch-size" * isinstance(problem, torch.OutOfMemoryError)
+        hint = ": try a smaller --batch-size" if isinstance(problem, torch.OutOfMemoryError) else ""
         print(f"error: {problem}{hint}", file=sys.stderr)
         sys.exit(1)
     name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
     summary = {**vars(args), "method": bitune.method if about else None, "template": template,
-               "questions": len(rows), "left_out": left_out, "seconds": round(time.monotonic() - begun, 1),
+               "questions": len(results), "left_out": left_out, "seconds": round(time.monotonic() - begun, 1),
                "scores": {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}}
-    files = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    files = {f"{name}.jsonl": "".join(json.dumps(result) + "\n" for result in results).encode(),
              f"{name}.json": json_bytes(summary)}
     if args.samples:
-        title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(rows)}"
-        files[f"{name}.md"] = page(title, rows[:args.samples]).encode()
+        title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(results)}"
+        files[f"{name}.md"] = page(title, results[:args.samples]).encode()
     write_files(out, files)
     beyond = f", {left_out} longer than {longest} tokens left out" if left_out else ""
-    print(f"{args.task}: {in_words(scores)} ({len(rows)} questions{beyond}, {clock(summary['seconds'])})")
+    print(f"{args.task}: {in_words(scores)} ({len(results)} questions{beyond}, {clock(summary['seconds'])})")
     print(f"wrote {', '.join(str(out / file) for file in files)}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

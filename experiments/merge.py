@@ -2,16 +2,18 @@
 
     python -m experiments.merge --model FOLDER --adapter RUN --out FOLDER
 
-For runs of method lora, with any --peft but full (which is a checkpoint already), and for PEFT adapters. It
-is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
+For runs of method causal, but those of full finetuning, which are checkpoints already, and for PEFT adapters.
+It is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
 """
 
 from pathlib import Path
 
-from bitune import Bitune
-from lora import finish_writing, merge, plain_files, read_json, write_files
-from model import Llama, checkpoint_dtype
-from train import fail, new_parser
+from cli.process import before_work, run_main
+from cli.settings import new_parser
+from files.checkpoint import checkpoint_bytes, checkpoint_dtype, load_model
+from files.disk import finish_writing, write_files
+from files.run import load_bitune, read_about
+from lora import merge
 
 
 def main(argv=None):
@@ -22,23 +24,18 @@ def main(argv=None):
     arg("--out", metavar="FOLDER", required=True, help="where to write the checkpoint")
     args = parser.parse_args(argv)
     base, run, out = map(Path, (args.model, args.adapter, args.out))
-    try:
+    with before_work():
         finish_writing(run)
         if out.exists():
             raise ValueError(f"--out {out} exists: choose another name")
-        method = "lora"
-        if (run / "bitune.json").exists():
-            method = read_json(run / "bitune.json", "method")["method"]
-        if method != "lora":
+        if (method := read_about(run).get("method", "causal")) != "causal":
             raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
-                             "from the base: ask it with sample.py --adapter; only lora can be merged")
-        model = Llama.from_pretrained(base, checkpoint_dtype(base))
-        Bitune.load(model, run, args.model)
-        write_files(out, plain_files(merge(model, "causal"), base))
-    except (ValueError, OSError, RuntimeError) as problem:
-        fail(problem)
+                             "from the base: ask it with sample.py --adapter; only causal can be merged")
+        model = load_model(base, checkpoint_dtype(base))
+        bitune, _, _ = load_bitune(model, run, args.model)
+        write_files(out, checkpoint_bytes(merge(model, bitune.answers), base))
     print(f"wrote {out}: use it as --model")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

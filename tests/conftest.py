@@ -10,6 +10,7 @@ and tokenizers are tested too.
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,60 @@ def pytest_addoption(parser):
         metavar="FOLDER",
         help="also test against every folder of reference numbers below FOLDER (repeatable)",
     )
+
+
+def pytest_runtestloop(session):
+    """Run every second test in a process of its own, if there are many: each is one thread, and most machines
+    have two cores. Its reports are shown when both are through."""
+    config, items = session.config, session.items
+    if len(items) < 50 or config.option.collectonly or config.option.usepdb or not hasattr(os, "fork"):
+        return None
+    with tempfile.TemporaryFile("w+") as reports:
+        child = os.fork()
+        if not child:
+            capture = config.pluginmanager.getplugin("capturemanager")
+            capture.stop_global_capturing()     # the parent's, and its files
+            capture.start_global_capturing()
+            config.pluginmanager.unregister(name="terminalreporter")
+            config.pluginmanager.register(Reports(config, reports))
+        mine = items[bool(child)::2]
+        for item, following in zip(mine, [*mine[1:], None]):
+            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if not child:
+            reports.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+        reports.seek(0)
+        theirs = [config.hook.pytest_report_from_serializable(config=config, data=json.loads(line)) for line in reports]
+        for report in theirs:
+            if isinstance(report.longrepr, list):       # of a skipped test; JSON knows no tuples
+                report.longrepr = tuple(report.longrepr)
+            config.hook.pytest_runtest_logreport(report=report)
+        if len({report.nodeid for report in theirs}) != len(items[::2]):
+            raise pytest.UsageError("the second process of the tests died before it was through")
+    return True
+
+
+class Reports:
+    """Writes test reports to a file, a line each."""
+
+    def __init__(self, config, file):
+        self.config, self.file = config, file
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        print(json.dumps(data), file=self.file)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tell a failed number of the paper's from a failed identity."""
+    failed = [r for r in terminalreporter.stats.get("failed", []) if "call" == r.when]
+    recorded = [r for r in failed if "reference" in r.keywords]
+    if recorded:
+        terminalreporter.write_line(
+            f"{len(recorded)} of the {len(failed)} failures are of the group `reference`: numbers of the paper's "
+            "code and of public libraries, which an edit of the method changes. What must hold of any edit: "
+            'python -m pytest -m "not reference"')
 
 
 def references(config):

@@ -1,38 +1,101 @@
-"""The README's "edits to try", applied to the source as a reader would."""
+"""The edits of docs/edits.md, made in a copy of the project:
 
+    python tests/edits.py NAME FOLDER
+
+An edit's definitions replace those of the same name, or are added, so that it survives changes around them.
+"""
+
+import ast
+import importlib
 import re
+import shutil
 import sys
-import types
+from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("cli", "files", "text", "experiments", "tests")
+BLOCK = re.compile(r"In\s+`(\w+\.py)`(?:,\s+class\s+`(\w+)`)?:\n\n```python\n(.*?)```", re.S)
 
 
 def edits():
-    """name -> (file, [(old, new), ...]), from the README's diff blocks, each under a line that names it and
-    its file."""
-    found = {}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, file, block in re.findall(
-        r"^\*\*(\w+)\*\* \(`(\w+\.py)`\).*?```diff\n(.*?)```", text, re.M | re.S
-    ):
-        hunks = []
-        for hunk in re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", block, re.M):
-            hunks.append(tuple(re.sub(r"^[-+]", "", part, flags=re.M) for part in hunk))
-        found[name] = (file, hunks)
-    return found
+    """name -> [(file, class or "", source), ...]: each section of docs/edits.md, its blocks of code."""
+    sections = re.split(r"^## (\w+)$", (ROOT / "docs/edits.md").read_text(encoding="utf-8"), flags=re.M)
+    return {name: BLOCK.findall(text) for name, text in zip(sections[1::2], sections[2::2])}
 
 
-def edited(name):
-    """The edited file as a module of its own."""
-    file, hunks = edits()[name]
-    source = (ROOT / file).read_text(encoding="utf-8")
-    for old, new in hunks:
-        assert source.count(old) == 1, (
-            f"edit {name!r}: these lines stand {source.count(old)} times in {file}:\n{old}"
-        )
-        source = source.replace(old, new)
-    module = types.ModuleType(f"{file.removesuffix('.py')}_{name}")
-    sys.modules[module.__name__] = module
-    exec(compile(source, f"{file} edited by {name}", "exec"), module.__dict__)
-    return module
+def defines(node):
+    """What a statement gives a name to."""
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0])
+    return getattr(node, "name", None)
+
+
+def change(source, scope, block):
+    """`source` with the definitions of `block` in place of its own, at its top level or in a class."""
+    for node in ast.parse(block).body:
+        tree = ast.parse(source)
+        body = next(n for n in tree.body if defines(n) == scope).body if scope else tree.body
+        new = "\n".join(" " * 4 * bool(scope) + line if line else "" for line in
+                        ast.get_source_segment(block, node).splitlines())
+        if isinstance(node, ast.FunctionDef) and node.decorator_list:
+            raise ValueError("decorators are not copied")
+        lines, old = source.splitlines(), next((n for n in body if defines(n) == defines(node)), None)
+        if old:
+            lines[old.lineno - 1:old.end_lineno] = [new]
+        else:
+            lines[body[-1].end_lineno:body[-1].end_lineno] = ["", new]
+        source = "\n".join(lines) + "\n"
+    return source
+
+
+def subclass(name, of):
+    """The class `of` with an edit of its methods."""
+    ((_, scope, block),) = edits()[name]
+    assert scope == of.__name__
+    own = {}
+    exec(block, vars(sys.modules[of.__module__]) | {}, own)
+    return type(scope, (of,), own)
+
+
+def copy_project(folder, name=None, slips=()):
+    """A copy of the project in `folder`, with the edit `name`, and then with slips, (file, old, new), in it."""
+    folder = Path(folder)
+    shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=lambda at, names: [
+        n for n in names if n.startswith((".", "__pycache__", "runs", "reference")) or
+        Path(at) == ROOT and n not in FOLDERS and not n.endswith(".py")])
+    for file, scope, block in edits()[name] if name else ():
+        path = folder / file
+        path.write_text(change(path.read_text(encoding="utf-8"), scope, block), encoding="utf-8")
+    for file, old, new in slips:
+        source = (folder / file).read_text(encoding="utf-8")
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}"
+        (folder / file).write_text(source.replace(old, new), encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def imported_from(folder):
+    """Import the project's modules from a copy of it: yields a function, module name -> module."""
+    own = lambda name: (ROOT / name.split(".")[0]).exists() or (ROOT / f"{name.split('.')[0]}.py").exists() \
+        or (ROOT / f"tests/{name}.py").exists() and name != "edits"
+    kept = {name: module for name, module in sys.modules.items() if own(name)}
+    path = list(sys.path)
+    try:
+        for name in kept:
+            del sys.modules[name]
+        sys.path[:0] = [str(folder), str(Path(folder) / "tests")]
+        yield importlib.import_module
+    finally:
+        for name in [n for n in sys.modules if own(n)]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+        sys.path[:] = path
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in edits():
+        sys.exit(f"error: expected a name and a folder; the names are {', '.join(edits())}")
+    if Path(sys.argv[2]).exists():
+        sys.exit(f"error: {sys.argv[2]} exists: expected a new name")
+    print(f"wrote {copy_project(sys.argv[2], sys.argv[1])}")

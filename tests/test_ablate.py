@@ -19,12 +19,12 @@ def test_a_grid_varies_only_what_a_method_uses():
         ["lora", "dora", "ia3", "full"],
         [0.1, 0.01],
         ["bidirectional", "anticausal"],
-        rank=4,
+        {"rank": 4},
     )
-    plain = {name: flags for name, flags in models.items() if "--method=lora" in flags}
+    plain = {name: flags for name, flags in models.items() if "--method=causal" in flags}
     ranked = [f"{kind} rank {rank}" for kind in ("LoRA", "DoRA") for rank in (4, 8)]
     assert list(plain) == [*ranked, "IA3", "full finetuning"]
-    assert plain["DoRA rank 8"] == ["--method=lora", "--peft=dora", "--rank=8", "--alpha=2"]
+    assert plain["DoRA rank 8"] == ["--method=causal", "--peft=dora", "--rank=8", "--lora-alpha=2"]
     assert sum("--method=bitune" in flags for flags in models.values()) == 4 * 2 * 2
     assert sum("--method=naive-bidir" in flags for flags in models.values()) == 4 * 2  # mixes nothing
     assert sum("--method=only-causal" in flags for flags in models.values()) == 4 * 2  # sees nothing ahead
@@ -174,10 +174,10 @@ def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, cap
 
 def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, capsys):
     bad = lambda *more: exits(2, ablate.main, [*argv, *more], capsys)
-    assert "--method, --lr: the grid sets this for each run" in bad("--method", "lora", "--lr", "1")
+    assert "--method, --lr: the grid sets this for each run" in bad("--method", "causal", "--lr", "1")
     assert "--evaluate arc: expected TASK=FILE" in bad("--evaluate", "arc")
     assert "a row of piqa has 'goal'" in bad("--evaluate", f"piqa={tmp_path / 'arc.jsonl'}")
-    assert "invalid choice: 'lora'" in bad("--methods", "lora")
+    assert "invalid choice: 'causal'" in bad("--methods", "causal")
     assert "nowhere has no tokenizer.json" in bad("--model", "nowhere")
     assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
     assert "--seed: the grid sets this" in bad("--seed", "0")

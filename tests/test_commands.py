@@ -16,7 +16,9 @@ import sample
 import train
 from bitune import METHODS, Bitune
 from experiments import merge
-from lora import write_files
+from files.checkpoint import load_base
+from files.disk import write_files
+from files.run import alpha_by_layer, load_bitune, load_run, run_bytes
 from text.examples import Example
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
 
@@ -115,16 +117,16 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
 def test_settings_and_derived_numbers_are_saved(flags, tmp_path):
     train.main(flags("--rank", 3))
     saved = json.loads((tmp_path / "run/settings.json").read_text())
-    assert saved["args"]["rank"] == 3 and saved["args"]["eps"] == 1e-6
+    assert saved["settings"]["rank"] == 3 and saved["settings"]["eps"] == 1e-6
     d = saved["derived"]
-    assert (d["train_examples"], d["val_examples"], d["warmup_steps"]) == (36, 4, 0)
+    assert (d["train_examples"], d["val_examples"]) == (36, 4)
     assert d["trainable_parameters"] == 2 * 3 * 3 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3) + 6
     assert d["answer_tokens"] == sum(len(f" It is {i + i % 7}.") + 1 for i in range(36))
 
 
 def test_a_run_loaded_answers_as_the_one_trained(flags, tmp_path):
     train.main(flags())
-    bitune, n, about = Bitune.load(train.load_base(tmp_path / "model", "cpu", None)[0], tmp_path / "run")
+    bitune, n, about = load_bitune(load_base(tmp_path / "model", "cpu", None)[0], tmp_path / "run")
     state = load_file(tmp_path / "run/state.safetensors")
     assert n == 2 * 2 * 21 + 2 and about["template"] == "paper"
     for name, p in bitune.named_parameters():
@@ -159,7 +161,7 @@ def test_validation_numbers():
     bitune = tiny_bitune()
     examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
     losses = [bitune.losses([p], [a]).item() for p, a in examples]
-    result = train.evaluate(bitune, examples, 3)
+    result = train.validate(bitune, examples, 3)
     n = [len(a) for a in ANSWERS]
     assert result["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
     assert result["perplexity"] == pytest.approx(
@@ -195,7 +197,7 @@ def test_resumed_is_uninterrupted(peft, flags, tmp_path, monkeypatch):
     with open(tmp_path / "run/log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # what a kill may leave of a line
     settings = json.loads((tmp_path / "run/settings.json").read_text())
-    del settings["args"]["task"]  # as if the run were older than the flag
+    del settings["settings"]["task"]  # as if the run were older than the flag
     (tmp_path / "run/settings.json").write_text(json.dumps(settings))
     monkeypatch.setattr(train, "train_step", step)
     torch.manual_seed(999)
@@ -205,13 +207,12 @@ def test_resumed_is_uninterrupted(peft, flags, tmp_path, monkeypatch):
 
 
 def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
-    """SIGKILL three times over, at moments that move through the save; each time the run loads and goes
-    on."""
+    """SIGKILL twice over, at moments that move through the save; each time the run loads and goes on."""
     env = os.environ | {"PYTHONPATH": ROOT}
     command = [sys.executable, os.path.join(ROOT, "train.py")]
     more = flags("--steps", 5000, "--save-every", 1, "--batch-size", 1, "--val-size", 0)
     run = tmp_path / "run"
-    for i in range(3):
+    for i in range(2):
         process = subprocess.Popen(command + more, env=env, stdout=subprocess.DEVNULL)
         more = ["--resume", str(run)]
         before = len(log(run)) if (run / "log.jsonl").exists() else 0
@@ -225,23 +226,23 @@ def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
         time.sleep(0.013 * i)
         process.kill()
         process.wait()
-        Bitune.load(tiny_model(), run)
+        load_bitune(tiny_model(), run)
         assert load_file(run / "state.safetensors")["step"] >= len(log(run)) - 1
 
 
 def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp_path, monkeypatch, capsys):
-    evaluate = train.evaluate
+    validate = train.validate
 
     def interrupted(bitune, *args):
         if len(log(tmp_path / "run")) == 3 and len(args) == 3:  # not the look at a step before its save
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("validation went on")
-        return evaluate(bitune, *args)
+        return validate(bitune, *args)
 
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(train, "validate", interrupted)
     line = exits(128 + signal.SIGINT, train.main, flags("--save-every", 6), capsys)
     assert "step 3: stopped by SIGINT. The save of step 3 is whole" in line
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "validate", validate)
     train.main(["--resume", str(tmp_path / "run")])     # makes up for the validation that was cut short
     train.main(flags("--save-every", 6, "--out", tmp_path / "whole"))
     assert log(tmp_path / "run", "val_loss") == log(tmp_path / "whole", "val_loss")
@@ -317,7 +318,7 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
     assert "argument --rank: 0 is out of range: expected at least 1" in bad("--rank", 0)
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")
-    assert "has no bidirectional pass" in bad("--method", "lora", "--second-mask", "causal")
+    assert "has no bidirectional pass" in bad("--method", "causal", "--second-mask", "causal")
     assert "no linear is named fc1" in bad("--targets", "fc1")
     assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)
     assert "no example left; dropped: 40 too long" in bad("--max-length", 5)
@@ -348,7 +349,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
 
 
 def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, monkeypatch, capsys):
-    train.main(flags("--method", "lora"))
+    train.main(flags("--method", "causal"))
     capsys.readouterr()
     bad = lambda *argv: exits(2, sample.main, argv, capsys)
     model, run = ["--model", tmp_path / "model"], ["--adapter", tmp_path / "run"]
@@ -358,7 +359,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
     assert "nowhere has no adapter_config.json" in bad(
         *model, "--adapter", tmp_path / "nowhere", "--prompt", "x"
     )
-    assert "was trained with method lora, which mixes nothing" in bad(*model, *run, "--show-mixing")
+    assert "method causal mixes nothing; give --adapter" in bad(*model, *run, "--show-mixing")
     assert "are more than the model's max_position_embeddings of 256" in bad(
         *model, *run, "--prompt", "x" * 300
     )
@@ -388,8 +389,8 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
         (lambda run: change(run / "bitune.json", method=None), "bitune.json lacks method"),
         (lambda run: change(run / "bitune.json", method="bituna"), "method 'bituna' is unknown"),
         (
-            lambda run: change(run / "bitune.json", theta_init="x"),
-            "theta_init is x: expected a number above 0",
+            lambda run: change(run / "bitune.json", c="x"),
+            "c is x: expected a number above 0",
         ),
         (
             lambda run: change(run / "bitune.json", template="x"),
@@ -399,7 +400,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
         (lambda run: (run / "mixing.safetensors").unlink(), "has no mixing.safetensors"),
         (
             lambda run: save_file({"key": torch.ones(2)}, run / "mixing.safetensors"),
-            "expected key and value, (3,) each",
+            "missing theta_value (3,); theta_key is (2,), expected (3,)",
         ),
         (
             lambda run: (run / "adapter_model.safetensors").write_bytes(b"x" * 9),
@@ -409,7 +410,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
 )
 def test_a_damaged_run_is_refused_in_one_line(spoil, message, tmp_path, capsys):
     model, run = write_checkpoint(tmp_path / "model"), tmp_path / "run"
-    write_files(run, tiny_bitune().files("base", template="paper", step=1))
+    write_files(run, run_bytes(tiny_bitune(), "base", template="paper", step=1))
     spoil(run)
     assert message in exits(2, sample.main, ["--model", model, "--adapter", run, "--prompt", "x"], capsys)
 
@@ -420,7 +421,7 @@ def change(path, **values):
 
 def test_a_run_killed_between_two_renames_loads_as_the_new_one(tmp_path, monkeypatch):
     bitune, replace, calls = tiny_bitune(), os.replace, []
-    write_files(tmp_path, bitune.files("base", step=1))
+    write_files(tmp_path, run_bytes(bitune, "base", step=1))
     bitune.theta_key.data += 1
 
     def dying(*args):
@@ -431,9 +432,9 @@ def test_a_run_killed_between_two_renames_loads_as_the_new_one(tmp_path, monkeyp
 
     monkeypatch.setattr("os.replace", dying)
     with pytest.raises(KeyboardInterrupt):
-        write_files(tmp_path, bitune.files("base", step=2))
+        write_files(tmp_path, run_bytes(bitune, "base", step=2))
     monkeypatch.undo()
-    loaded, _, about = Bitune.load(tiny_model(), tmp_path)
+    loaded, _, about = load_bitune(tiny_model(), tmp_path)
     assert about["step"] == 2 and torch.equal(loaded.theta_key, bitune.theta_key)
 
 
@@ -480,7 +481,7 @@ def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatc
 def test_a_base_model_goes_on_with_the_text_as_it_stands(tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "model")
     sample.main(["--model", str(folder), "--prompt", "ab", "--max-new-tokens", "8"])
-    ids = Bitune(tiny_model(), "lora").generate([[256, 97, 98]], 8, stop_ids={257})[0]
+    ids = Bitune(tiny_model(), "causal").generate([[256, 97, 98]], 8, stop_ids={257})[0]
     text = bytes(i for i in ids if i < 256).decode(errors="replace")
     assert capsys.readouterr().out == text + "\n"
 
@@ -515,9 +516,9 @@ def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
         ]
     )
     lines = capsys.readouterr().err.splitlines()
-    assert "α of the keys" in lines[1] and [l.split()[0] for l in lines[2:5]] == ["0", "1", "2"]
-    alpha = Bitune.load(tiny_model(), tmp_path / "run")[0].alpha()
-    assert float(lines[3].split()[1]) == pytest.approx(alpha[0][1].item(), abs=5e-4)
+    assert "α key" in lines[1] and [l.split()[0] for l in lines[2:5]] == ["0", "1", "2"]
+    alpha = alpha_by_layer(load_bitune(tiny_model(), tmp_path / "run")[0])
+    assert float(lines[3].split()[1]) == pytest.approx(alpha["key"][1], abs=5e-4)
 
 
 # ---- merge -----------------------------------------------------------------------------------------------
@@ -527,14 +528,14 @@ def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
 @pytest.mark.parametrize("model_type", ["qwen2", "phi"])
 def test_a_merged_checkpoint_answers_as_base_and_adapter_do(model_type, peft, flags, tmp_path, capsys):
     write_checkpoint(tmp_path / "model", model_type=model_type, num_key_value_heads=4)
-    train.main(flags("--method", "lora", "--peft", peft, "--lr", 0.3))
+    train.main(flags("--method", "causal", "--peft", peft, "--lr", 0.3))
     argv = ["--model", tmp_path / "model", "--adapter", tmp_path / "run", "--out", tmp_path / "merged"]
     merge.main([str(a) for a in argv])
-    merged, _ = train.load_base(tmp_path / "merged", "cpu", None)
-    base, _ = train.load_base(tmp_path / "model", "cpu", None)
-    logits = lambda model: Bitune(model, "lora")(RAGGED, ANSWERS)[0]
+    merged, _ = load_base(tmp_path / "merged", "cpu", None)
+    base, _ = load_base(tmp_path / "model", "cpu", None)
+    logits = lambda model: Bitune(model, "causal")(RAGGED, ANSWERS)[0]
     before = logits(base)
-    adapted = Bitune.load(base, tmp_path / "run")[0](RAGGED, ANSWERS)[0]
+    adapted = load_bitune(base, tmp_path / "run")[0](RAGGED, ANSWERS)[0]
     assert (adapted - before).abs().max() > 0.1
     torch.testing.assert_close(logits(merged), adapted, atol=1e-4, rtol=1e-4)
     assert "merged exists: choose another name" in exits(2, merge.main, argv, capsys)
@@ -551,7 +552,7 @@ def test_a_run_with_prompt_passes_is_not_merged(flags, tmp_path, capsys):
 # ---- full finetuning -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["lora", "bitune"])
+@pytest.mark.parametrize("method", ["causal", "bitune"])
 def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
     run = tmp_path / "run"
     train.main(flags("--method", method, "--peft", "full"))
@@ -560,7 +561,7 @@ def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
     n = sum(t.numel() for name, t in trained.items() if name.startswith("param."))
     assert f"memory: {16 * n / 1e6:.1f} MB for 0 frozen parameters and {n:,} that train" in said
 
-    bitune, tokenizer, _, _ = train.load_run(run)
+    bitune, tokenizer, _, _ = load_run(run)
     for name, p in bitune.named_parameters():
         assert torch.equal(p, trained[f"param.{name}"]), name
     sample.main(["--adapter", str(run), "--prompt", "x", "--max-new-tokens", "2"])
@@ -571,15 +572,15 @@ def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
     if method == "bitune":
         line = exits(2, train.main, flags("--model", run, "--out", tmp_path / "next"), capsys)
         assert "is a run with prompt passes, which need more than its checkpoint" in line
-    model, _ = train.load_base(run)  # as any checkpoint: what writes the answers, without its prompt passes
-    plain = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
-    assert torch.equal(plain, Bitune(bitune.model, "lora")(RAGGED, ANSWERS)[0])
-    before = Bitune(train.load_base(tmp_path / "model")[0], "lora")(RAGGED, ANSWERS)[0]
+    model, _ = load_base(run)  # as any checkpoint: what writes the answers, without its prompt passes
+    plain = Bitune(model, "causal")(RAGGED, ANSWERS)[0]
+    assert torch.equal(plain, Bitune(bitune.model, "causal")(RAGGED, ANSWERS)[0])
+    before = Bitune(load_base(tmp_path / "model")[0], "causal")(RAGGED, ANSWERS)[0]
     assert (plain - before).abs().max() > 0.1
 
 
 def test_full_finetuning_is_refused_where_it_makes_no_sense(flags, tmp_path, capsys):
-    full = flags("--method", "lora", "--peft", "full")
+    full = flags("--method", "causal", "--peft", "full")
     line = exits(2, train.main, [*full, "--dtype", "bfloat16"], capsys)
     assert "--peft full trains the weights, which takes float32" in line
     line = exits(2, train.main, [*full, "--out", tmp_path / "model"], capsys)

@@ -27,20 +27,20 @@ def test_parameters_are_the_published_models():
     }
     for name, shape in cost.SHAPES.items():
         with torch.device("meta"):
-            model = cost.Llama(cost.Config.from_dict(shape))
+            model = cost.Llama(cost.parse_config(shape))
         assert sum(p.numel() for p in model.parameters()) == published[name]
 
 
 def test_operations_of_a_step_are_those_of_its_tokens():
     """Four a weight and token with a frozen base, forward and backward; in Bitune for each reading."""
     P, A = 40, 24
-    n, _, frozen, _, lora = cost.cost(SHAPE, "lora", "lora", 2, P, A)
-    _, _, _, _, bitune = cost.cost(SHAPE, "bitune", "lora", 2, P, A)
+    n, _, frozen, _, lora = cost.cost(SHAPE, "causal", "lora", {"rank": 2}, P, A)
+    _, _, _, _, bitune = cost.cost(SHAPE, "bitune", "lora", {"rank": 2}, P, A)
     layers = n - 2 * 1000 * 256
     assert frozen == 2 * n
     assert abs(lora / (4 * (layers * (P + A - 1) + 1000 * 256 * A)) - 1) < 0.15
     assert 1 < (bitune - lora) / (4 * layers * 2 / 3 * (P - 1)) < 1.6  # the last layer's is but K and V
-    _, trained, frozen, _, full = cost.cost(SHAPE, "bitune", "full", 2, P, A)
+    _, trained, frozen, _, full = cost.cost(SHAPE, "bitune", "full", {}, P, A)
     assert frozen == 0 and trained == n + 3 * (4 * 256**2 + 3 * 256 * 512) + 6 and full > bitune
 
 

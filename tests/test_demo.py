@@ -8,6 +8,7 @@ import pytest
 
 import sample
 import train
+from cli.settings import DEMO
 from edits import ROOT
 from experiments.demo import __main__ as demo
 from experiments.demo import language, pretrain
@@ -15,7 +16,7 @@ from model import Llama
 from text.examples import encode_prompt
 from text.tokenizer import Tokenizer
 
-BASE = train.DEMO["model"]
+BASE = DEMO["model"]
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_the_data_follow_from_the_seed_and_their_splits_are_disjoint(task):
 def test_the_data_that_come_with_the_project_are_the_generator_s(tmp_path):
     language.write("behind", tmp_path)
     for name in language.SIZES:
-        shipped = train.DEMO["data"].replace("train", name)
+        shipped = DEMO["data"].replace("train", name)
         assert (tmp_path / f"{name}.jsonl").read_text() == open(shipped, encoding="utf-8").read()
 
 
@@ -58,11 +59,9 @@ def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn(toke
 
 
 def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "scores", lambda *_: {})
     for name in ("one", "two"):
-        argv = ["pretrain", "--out", str(tmp_path / name), "--steps", "9"]
-        monkeypatch.setattr("sys.argv", argv)
-        monkeypatch.setattr(pretrain, "scores", lambda *_: {})
-        pretrain.main()
+        pretrain.main(["--out", str(tmp_path / name), "--steps", "9"])
     one, two = (
         {f.name: f.read_bytes() for f in sorted((tmp_path / n).iterdir())} for n in ("one", "two")
     )
@@ -75,24 +74,27 @@ def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
 def anywhere(tmp_path, monkeypatch):
     """The working directory of a test, from which the demonstration's files are found all the same."""
     for key in ("model", "data", "val_data"):
-        monkeypatch.setitem(train.DEMO, key, str(ROOT / train.DEMO[key]))
+        monkeypatch.setitem(DEMO, key, str(ROOT / DEMO[key]))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
     """The demonstration, cut short."""
-    monkeypatch.setitem(train.DEMO, "steps", 60)
-    monkeypatch.setitem(train.DEMO, "eval_every", 60)
+    few = open(DEMO["val_data"], encoding="utf-8").readlines()[:120]
+    (anywhere / "val.jsonl").write_text("".join(few), encoding="utf-8")
+    (anywhere / "test.jsonl").write_text("".join(few), encoding="utf-8")
+    for key, value in (("steps", 55), ("eval_every", 55), ("val_data", str(anywhere / "val.jsonl"))):
+        monkeypatch.setitem(DEMO, key, value)
     train.main([])
-    train.main(["--method", "lora"])
+    train.main(["--method", "causal"])
     assert "saved runs/demo-2 after" in capsys.readouterr().out
     last = lambda run: json.loads((anywhere / run / "log.jsonl").read_text().splitlines()[-1])
     assert last("runs/demo")["val_exact_match"] > 0.9
     assert last("runs/demo-2")["val_exact_match"] < 0.35
 
     os.utime("runs/demo/bitune.json")  # the last run is the one that is asked
-    row = json.loads(open(anywhere / train.DEMO["val_data"]).readline())
+    row = json.loads(open(anywhere / DEMO["val_data"]).readline())
     monkeypatch.setattr("sys.stdin", io.StringIO(row["prompt"] + "\n"))
     with pytest.raises(SystemExit) as end:
         sample.main([])
@@ -102,21 +104,19 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
 
 
 def test_the_command_compares_the_models(anywhere, monkeypatch, capsys):
-    monkeypatch.setitem(train.DEMO, "steps", 4)
+    monkeypatch.setitem(DEMO, "steps", 4)
     monkeypatch.setattr(language, "SIZES", {"train": 80, "val": 20, "test": 20})
     monkeypatch.setattr(demo, "ABLATIONS", ["only-causal"])
-    argv = "demo --all --tasks front --seeds 2 --out runs/all".split()
-    monkeypatch.setattr("sys.argv", argv)
-    demo.main()
+    argv = "--all --tasks front --seeds 2 --out runs/all".split()
+    demo.main(argv)
     said = capsys.readouterr().out
     rows = [line for line in said.splitlines() if line.startswith("| ")]
     names = [row.split("|")[1].strip() for row in rows]
     assert names[2:] == ["one of the sayings", "LoRA rank 8", "LoRA rank 16", "Bitune", "only-causal"]
-    assert "±" in rows[3] and "the truth" in said and "α of the keys" in said
+    assert "±" in rows[3] and "the truth" in said and "α key" in said
     svg = (anywhere / "runs/all/front/curves.svg").read_text()
     assert svg.count("<polyline") == 4 and svg.rstrip().endswith("</svg>")
 
-    monkeypatch.setattr("sys.argv", [*argv, "--steps", "5"])
     with pytest.raises(SystemExit) as end:
-        demo.main()
+        demo.main([*argv, "--steps", "5"])
     assert end.value.code == 2 and "steps was 4 and is 5" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def test_a_choice_s_log_probability_is_that_of_the_training_loss(method):
 def test_the_arithmetic_is_the_evaluation_harness_s():
     """On its own verdicts (harness.json says which version's): choices with made-up log-probabilities, and
     answers to GSM8K in every form that a number can take."""
-    harness = json.loads((train.Path(__file__).parent / "harness.json").read_text())
+    harness = json.loads((Path(__file__).parent / "harness.json").read_text())
     question = lambda row: evaluate.Question("", "", [], row.get("choices"), [], row["answer"])
     scorers = {
         "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
@@ -239,7 +240,7 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
         evaluate.main([*common, *argv])
         said = capsys.readouterr().out.splitlines()
         assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
-        out = train.Path(argv[-1])
+        out = Path(argv[-1])
         rows = [json.loads(line) for line in (out / "arc-arc.jsonl").read_text().splitlines()]
         summary = json.loads((out / "arc-arc.json").read_text())
         assert [r["prompt"].split("\n")[0] for r in rows] == ["Sky" + "?" * (i * 5 % 14) for i in range(14)]

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
-@pytest.mark.parametrize("method", ["bitune", "lora"])
+@pytest.mark.parametrize("method", ["bitune", "causal"])
 def test_a_training_step_and_answers(method, dtype, tolerance):
     """Ragged rows and grouped heads: masks on every pass."""
     cpu, gpu = tiny_bitune(method), tiny_bitune(method).cuda()

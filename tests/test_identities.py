@@ -1,30 +1,31 @@
-"""What must always hold, whatever the weights: in float64, on ragged batches, with adapters away from
-zero."""
+"""What must always hold, whatever the weights: in float64, on ragged batches, with all that trains away from
+where it starts. `identities.py` has what holds of any method, kind and mixing; here it is run on ours, beside
+what is particular to them."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bitune import METHODS, Bitune, adapter_sets, pick
-from lora import ADAPTERS, AdapterConfig, add_adapter, merge
+from bitune import METHODS, Bitune, adapter_sets, sample_token
+from identities import F64, IDENTITIES, answer_logits, assert_same
+from lora import KINDS, add_adapter
 from model import NONE, KVCache, Past, may_attend
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model
 
-EXACT = dict(atol=1e-9, rtol=1e-9)
-F64 = torch.float64
+CONFIGS = {
+    "grouped": {},
+    "biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "parallel": {"model_type": "phi", "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+}
 
 
-def answer_logits(bitune, prompts=RAGGED, answers=ANSWERS):
-    """The logits of each row's answer tokens, one tensor (A, V) a row."""
-    logits, labels = bitune(prompts, answers)
-    return [row[label >= 0] for row, label in zip(logits, labels)]
-
-
-def assert_same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b):
-        torch.testing.assert_close(x, y, **EXACT)
-
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method, config", [*((m, "grouped") for m in METHODS), ("bitune", "biased"), ("bitune", "parallel")])
+def test_identities(method, kind, config, tmp_path):
+    for name, check in IDENTITIES.items():
+        check(partial(tiny_bitune, method, kind, CONFIGS[config]), tmp_path / name)
 
 def set_theta(bitune, value):
     bitune.theta_key.data.fill_(value)
@@ -34,9 +35,9 @@ def set_theta(bitune, value):
 def test_alpha_0_is_the_plain_causal_model():
     bitune = tiny_bitune(dtype=F64)
     set_theta(bitune, 0.0)
-    assert_same(answer_logits(bitune), answer_logits(Bitune(bitune.model, "lora")))
+    assert_same(answer_logits(bitune), answer_logits(Bitune(bitune.model, "causal")))
     set_theta(bitune, 0.01)
-    assert (answer_logits(bitune)[0] - answer_logits(Bitune(bitune.model, "lora"))[0]).abs().max() > 0.1
+    assert (answer_logits(bitune)[0] - answer_logits(Bitune(bitune.model, "causal"))[0]).abs().max() > 0.1
 
 
 def test_alpha_1_with_equal_adapters_is_one_forward_under_a_prefix_mask():
@@ -47,8 +48,8 @@ def test_alpha_1_with_equal_adapters_is_one_forward_under_a_prefix_mask():
         positions = torch.arange(ids.shape[1])[None]
         prefix = positions < P - 1  # the context sees all of itself
         mask = may_attend(positions, positions) | (prefix[:, None, :, None] & prefix[:, None, None, :])
-        one, _ = bitune.model(ids, positions, mask, adapter="causal")
-        torch.testing.assert_close(logits, one[0, P - 1 : -1], **EXACT)
+        one, _ = bitune.model(ids, positions, mask, adapter="answer")
+        assert_same([logits], [one[0, P - 1 : -1]])
 
 
 def test_alpha_1_is_no_mixing():
@@ -62,7 +63,7 @@ def test_a_prompt_of_one_token_is_a_plain_causal_pass(method):
     bitune = tiny_bitune(method, dtype=F64)
     assert_same(
         answer_logits(bitune, [[4], [9]], ANSWERS[:2]),
-        answer_logits(Bitune(bitune.model, "lora"), [[4], [9]], ANSWERS[:2]),
+        answer_logits(Bitune(bitune.model, "causal"), [[4], [9]], ANSWERS[:2]),
     )
 
 
@@ -73,40 +74,6 @@ def test_a_second_pass_that_is_causal_is_the_ablation_only_causal():
     assert_same(answer_logits(bitune), answer_logits(other))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_batched_is_alone(method):
-    bitune = tiny_bitune(method, dtype=F64)
-    alone = [answer_logits(bitune, [p], [a])[0] for p, a in zip(RAGGED, ANSWERS)]
-    assert_same(answer_logits(bitune), alone)
-    assert bitune.generate(RAGGED, 12) == [bitune.generate([p], 12)[0] for p in RAGGED]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_cached_is_uncached(method):
-    """Decoding token by token from the cache gives the logits of one answer pass over the whole answer."""
-    bitune = tiny_bitune(method, dtype=F64)
-    for prompt, answer in zip(RAGGED, bitune.generate(RAGGED, 10)):
-        logits = answer_logits(bitune, [prompt], [answer])[0]  # one pass, nothing cached
-        assert logits.argmax(-1).tolist() == answer
-        with torch.inference_mode():
-            context, stream = bitune.lay_out([prompt], [[]])
-            past = bitune.encode(context)
-            row, new = bitune.model(
-                *stream,
-                may_attend(stream.positions, torch.cat((context.positions, stream.positions), 1)),
-                past,
-                "causal",
-            )
-            cache = KVCache(
-                new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)], len(prompt) + 10
-            )
-            steps = [row[0, -1]]
-            for n, token in enumerate(answer[:-1]):
-                at = torch.tensor([[len(prompt) + n]])
-                steps.append(bitune.model(torch.tensor([[token]]), at, None, cache, "causal")[0][0, -1])
-        torch.testing.assert_close(torch.stack(steps), logits, **EXACT)
-
-
 def test_full_finetuning_of_two_equal_sets_splits_the_gradient_of_one():
     """By the chain rule: what a weight gets that both passes use is the sum of what its two copies get."""
     weight = "model.layers.1.self_attn.k_proj.{}weight"
@@ -114,33 +81,14 @@ def test_full_finetuning_of_two_equal_sets_splits_the_gradient_of_one():
     for method in ("shared-weights", "bitune"):
         model = tiny_model(F64)
         for name in adapter_sets(method):
-            add_adapter(model, name, AdapterConfig("full"))
+            add_adapter(model, name, "full")
         Bitune(model, method).losses(RAGGED, ANSWERS).sum().backward()
         grads[method] = {n: p.grad for n, p in model.named_parameters()}
     one, two = grads["shared-weights"], grads["bitune"]
-    base, copy = two[weight.format("")], two[weight.format("sets.bidirectional.")]
-    torch.testing.assert_close(base + copy, one[weight.format("")], **EXACT)
+    base, copy = two[weight.format("")], two[weight.format("sets.prompt.")]
+    assert_same([base + copy], [one[weight.format("")]])
     assert copy.abs().max() > 1e-3 and base.abs().max() > 1e-3
-    torch.testing.assert_close(two["model.embed_tokens.weight"], one["model.embed_tokens.weight"], **EXACT)
-
-
-@pytest.mark.parametrize("adapter", ["causal", "bidirectional"])
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_merged_is_unmerged(adapter, kind):
-    biases = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
-    model = tiny_bitune(dtype=F64, kind=kind, config=biases).model
-    ids = torch.tensor([RAGGED[3]])
-    positions = torch.arange(ids.shape[1])[None]
-    mask = may_attend(positions, positions)
-    before = {n: t.clone() for n, t in model.state_dict().items()}
-    torch.testing.assert_close(
-        merge(model, adapter)(ids, positions, mask)[0],
-        model(ids, positions, mask, adapter=adapter)[0],
-        **EXACT,
-    )
-    assert all(
-        torch.equal(t, before[n]) for n, t in model.state_dict().items()
-    )  # the model itself is as it was
+    assert_same([two["model.embed_tokens.weight"]], [one["model.embed_tokens.weight"]])
 
 
 @pytest.mark.parametrize("sees", ["causal", "bidirectional", "anticausal"])
@@ -150,7 +98,7 @@ def test_a_token_moves_only_the_keys_and_values_that_see_it(sees):
     other[0, j] = 123
     positions = torch.arange(ids.shape[1])[None]
     passes = [
-        model(t, positions, may_attend(positions, positions, sees), adapter="bidirectional", rows=NONE)[1]
+        model(t, positions, may_attend(positions, positions, sees), adapter="prompt", keep=NONE)[1]
         for t in (ids, other)
     ]
     at = torch.arange(ids.shape[1])
@@ -160,19 +108,8 @@ def test_a_token_moves_only_the_keys_and_values_that_see_it(sees):
         assert moved.tolist() == (at == j if layer == 0 else reach).tolist()  # layer 0 has seen nobody yet
 
 
-def test_padding_and_its_contents_change_nothing():
-    bitune = tiny_bitune(dtype=F64)
-    context, stream = bitune.lay_out(RAGGED, ANSWERS)
-    past = bitune.encode(context)
-    context.ids[context.positions < 0] = 299
-    for (k, v), (k2, v2) in zip(past.layers, bitune.encode(context).layers):
-        real = (context.positions >= 0)[:, None, :, None].expand_as(k)
-        assert torch.equal(k[real], k2[real]) and torch.equal(v[real], v2[real])
-        assert k.isfinite().all() and v.isfinite().all()
-
-
 def test_the_context_runs_no_more_than_it_must():
-    """rows=NONE gives the same keys and values, and neither the last layer's MLP nor the head sees a
+    """keep=NONE gives the same keys and values, and neither the last layer's MLP nor the head sees a
     token."""
     model = tiny_bitune(dtype=F64).model
     ids = torch.tensor([RAGGED[3]])
@@ -181,29 +118,13 @@ def test_the_context_runs_no_more_than_it_must():
     model.model.layers[-1].mlp.down_proj.register_forward_hook(
         lambda m, args, out: seen.append(args[0].shape[1])
     )
-    logits, kv = model(ids, positions, adapter="causal", rows=NONE)
-    full_logits, full_kv = model(ids, positions, adapter="causal")
+    logits, kv = model(ids, positions, adapter="answer", keep=NONE)
+    full_logits, full_kv = model(ids, positions, adapter="answer")
     assert logits.shape[1] == 0 and seen == [0, ids.shape[1]]
     for pair, full in zip(kv, full_kv):
         assert torch.equal(pair[0], full[0]) and torch.equal(pair[1], full[1])
-    some, _ = model(ids, positions, adapter="causal", rows=slice(4, 7))
-    torch.testing.assert_close(some, full_logits[:, 4:7], **EXACT)
-
-
-def test_gradients_reach_both_sets_and_every_theta():
-    bitune = tiny_bitune(dtype=F64)
-    bitune.losses(RAGGED, ANSWERS).sum().backward()
-    for name, p in bitune.named_parameters():
-        unread = (
-            "layers.2" in name
-            and ".bidirectional." in name
-            and "k_proj" not in name
-            and "v_proj" not in name
-        )
-        if p.requires_grad and not unread:  # the last layer's second pass ends at its keys and values
-            assert p.grad is not None and p.grad.flatten().abs().min() > 0, name
-        else:
-            assert p.grad is None or not p.grad.any(), name
+    some, _ = model(ids, positions, adapter="answer", keep=slice(4, 7))
+    assert_same([some], [full_logits[:, 4:7]])
 
 
 def test_at_the_start_theta_of_layer_0_has_no_gradient():
@@ -232,7 +153,7 @@ def test_mixing_is_float32_on_a_bfloat16_base():
         [(torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()) for _ in range(3)]
         for _ in range(2)
     )
-    for layer, (k, v) in enumerate(bitune.mix(c, b)):
+    for layer, (k, v) in enumerate(bitune.mix([c, b], None)):
         for got, theta, x, y in (
             (k, bitune.theta_key, c[layer][0], b[layer][0]),
             (v, bitune.theta_value, c[layer][1], b[layer][1]),
@@ -242,10 +163,10 @@ def test_mixing_is_float32_on_a_bfloat16_base():
             assert torch.equal(got, (x.float() * (1 - alpha) + y.float() * alpha).bfloat16())
 
 
-def test_alpha_starts_at_a_half_whatever_theta_init_is():
-    for theta_init in (0.1, 0.01, 0.001):
-        bitune = Bitune(tiny_bitune().model, theta_init=theta_init)
-        assert all((a == 0.5).all() for a in bitune.alpha())
+def test_alpha_starts_at_a_half_whatever_c_is():
+    for c in (0.1, 0.01, 0.001):
+        bitune = Bitune(tiny_bitune().model, c=c)
+        assert all((a == 0.5).all() for a in bitune.alpha().values())
 
 
 def test_a_past_joins_with_gradients_and_a_cache_refuses_them():
@@ -292,12 +213,12 @@ def test_sampling_follows_the_seed_and_narrows_to_greedy():
     )
 
 
-def test_pick_draws_from_the_distribution_it_should():
+def test_sample_token_draws_from_the_distribution_it_should():
     p = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
 
     def frequencies(**options):
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options
-        ids = pick(p.log().expand(40000, 5), **options, generator=torch.Generator().manual_seed(0))
+        ids = sample_token(p.log().expand(40000, 5), **options, generator=torch.Generator().manual_seed(0))
         return ids.bincount(minlength=5) / 40000
 
     def close(got, want):
@@ -314,8 +235,8 @@ def test_pick_draws_from_the_distribution_it_should():
     [
         (dict(method="bituna"), "expected one of bitune, naive-bidir"),
         (dict(second_mask="sideways"), "expected bidirectional or causal or anticausal"),
-        (dict(theta_init=0.0), "expected a number above 0"),
-        (dict(method="lora", second_mask="causal"), "has no bidirectional pass"),
+        (dict(c=0.0), "expected a number above 0"),
+        (dict(method="causal", second_mask="causal"), "has no bidirectional pass"),
     ],
 )
 def test_wrong_settings_are_named(options, message):

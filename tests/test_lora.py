@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
-from lora import AdapterConfig, adapted, adapter_files, add_adapter, load_adapter
-from lora import finish_writing, write_files
+from files.adapters import adapter_bytes, load_adapter
+from files.disk import finish_writing, write_files
+from files.run import load_bitune, run_bytes
+from lora import adapters, add_adapter
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
 
 
@@ -24,62 +26,63 @@ from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
 )
 def test_a_new_set_starts_at_the_base_model_and_only_it_trains(kind, trains):
     model = tiny_model(model_type="qwen2")
-    before = Bitune(model, "lora")(RAGGED, ANSWERS)[0]
-    add_adapter(model, "causal", AdapterConfig(kind))
-    torch.testing.assert_close(Bitune(model, "lora")(RAGGED, ANSWERS)[0], before, atol=1e-5, rtol=1e-5)
+    before = Bitune(model, "causal")(RAGGED, ANSWERS)[0]
+    add_adapter(model, "answer", kind)
+    torch.testing.assert_close(Bitune(model, "causal")(RAGGED, ANSWERS)[0], before, atol=1e-5, rtol=1e-5)
     assert {n.split(".")[-1] for n, p in model.named_parameters() if p.requires_grad} == trains
-    assert len(adapted(model, "causal")) == 7 * 3 and not adapted(model, "bidirectional")
+    assert len(adapters(model, "answer")) == 7 * 3 and not adapters(model, "prompt")
 
 
 def test_lora_starts_as_peft_s():
     model = tiny_model()
-    add_adapter(model, "causal")
-    A = model.model.layers[0].mlp.down_proj.sets["causal"].lora_A
+    add_adapter(model, "answer")
+    A = model.model.layers[0].mlp.down_proj.sets["answer"].lora_A
     assert A.shape == (8, 48) and A.abs().max() <= 1 / math.sqrt(48) and A.abs().max() > 0.9 / math.sqrt(48)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 def test_adapters_are_float32_on_a_bfloat16_base_and_the_output_keeps_its_dtype(kind):
     model = tiny_model(torch.bfloat16, model_type="qwen2")
-    add_adapter(model, "causal", AdapterConfig(kind))
+    add_adapter(model, "answer", kind)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert Bitune(model, "lora")(RAGGED, ANSWERS)[0].dtype == torch.bfloat16
+    assert Bitune(model, "causal")(RAGGED, ANSWERS)[0].dtype == torch.bfloat16
 
 
 def test_targets_and_sets_are_independent():
     model = tiny_model()
-    add_adapter(model, "causal", AdapterConfig(targets=("q_proj", "v_proj")))
-    add_adapter(model, "bidirectional", AdapterConfig(rank=2, targets=("down_proj",)))
-    assert {p.split(".")[-1] for p in adapted(model, "causal")} == {"q_proj", "v_proj"}
-    assert {p.split(".")[-1] for p in adapted(model, "bidirectional")} == {"down_proj"}
+    add_adapter(model, "answer", targets=("q_proj", "v_proj"))
+    add_adapter(model, "prompt", rank=2, targets=("down_proj",))
+    assert {p.split(".")[-1] for p in adapters(model, "answer")} == {"q_proj", "v_proj"}
+    assert {p.split(".")[-1] for p in adapters(model, "prompt")} == {"down_proj"}
     Bitune(model)(RAGGED, ANSWERS)
     with pytest.raises(
         ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"
     ):
-        add_adapter(tiny_model(), "causal", AdapterConfig(targets=("fc1", "q_proj")))
+        add_adapter(tiny_model(), "answer", targets=("fc1", "q_proj"))
 
 
 def test_full_finetuning_trains_the_base_and_a_copy_of_its_linears(tmp_path):
     model = tiny_model(model_type="qwen2")
-    for name in ("causal", "bidirectional"):
-        add_adapter(model, name, AdapterConfig("full"))
+    for name in ("answer", "prompt"):
+        add_adapter(model, name, "full")
     assert all(p.requires_grad for p in model.parameters())
-    linears = adapted(model, "bidirectional")
-    assert len(linears) == 7 * 3 and not adapted(model, "causal")
-    copy = linears["model.layers.1.self_attn.v_proj"].sets["bidirectional"]
-    assert torch.equal(copy.bias, linears["model.layers.1.self_attn.v_proj"].bias)
+    linears = adapters(model, "prompt")
+    assert len(linears) == 7 * 3 and not adapters(model, "answer")
+    copy = linears["model.layers.1.self_attn.v_proj"]
+    assert torch.equal(copy.bias, model.get_submodule("model.layers.1.self_attn.v_proj").bias)
     with torch.no_grad():
         copy.weight.mul_(2), copy.bias.add_(1)
-    write_files(tmp_path, adapter_files(model, "bidirectional"))
+    write_files(tmp_path, adapter_bytes(model, "prompt"))
     again = tiny_model(model_type="qwen2")
-    assert load_adapter(again, "bidirectional", tmp_path) == (7 + 3) * 3
+    again_base = add_adapter(again, "answer", "full")
+    assert not again_base and load_adapter(again, "prompt", tmp_path) == (7 + 3) * 3
     assert torch.equal(Bitune(again)(RAGGED, ANSWERS)[0], Bitune(model)(RAGGED, ANSWERS)[0])
 
 
 def test_dropout_acts_in_training_only():
-    bitune = tiny_bitune("lora")
-    for linear in adapted(bitune.model).values():
-        linear.sets["causal"].config = AdapterConfig(rank=4, dropout=0.5)
+    bitune = tiny_bitune("causal")
+    for adapter in adapters(bitune.model, "answer").values():
+        adapter.dropout = 0.5
     run = lambda: bitune(RAGGED, ANSWERS)[0]
     assert not torch.equal(run(), run())
     bitune.eval()
@@ -88,11 +91,11 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("kind, tensors", [("lora", 2), ("dora", 3), ("ia3", 1)])
 def test_saved_and_loaded_is_the_same(kind, tensors, tmp_path):
-    bitune = tiny_bitune("lora", kind=kind)
-    write_files(tmp_path, adapter_files(bitune.model, "causal", "base"))
+    bitune = tiny_bitune("causal", kind=kind)
+    write_files(tmp_path, adapter_bytes(bitune.model, "answer", "base"))
     model = tiny_model()
-    assert load_adapter(model, "causal", tmp_path) == tensors * 7 * 3
-    assert torch.equal(Bitune(model, "lora")(RAGGED, ANSWERS)[0], bitune(RAGGED, ANSWERS)[0])
+    assert load_adapter(model, "answer", tmp_path) == tensors * 7 * 3
+    assert torch.equal(Bitune(model, "causal")(RAGGED, ANSWERS)[0], bitune(RAGGED, ANSWERS)[0])
 
 
 @pytest.mark.parametrize(
@@ -110,15 +113,15 @@ def test_saved_and_loaded_is_the_same(kind, tensors, tmp_path):
         ),
         (lambda c, t: c.update(r=5), r"is \(4, 32\), expected \(5, 32\)"),
         (lambda c, t: t.clear(), "no tensors"),
-        (lambda c, t: c.update(peft_type="LOHA"), "an adapter of kind 'LOHA': expected LORA or IA3"),
+        (lambda c, t: c.update(peft_type="LOHA"), "an adapter of kind 'LOHA': expected FULL or IA3 or LORA"),
         (
             lambda c, t: c.update(use_rslora=True, bias="all"),
-            "uses use_rslora, bias, which is not supported",
+            "uses bias, use_rslora, which is not supported",
         ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
-    write_files(tmp_path, adapter_files(tiny_bitune("lora").model, "causal"))
+    write_files(tmp_path, adapter_bytes(tiny_bitune("causal").model, "answer"))
     config, tensors = (
         json.loads((tmp_path / "adapter_config.json").read_text()),
         load_file(tmp_path / "adapter_model.safetensors"),
@@ -127,7 +130,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=message):
-        load_adapter(tiny_model(), "causal", tmp_path)
+        load_adapter(tiny_model(), "answer", tmp_path)
 
 
 def test_files_are_written_all_or_none_wherever_the_process_dies(tmp_path, monkeypatch):
@@ -175,8 +178,8 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(kind, tmp_path):
     ids = torch.tensor([RAGGED[3]])
     theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
 
-    ours = tiny_bitune("lora", kind=kind)  # on the same weights: tiny_model's, seed 0
-    write_files(tmp_path / "run", ours.files(str(folder)))
+    ours = tiny_bitune("causal", kind=kind)  # on the same weights: tiny_model's, seed 0
+    write_files(tmp_path / "run", run_bytes(ours, str(folder)))
     read = peft.PeftModel.from_pretrained(theirs(), tmp_path / "run")
     with torch.inference_mode():
         logits, _ = ours([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
@@ -192,7 +195,7 @@ def test_peft_reads_our_adapters_and_we_read_peft_s(kind, tmp_path):
             if p.requires_grad:
                 p.add_(torch.empty_like(p).normal_(0, 0.3))
     made.save_pretrained(tmp_path / "peft")
-    loaded, n, _ = Bitune.load(tiny_model(), tmp_path / "peft")
+    loaded, n, _ = load_bitune(tiny_model(), tmp_path / "peft")
     with torch.inference_mode():
         logits, _ = loaded([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
         torch.testing.assert_close(logits, made(ids).logits, atol=1e-4, rtol=0)

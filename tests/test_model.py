@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import Config, Llama, may_attend, rotary
+from files.checkpoint import parse_config
+from model import Llama, may_attend, rotary
 from tiny import CONFIG, RAGGED, tiny_model, write_checkpoint
 
 
@@ -57,7 +58,7 @@ def test_the_two_spellings_of_rope_mean_the_same():
         "original_max_position_embeddings": 16,
     }
     configs = [
-        Config.from_dict(CONFIG | c)
+        parse_config(CONFIG | c)
         for c in (
             {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **numbers}},
             {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **numbers}},
@@ -69,7 +70,7 @@ def test_the_two_spellings_of_rope_mean_the_same():
 
 def test_linear_rope_stretches_positions():
     plain, linear = (
-        Config.from_dict(CONFIG | {"rope_scaling": s}) for s in (None, {"type": "linear", "factor": 4.0})
+        parse_config(CONFIG | {"rope_scaling": s}) for s in (None, {"type": "linear", "factor": 4.0})
     )
     at = torch.arange(32)[None]
     for a, b in zip(rotary(linear, 4 * at, torch.float32), rotary(plain, at, torch.float32)):
@@ -82,12 +83,12 @@ def test_a_text_longer_than_the_sliding_window_is_refused():
     with pytest.raises(ValueError, match="13 tokens are more than the model's sliding_window of 12"):
         logits(model, [1] * 13)
     assert (
-        Config.from_dict(
+        parse_config(
             CONFIG | {"model_type": "qwen2", "sliding_window": 12, "use_sliding_window": False}
         ).sliding_window
         is None
     )
-    assert Config.from_dict(CONFIG | {"model_type": "mistral"}).sliding_window == 4096
+    assert parse_config(CONFIG | {"model_type": "mistral"}).sliding_window == 4096
 
 
 def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):

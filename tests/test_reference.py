@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import bitune as bitune_module
-from bitune import Bitune, adapter_sets
-from edits import edited
-from lora import AdapterConfig, add_adapter
+from bitune import METHODS, Bitune, adapter_sets
+from edits import subclass
+from lora import KINDS, add_adapter
 from model import Llama, may_attend
 from text.examples import Example, encode_prompt
 from text.tokenizer import Tokenizer
 from train import learning_rate, make_optimizer, train_step
+
+pytestmark = pytest.mark.reference
 
 
 def checkpoint(folder):
@@ -37,13 +38,13 @@ def test_base_logits_and_greedy_tokens(base):
         logits, _ = model(ids, positions, may_attend(positions, positions))
     torch.testing.assert_close(logits, reference["logits"], atol=1e-4, rtol=0)
     if "greedy_from_12" in reference:
-        answers = Bitune(model, "lora").generate(ids[:, :12].tolist(), 16)
+        answers = Bitune(model, "causal").generate(ids[:, :12].tolist(), 16)
         assert answers == reference["greedy_from_12"].tolist()
 
 
 def test_greedy_text(greedy):
     """Text in, text out: tokenizer, cached decoding and decoding to text, on a trained model."""
-    tokenizer, bitune = Tokenizer.from_pretrained(greedy.parent), Bitune(checkpoint(greedy.parent), "lora")
+    tokenizer, bitune = Tokenizer.from_pretrained(greedy.parent), Bitune(checkpoint(greedy.parent), "causal")
     cases = json.loads(greedy.read_text())
     prompts = [encode_prompt(tokenizer, "plain", [("user", c["prompt"])]) for c in cases]
     assert prompts == [c["prompt_ids"] for c in cases]
@@ -61,22 +62,24 @@ def load_variant(folder, name):
     """A variant's model with the recorded parameters, its examples, its file and its part of cases.json."""
     cases = json.loads((folder / "cases.json").read_text())
     case = cases["variants"][name]
-    module, options = bitune_module, {}
-    method = "lora" if name == case["peft"] else name.removesuffix(f"_{case['peft']}")
+    maker, options = Bitune, {}
+    method = "causal" if name == case["peft"] else name.removesuffix(f"_{case['peft']}")
     if name == "bitune_relu":
-        module, method = edited("relu"), "bitune"
+        maker, method = subclass("relu", Bitune), "bitune"
     elif name.startswith("bitune_s_init_"):
-        options, method = {"theta_init": float(name.removeprefix("bitune_s_init_"))}, "bitune"
+        options, method = {"c": float(name.removeprefix("bitune_s_init_"))}, "bitune"
     elif name == "bitune_anticausal":
         options, method = {"second_mask": "anticausal"}, "bitune"
     method = method.replace("_", "-")
-    if method not in bitune_module.METHODS:
+    if method not in METHODS:
         pytest.skip(f"variant {name} is not supported yet")
 
     model = checkpoint(folder)
     for adapter in adapter_sets(method):
-        add_adapter(model, adapter, AdapterConfig(case["peft"], cases["rank"], cases["alpha"]))
-    bitune = module.Bitune(model, method, **options)
+        own = {"rank": cases["rank"], "lora_alpha": cases["alpha"]}
+        own = {name: value for name, value in own.items() if name in KINDS[case["peft"]].options}
+        add_adapter(model, adapter, case["peft"], **own)
+    bitune = maker(model, method, **options)
     reference = load_file(folder / f"{name}.safetensors")
     with torch.no_grad():
         for key, value in reference.items():
@@ -96,7 +99,8 @@ def parameter(bitune, key):
         return getattr(bitune, f"theta_{path}")
     path, part = path.rsplit(".", 1)
     part = {"magnitude": "lora_magnitude_vector", "scale": "ia3_l"}.get(part, part)
-    return getattr(bitune.model.get_submodule(path).sets[adapter], part)
+    name = {"causal": "answer", "bidirectional": "prompt"}[adapter]
+    return getattr(bitune.model.get_submodule(path).sets[name], part)
 
 
 def test_logits_losses_alpha_and_gradients(variant):
@@ -112,7 +116,8 @@ def test_logits_losses_alpha_and_gradients(variant):
     losses = bitune.losses(prompts, answers)
     torch.testing.assert_close(losses, torch.tensor(case["losses"]), atol=1e-5, rtol=0)
     if bitune.mixes:
-        torch.testing.assert_close(bitune.alpha(), (reference["alpha.key"], reference["alpha.value"]))
+        for name, alpha in bitune.alpha().items():
+            torch.testing.assert_close(alpha, reference[f"alpha.{name}"])
 
     losses.mean().backward()
     gradients = {k: v for k, v in reference.items() if k.startswith("grad.")}

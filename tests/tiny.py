@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from bitune import Bitune, adapter_sets
-from lora import AdapterConfig, add_adapter
-from model import Config, Llama
+from files.checkpoint import parse_config
+from lora import KINDS, add_adapter
+from model import Llama
 
 CONFIG = {
     "model_type": "llama",
@@ -31,28 +32,38 @@ def tiny_model(dtype=torch.float32, seed=0, **config):
     """Weights are drawn wide (std 0.3): with small ones, a wrong mask or position hides in the
     tolerances."""
     torch.manual_seed(seed)
-    model = Llama(Config.from_dict(CONFIG | config)).to(dtype)
+    model = Llama(parse_config(CONFIG | config)).to(dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.3) if p.dim() > 1 else p.uniform_(0.5, 1.5)
     return model
 
 
-def tiny_bitune(method="bitune", dtype=torch.float32, rank=4, kind="lora", config={}, **options):
-    """A method on a tiny model, its adapters and thetas away from where training starts (B is not zero)."""
-    model = tiny_model(dtype, **config)
+@torch.no_grad()
+def draw(module, seed=1):
+    """Move every trainable parameter away from where training starts, whatever it is called: what is zero
+    gets a value, and what is not a size of its own."""
+    torch.manual_seed(seed)
+    for p in module.parameters():
+        if p.requires_grad:
+            size = torch.empty_like(p).uniform_(0.3, 2)
+            p.copy_(torch.where(p == 0, torch.empty_like(p).normal_(0, 0.5), p * size))
+    return module
+
+
+def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options):
+    """A method on a tiny model, its adapters as training finds them."""
+    model = tiny_model(**config)
     for name in adapter_sets(method):
-        add_adapter(model, name, AdapterConfig(kind, rank))
+        add_adapter(model, name, kind, **({"rank": 4} if "rank" in KINDS[kind].options else {}) | adapters)
     bitune = Bitune(model, method, **options)
-    with torch.no_grad():
-        for name, p in bitune.named_parameters():
-            if "theta" in name:
-                p.copy_(torch.tensor([0.02, -0.005, 0.01]))
-            elif "lora_A" in name or "lora_B" in name:
-                p.normal_(0, 0.5)
-            elif p.requires_grad:  # what scales
-                p.mul_(torch.empty_like(p).uniform_(0.5, 1.5))
-    return bitune.to(dtype)
+    bitune.tiny_config = config             # of which `write_checkpoint` makes the same base
+    return bitune
+
+
+def tiny_bitune(*args, dtype=torch.float32, **options):
+    """The same, with everything that trains drawn."""
+    return draw(fresh_bitune(*args, **options)).to(dtype)
 
 
 def write_checkpoint(folder, seed=0, **config):

@@ -172,7 +172,7 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
     if not examples:
         why = ", ".join(f"{n} {why}" for why, n in dropped.items()) or "none, it has no rows"
         raise ValueError(f"{path}: no example left; dropped: {why}")
-    return examples, dropped
+    return examples, dict(dropped)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -8,16 +8,19 @@ FOLDER it goes on where it was stopped.
 """
 
 import statistics
-import sys
 from pathlib import Path
 
+from cli.process import before_work, run_main
+from cli.settings import DEMO, flag_adder, free_name, new_parser, number
+from cli.terminal import bars
 from experiments.ablate import chosen, claim, grid, table, variants
 from experiments.demo.figure import curves
 from experiments.demo.language import TASKS, write
-from sample import draw_mixing
+from files.checkpoint import load_base
+from files.run import load_run
 from text.examples import encode_prompt, load_examples, stop_id
 from text.rows import read_rows
-from train import DEMO, evaluate, fail, free_name, load_base, load_run, new_parser, number, set_up_streams
+from train import validate
 
 ABLATIONS = ["naive-bidir", "no-mixing", "shared-weights", "only-causal"]
 
@@ -46,7 +49,7 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     chance = statistics.mean(1 / (1 + row["prompt"].count(";")) for row in rows)
     print(f"\n{task}: {rows[0]['prompt']} -> {rows[0]['completion']}", flush=True)
 
-    score = lambda bitune, *_: {"exact match, test": evaluate(bitune, test, 100)["exact_match"]}
+    score = lambda bitune, *_: {"exact match, test": validate(bitune, test, 100)["exact_match"]}
     claim(out, {"task": task, "steps": steps})
     best = chosen(grid({name: flags + more for name, more in models.items()}, lrs, seeds, out, score))
     if best.keys() != models.keys():
@@ -56,33 +59,27 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
     first = {name: load_run(out / records[0]["run"])[0] for name, records in best.items()}
     print(f"{answers(first, rows[:3], tokenizer)}\n")
-    print(f"Bitune's mixing coefficients:\n{draw_mixing(first['Bitune'])}\n")
+    print(f"Bitune's mixing coefficients:\n{bars(first['Bitune'])}\n")
     print(f"Exact match over steps: {out / 'curves.svg'}. Ask the last run yourself: python sample.py")
 
 
-def main():
-    set_up_streams()
+def main(argv=None):
     parser = new_parser(__doc__)
-    arg = parser.add_argument
+    arg = flag_adder(parser)
     arg("--all", action="store_true", help="also the ablations, and all three tasks")
     arg("--tasks", nargs="+", choices=TASKS, help="where the speakers' names stand (default: behind)")
-    arg("--seeds", type=number(int, 1), default=1, metavar="N", help="how many, from 42 on (default: 1)")
+    arg("--seeds", type=number(int, 1), default=1, metavar="N", help="how many, from 42 on")
     arg("--lrs", type=number(float, 0), nargs="+", default=[DEMO["lr"]], metavar="LR",
-        help=f"learning rates, of which validation chooses one a model (default: {DEMO['lr']:g})")
-    arg("--steps", type=number(int, 1), default=DEMO["steps"], help=f"of a run (default: {DEMO['steps']})")
+        help="learning rates, of which validation chooses one a model")
+    arg("--steps", type=number(int, 1), default=DEMO["steps"], help="of a run")
     arg("--out", metavar="FOLDER", help="where the runs go, or are gone on with (default: a new one)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     out = Path(args.out or free_name("runs/laptop"))
     models = variants(["bitune", *(ABLATIONS if args.all else [])])
-    try:
+    with before_work():
         for task in args.tasks or (TASKS if args.all else ["behind"]):
             demonstrate(task, models, args.lrs, range(42, 42 + args.seeds), args.steps, out / task)
-    except (ValueError, OSError) as problem:
-        fail(problem)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

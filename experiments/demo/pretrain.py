@@ -9,18 +9,21 @@ some ten minutes.
 
 import base64
 import random
-import sys
 import time
 
 import torch
 
-from bitune import Bitune, pad, surprise
+from bitune import Bitune, nll, pad
+from cli.process import run_main
+from cli.settings import flag_adder, new_parser, number
+from cli.terminal import Progress, clock
 from experiments.demo.language import AGAIN, KINDS, PIECES, document, row
-from lora import json_bytes, tensor_bytes, write_files
-from model import Config, Llama, may_attend
+from files.checkpoint import parse_config
+from files.disk import json_bytes, tensor_bytes, write_files
+from model import Llama, may_attend
 from text.examples import Example, encode_answer, encode_prompt
 from text.tokenizer import Tokenizer
-from train import Progress, clock, evaluate, learning_rate, new_parser, number
+from train import learning_rate, validate
 
 SPECIAL = ["<s>", "</s>"]                                       # ids after the bytes and pieces
 CONFIG = {
@@ -45,7 +48,7 @@ def tokenizer_files():
 
 def fresh_model(seed):
     torch.manual_seed(seed)
-    model = Llama(Config.from_dict(CONFIG))
+    model = Llama(parse_config(CONFIG))
     for name, p in model.named_parameters():
         if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
             torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
@@ -63,18 +66,18 @@ def encode(tokenizer, turns):
     return examples[0].prompt[:1] + [i for e in examples for i in e.prompt[1:] + e.answer]  # a single <s>
 
 
-def loss(model, rows):
-    """The mean of -log p over every token but the first of each row."""
-    ids, positions = pad(rows, 0, "cpu"), pad([range(len(r)) for r in rows], -1, "cpu")
-    labels = pad([r[1:] + [-100] for r in rows], -100, "cpu")
+def loss(model, texts):
+    """The mean of -log p over every token but the first of each text."""
+    ids, positions = pad(texts, 0, "cpu"), pad([range(len(t)) for t in texts], -1, "cpu")
+    labels = pad([t[1:] + [-100] for t in texts], -100, "cpu")
     logits, _ = model(ids, positions, may_attend(positions, positions))
-    return surprise(logits, labels).sum() / (labels >= 0).sum()
+    return nll(logits, labels).sum() / (labels >= 0).sum()
 
 
 def scores(model, tokenizer, n=300):
     """Exact match on unseen questions of each form: those that the base was pretrained on, and last the one
     that it was not, what somebody said whose name comes after the words."""
-    rng, bare, found = random.Random("scores"), Bitune(model, "lora"), {}
+    rng, bare, found = random.Random("scores"), Bitune(model, "causal"), {}
     for kind in KINDS:
         for _ in range(n):
             facts, questions = kind(rng, rng.randint(3, 6))
@@ -82,17 +85,17 @@ def scores(model, tokenizer, n=300):
             found.setdefault(f"{kind.__name__} {question.split()[0]}", []).append(
                 (f"{facts} {question}".strip(), answer))
     found["behind What"] = [tuple(row("behind", rng).values()) for _ in range(n)]
-    return {form: evaluate(bare, [example(tokenizer, *turn) for turn in turns], 100)["exact_match"]
+    return {form: validate(bare, [example(tokenizer, *turn) for turn in turns], 100)["exact_match"]
             for form, turns in found.items()}
 
 
-def main():
+def main(argv=None):
     parser = new_parser(__doc__)
-    arg = parser.add_argument
+    arg = flag_adder(parser)
     arg("--out", required=True, metavar="FOLDER", help="where to write the base")
-    arg("--steps", type=number(int, 1), default=6000, help=f"of {BATCH} documents (default: 6000)")
-    arg("--seed", type=number(int, 0), default=1, help="of weights and documents (default: 1)")
-    args = parser.parse_args()
+    arg("--steps", type=number(int, 1), default=6000, help=f"of {BATCH} documents")
+    arg("--seed", type=number(int, 0), default=1, help="of weights and documents")
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
     write_files(args.out, {"config.json": json_bytes(CONFIG), **tokenizer_files()})
@@ -120,7 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_main(main)

@@ -1,0 +1,116 @@
+"""What a command says while it works, one line that is rewritten, lines that stay, bars; and what it is asked."""
+
+import shutil
+import sys
+import textwrap
+import time
+
+from files.checkpoint import DTYPES
+from files.run import alpha_by_layer
+
+
+def clock(seconds):
+    return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02}:{int(seconds % 60):02}"
+
+
+class Progress:
+    """One line that is rewritten in a terminal; in a pipe or file, a plain line every five seconds."""
+
+    def __init__(self):
+        self.live, self.shown, self.begun = sys.stdout.isatty(), time.monotonic(), None
+
+    def update(self, text, last=False):
+        if self.live:
+            fits = text if last else text[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{fits}", end="\n" if last else "", flush=True)
+        elif last or time.monotonic() - self.shown > 5:
+            print(text, flush=True)
+            self.shown = time.monotonic()
+
+    def clear(self):
+        if self.live:
+            print("\r\033[K", end="", flush=True)
+
+    def note(self, text):
+        """A line that stays."""
+        self.clear()
+        print(text, flush=True)
+
+    # ---- of a run in training ----------------------------------------------------------------------------
+
+    def step(self, run, record):
+        """One step of training; the time that is left is reckoned from the steps seen so far."""
+        last, now = run.settings.steps, time.monotonic()
+        first, begun = self.begun = self.begun or (run.at - 1, now - record["seconds"])
+        eta = (now - begun) / (run.at - first) * (last - run.at)
+        alphas = "".join(f"  α {name.removeprefix('alpha_')} {value:.2f}"
+                         for name, value in record.items() if name.startswith("alpha_"))
+        self.update(f"step {run.at}/{last}  ETA {clock(eta)}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
+                    f"grad {record['grad_norm']:.2f}{alphas}  {record['tokens_per_s']:,} tokens/s",
+                    last=run.at == last)
+
+    def validated(self, run, result):
+        what = f"step {run.at}" if run.at else "base model"
+        self.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+                  f"answer-token accuracy {result['accuracy']:.1%}  exact match {result['exact_match']:.1%}")
+
+    def finished(self, run):
+        took = f" after {clock(time.monotonic() - self.begun[1])}" if self.begun else ""
+        self.note(f"saved {run.folder}{took}; ask it: python sample.py --adapter {run.folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Once
+
+def announce(run):
+    """Before the first step: every setting and derived number, the memory it takes, the first example."""
+    for title, values in (("settings", vars(run.settings)), ("derived", run.derived)):
+        words = [f"{k} {v}" for k, v in values.items() if v is not None]
+        print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
+    print(textwrap.fill(f"memory: {memory(run.derived)}", 110, subsequent_indent="  "))
+    prompt, answer = run.examples[0]
+    first = run.tokenizer.decode(prompt)
+    print(f"first example, the answer it learns in [[ ]]:\n"
+          f"{first}[[{run.tokenizer.decode(prompt + answer)[len(first):]}]]", flush=True)
+
+
+def memory(derived):
+    """What a run needs before any activations, in words."""
+    frozen, trained = derived["frozen_parameters"], derived["trainable_parameters"]
+    size = frozen * DTYPES[derived["dtype"]].itemsize + 16 * trained
+    size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
+    return (f"{size} for {frozen:,} frozen parameters and {trained:,} that train, these 16 bytes each "
+            "(float32, gradient, AdamW's moments); activations come on top")
+
+
+def bars(bitune):
+    """Each α, layer by layer, as bars: empty is the causal pass, full the second."""
+    width, alphas = 30, alpha_by_layer(bitune)
+    lines = [f"{'layer':>5}" + "".join(f"  {f'α {name}':<{width + 6}}" for name in alphas)]
+    for layer, values in enumerate(zip(*alphas.values())):
+        drawn = [f"{a:.3f} " + ("█" * round(min(max(a, 0), 1) * width)).ljust(width, "·") for a in values]
+        lines.append(f"{layer:>5}  " + "  ".join(drawn))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def say(text):
+    """To standard error: standard output is for answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def prompts():
+    """The lines of standard input; in a terminal they are asked for, and an empty one ends."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        say("Ask; an empty line or Ctrl-D ends.")
+    while True:
+        try:
+            if terminal:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input() if terminal else next(sys.stdin).rstrip("\n")
+        except (EOFError, StopIteration, KeyboardInterrupt):
+            return
+        if not line and terminal:
+            return
+        if line:
+            yield line

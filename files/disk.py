@@ -1,0 +1,73 @@
+"""Bytes on disk: written all or none; JSON and safetensors, read with errors that say what is wrong."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+
+def write_files(folder, files):
+    """Write files, name to bytes, into a folder, all or none: whenever the process dies, the folder holds
+    either what it held before or, once `finish_writing` has looked at it, all of the new. A full disk
+    leaves the old."""
+    folder = Path(folder)
+    drafts = [folder / f"{name}.part" for name in files]
+    try:
+        for draft, data in zip(drafts, files.values()):
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            with open(draft, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        (folder / "renaming.part").write_bytes(json_bytes(list(files)))
+        os.replace(folder / "renaming.part", folder / "renaming.json")  # from here on, the new ones count
+    except BaseException:
+        for draft in [*drafts, folder / "renaming.part"]:
+            draft.unlink(missing_ok=True)
+        raise
+    finish_writing(folder)
+
+
+def finish_writing(folder):
+    """Give the files of a complete `write_files` their names, if it died before it had."""
+    folder = Path(folder)
+    if (folder / "renaming.json").exists():
+        for name in read_json(folder / "renaming.json", kind=list):
+            if (folder / f"{name}.part").exists():
+                os.replace(folder / f"{name}.part", folder / name)
+        (folder / "renaming.json").unlink()
+
+
+def json_bytes(value):
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def tensor_bytes(tensors):
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
+
+
+def read_json(path, *needs, kind=dict):
+    """The contents of a JSON file. ValueError if it is absent, not of the kind, or lacks a key it needs."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, kind):
+        expected = "object" if kind is dict else "list"
+        raise ValueError(f"{path} is not what it should be: expected a JSON {expected}")
+    if lacking := [k for k in needs if value.get(k) is None]:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}")
+    return value
+
+
+def read_tensors(path):
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

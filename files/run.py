@@ -1,0 +1,295 @@
+"""A run's folder, everything that training leaves:
+
+    bitune.json                 method, mixing, α, template, steps done, the base's name and its config
+    mixing.safetensors          Bitune's own parameters
+    adapter_config.json,
+    adapter_model.safetensors   the set "answer", a PEFT adapter (in full finetuning a whole checkpoint)
+    bidirectional/              the set "prompt", in the same form; any further set in a folder of its name
+    settings.json, log.jsonl    every flag and derived number; a line a step
+    state.safetensors           what `--resume` needs
+
+What would make a run mean something else is written down and checked when it is loaded.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+
+from bitune import Bitune, adapter_sets
+from files.adapters import adapter_bytes, load_adapter
+from files.checkpoint import checkpoint_bytes, differences, load_base
+from files.disk import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from lora import KINDS, add_adapter, merge
+from text.examples import TEMPLATES
+
+FOLDERS = {"answer": ".", "prompt": "bidirectional"}        # of a run: where its sets are
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs that were written by earlier versions are read under today's names
+
+def modern(settings):
+    """Settings, or what bitune.json says, with the names and words that have changed since."""
+    settings = dict(settings)
+    for old, new in (("theta_init", "c"), ("alpha", "lora_alpha")):
+        if old in settings and not isinstance(settings[old], dict):
+            settings[new] = settings.pop(old)
+    if settings.get("method") == "lora":
+        settings["method"] = "causal"
+    return settings
+
+
+def modern_tensors(tensors):
+    """The tensors of a state or mixing file under the names that the modules have now."""
+    names = {"key": "theta_key", "value": "theta_value"}
+    rename = lambda n: n.replace(".sets.causal.", ".sets.answer.").replace(".sets.bidirectional.", ".sets.prompt.")
+    return {names.get(n, rename(n)): t for n, t in tensors.items()}
+
+
+def read_settings(folder):
+    """The settings of the run in a folder, and its derived numbers."""
+    saved = read_json(Path(folder) / "settings.json", "derived")
+    return modern(saved.get("settings") or saved.get("args") or {}), saved["derived"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A trained model: to files, and back
+
+def own_tensors(bitune):
+    """What Bitune holds beside the model: the mixing's parameters, and whatever an edit adds."""
+    return {n: t for n, t in bitune.state_dict().items() if not n.startswith("model.")}
+
+
+@torch.no_grad()
+def alpha_by_layer(bitune):
+    """α in numbers, whatever its shape: name -> its mean in each layer. One that has not the layers as its
+    first dimension is the same in all of them."""
+    L = bitune.model.config.num_hidden_layers
+    by_layer = lambda a: a.reshape(L, -1).mean(1) if a.shape[:1] == (L,) else a.mean().expand(L)
+    return {name: by_layer(a.float()).tolist() for name, a in bitune.alpha().items()} if bitune.mixes else {}
+
+
+def run_bytes(bitune, base, **about):
+    """The files, name to bytes, of a run on the base called `base`, with `about` added to its bitune.json."""
+    files = {"bitune.json": json_bytes({
+        "method": bitune.method, "mixing": bitune.mixing, "c": bitune.c, "second_mask": bitune.second_mask,
+        **about, "alpha": alpha_by_layer(bitune), "base": base, "base_config": asdict(bitune.model.config)})}
+    if own := own_tensors(bitune):
+        files["mixing.safetensors"] = tensor_bytes(own)
+    for name in reversed(adapter_sets(bitune.method)):
+        kind, _ = bitune.model.sets[name]
+        whole = KINDS[kind].trains_base and name == bitune.answers
+        one = checkpoint_bytes(merge(bitune.model, name), base) if whole else adapter_bytes(bitune.model, name, base)
+        files |= {str(Path(FOLDERS.get(name, name), f)): data for f, data in one.items()}
+    return files
+
+
+def load_bitune(model, folder, base=""):
+    """The run in `folder` on `model`, which comes from `base`, how many tensors it holds, and its
+    bitune.json (a bare PEFT adapter has none: its method is "causal"). ValueError if it was finetuned from
+    another base, or by another mixing. A fully finetuned run is its own base."""
+    folder = Path(folder)
+    finish_writing(folder)
+    about = read_about(folder)
+    whole = bool(about) and (folder / "config.json").exists()
+    if whole and Path(base).resolve() != folder.resolve():
+        raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own "
+                         "base, give no other")
+    here = asdict(model.config)
+    there = about.get("base_config", here)
+    if differ := [k for k in here if k in there and there[k] != here[k]]:
+        raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
+                         ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
+    n, method = 0, about.get("method", "causal")
+    for name in adapter_sets(method):
+        if whole and not model.sets:
+            add_adapter(model, name, next(kind for kind in KINDS if KINDS[kind].trains_base))
+            n += len(model.state_dict())
+        else:
+            n += load_adapter(model, name, folder / FOLDERS.get(name, name))
+    bitune = Bitune(model, method, **{k: about[k] for k in ("c", "second_mask") if k in about})
+    return bitune, n + load_own(bitune, folder, about), about
+
+
+def read_about(folder):
+    """A run's bitune.json, {} for a bare PEFT adapter."""
+    if (folder / "bitune.json").exists():
+        about = modern(read_json(folder / "bitune.json", "method", "second_mask", "base", "base_config"))
+        if "c" not in about:
+            raise ValueError(f"{folder / 'bitune.json'} lacks c")
+        return about
+    if (folder / "mixing.safetensors").exists() or (folder / FOLDERS["prompt"]).exists():
+        raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
+    return {}
+
+
+def load_own(bitune, folder, about):
+    """Read what `own_tensors` wrote; returns how many tensors there are."""
+    own = own_tensors(bitune)
+    if not own:
+        return 0
+    if (mixing := about.get("mixing", "abs")) != bitune.mixing:
+        raise ValueError(f"{folder} was trained with the mixing {mixing!r}, and this code's is "
+                         f"{bitune.mixing!r}: Bitune.mixing, in bitune.py, names it")
+    tensors = modern_tensors(read_tensors(folder / "mixing.safetensors"))
+    shapes = [{n: tuple(t.shape) for n, t in side.items()} for side in (own, tensors)]
+    if wrong := differences(*shapes):
+        raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {'; '.join(wrong)}")
+    for n, t in own.items():
+        t.copy_(tensors[n])
+    here, there = alpha_by_layer(bitune), about.get("alpha", {})
+    for name in there:
+        if name not in here or any(abs(a - b) > 1e-3 for a, b in zip(here[name], there[name])):
+            raise ValueError(f"{folder}: from the same parameters, α of the {name} was computed otherwise when "
+                             "it was trained: has Bitune.alpha, in bitune.py, been edited since?")
+    return len(own)
+
+
+def load_run(run, model=None, device=None, dtype=None):
+    """A run, or a PEFT adapter, on the base in the folder `model` (None: the run's own): the Bitune, the
+    tokenizer, how many tensors the run holds, and its bitune.json. Without a run, the bare base (a fully
+    finetuned one as the run that it is). device, dtype: as in `load_base`."""
+    if not run and (Path(model) / "bitune.json").exists():
+        run = model
+    if not run:
+        base, tokenizer = load_base(model, device, dtype)
+        return Bitune(base, "causal").eval(), tokenizer, 0, {}
+    run = Path(run)
+    finish_writing(run)
+    if not model and not (run / "bitune.json").exists():
+        raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
+    if not model:                               # fully finetuned, a run is its own base
+        model = run if (run / "config.json").exists() else read_json(run / "bitune.json", "base")["base"]
+        if not Path(model).is_dir():
+            raise ValueError(f"{run} was finetuned from {model}, which is not a folder here: give --model")
+    base, tokenizer = load_base(model, device, dtype)
+    bitune, tensors, about = load_bitune(base, run, model)
+    if (template := about.get("template", "plain")) not in TEMPLATES:
+        raise ValueError(f"{run} has the template {template!r}: expected {' or '.join(TEMPLATES)}")
+    return bitune.eval(), tokenizer, tensors, about
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A model in training: its optimizer's state, its settings, its log
+
+def state_bytes(bitune, optimizer, step):
+    """The file with all that is needed to go on after `step` steps: one file, whole or absent."""
+    tensors = {"step": torch.tensor(step), "rng": torch.get_rng_state()}
+    if bitune.device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(bitune.device)
+    for name, p in bitune.named_parameters():
+        if p.requires_grad:
+            tensors[f"param.{name}"] = p
+            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    return tensor_bytes(tensors | {f"buffer.{name}": b for name, b in bitune.named_buffers()})
+
+
+def load_state(path, bitune, optimizer):
+    """Put back what `state_bytes` holds; returns the number of steps done."""
+    if not path.exists():
+        raise ValueError(f"{path.parent} holds no save yet: start again, with the same --out")
+    tensors = modern_tensors(read_tensors(path))
+    trained = {f"param.{n}": p for n, p in bitune.named_parameters() if p.requires_grad}
+    want = trained | {f"buffer.{n}": b for n, b in bitune.named_buffers()}
+    have = {n: t for n, t in tensors.items() if n.startswith(("param.", "buffer."))}
+    if wrong := differences(*({n: tuple(t.shape) for n, t in side.items()} for side in (want, have))):
+        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong)}")
+    torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and bitune.device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], bitune.device)
+    for name, t in want.items():
+        t.data.copy_(tensors[name])
+    for name, p in trained.items():
+        name = name.removeprefix("param.")
+        keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
+        optimizer.state[p].update({k: tensors[f"{k}.{name}"].to(p.device) for k in keys})
+    return int(tensors["step"])
+
+
+class Run:
+    """A run in training: the model, its optimizer and examples, its settings, and its folder, which is made,
+    or gone on with. `at` is the step in hand, `saved` the last one of which there is a save. ValueError if
+    the folder holds a run already, or the data of one that is resumed has changed."""
+
+    def __init__(self, settings, tokenizer, bitune, optimizer, examples, val, dropped):
+        self.settings, self.tokenizer, self.bitune, self.optimizer = settings, tokenizer, bitune, optimizer
+        self.examples, self.val, self.folder = examples, val, Path(settings.out)
+        self.derived, self.saved, self.validated = self.derive(dropped), 0, set()
+        if settings.resume:
+            _, before = read_settings(self.folder)
+            if before["data_hash"] != self.derived["data_hash"]:
+                raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} began")
+            self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
+        elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
+            raise ValueError(f"{self.folder} already holds a run: go on with --resume {self.folder}, or choose "
+                             "another --out")
+        else:
+            write_files(self.folder, {"settings.json": json_bytes({"settings": vars(settings),
+                                                                   "derived": self.derived})})
+        self.at = self.saved
+        kept = logged(self.folder / "log.jsonl", self.saved)
+        self.validated = {r["step"] for r in kept if "val_loss" in r}
+        write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
+        self.file = open(self.folder / "log.jsonl", "a", buffering=1)
+
+    def derive(self, dropped):
+        """The numbers that follow from the settings and the data."""
+        s, bitune, examples = self.settings, self.bitune, self.examples
+        trainable = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
+        return {
+            "device": str(bitune.device),
+            "dtype": str(bitune.model.model.embed_tokens.weight.dtype).removeprefix("torch."),
+            "frozen_parameters": sum(p.numel() for p in bitune.parameters()) - trainable,
+            "trainable_parameters": trainable,
+            "train_examples": len(examples), "val_examples": len(self.val), "dropped": dropped,
+            "prompt_tokens": sum(len(e.prompt) for e in examples),
+            "answer_tokens": sum(len(e.answer) for e in examples),
+            "data_hash": digest(examples + self.val),
+            "epochs": round(s.steps * s.batch_size / len(examples), 2),
+        }
+
+    def steps_left(self):
+        for self.at in range(self.saved + 1, self.settings.steps + 1):
+            yield self.at
+
+    def log(self, record):
+        print(json.dumps({"step": self.at, **record}), file=self.file)
+
+    def save(self):
+        s = self.settings
+        write_files(self.folder, {"state.safetensors": state_bytes(self.bitune, self.optimizer, self.at),
+                                  **run_bytes(self.bitune, s.model, template=s.template, step=self.at)})
+        self.saved = self.at
+
+
+def digest(examples):
+    """A hash of the examples and their order."""
+    h = hashlib.sha256()
+    for e in examples:
+        h.update(f"{e.prompt}{e.answer}".encode())
+    return h.hexdigest()[:16]
+
+
+def logged(path, step):
+    """What a log says up to a step: later lines, of which the last may be torn, are of steps that were
+    lost."""
+    lines = path.read_text().splitlines() if step and path.exists() else []
+    whole = map(json.loads, takewhile(lambda line: line.endswith("}"), lines))
+    return list(takewhile(lambda record: record["step"] <= step, whole))
+
+
+def finished(folder):
+    """Whether a run has taken all of its steps, and has validated after the last one."""
+    folder = Path(folder)
+    finish_writing(folder)
+    if not (folder / "bitune.json").exists():
+        return False
+    settings, derived = read_settings(folder)
+    if read_json(folder / "bitune.json").get("step") != settings["steps"]:
+        return False
+    log = logged(folder / "log.jsonl", settings["steps"])
+    return not derived["val_examples"] or any(r["step"] == settings["steps"] and "val_loss" in r for r in log)
