@@ -17,7 +17,7 @@ tokens are cut like this:
 Shapes are model.py's (B, T, S, G, D, L, V). Positions count from the start of the prompt; -1 is padding.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 import torch.nn as nn
@@ -33,9 +33,10 @@ METHODS = {
     "no-mixing":      [("bidirectional", "prompt")],
     "only-causal":    [("causal", "answer"), ("causal", "prompt")],
     "shared-weights": [("causal", "answer"), ("bidirectional", "answer")],
+    "anticausal":     [("causal", "answer"), ("anticausal", "prompt")],
     "causal":         [],
 }
-SECOND_MASKS = ("bidirectional", "causal", "anticausal")     # what a token may see in the bidirectional pass
+Tokens = namedtuple("Tokens", "ids positions")               # (B, T) each, position -1 for padding
 
 
 def adapter_sets(method):
@@ -43,11 +44,6 @@ def adapter_sets(method):
     if method not in METHODS:
         raise ValueError(f"method {method!r} is unknown: expected one of {', '.join(METHODS)}")
     return list(dict.fromkeys(["answer", *(adapter for _, adapter in METHODS[method])]))
-
-
-class Tokens(NamedTuple):
-    ids: torch.Tensor           # (B, T)
-    positions: torch.Tensor     # (B, T), -1 for padding
 
 
 def pad(lists, fill, device):
@@ -62,26 +58,19 @@ class Bitune(nn.Module):
     a set "answer" it is the bare base that answers.
 
     c is the constant of α, and where every θ starts, so α starts at 0.5 whatever it is: c sets how fast α
-    moves for a given learning rate. second_mask replaces what the bidirectional pass sees (an ablation of
-    the paper). Every parameter of this class trains, and is saved, resumed, logged and shown.
+    moves for a given learning rate. Every parameter of this class trains, and is saved, resumed and shown.
     """
     mixing = "abs"              # the name of this way to mix, which runs remember: change it with `alpha`
 
-    def __init__(self, model, method="bitune", c=0.01, second_mask="bidirectional"):
+    def __init__(self, model, method="bitune", c=0.01):
         super().__init__()
-        sets = adapter_sets(method)
-        if second_mask not in SECOND_MASKS:
-            raise ValueError(f"second mask {second_mask!r} is unknown: expected {' or '.join(SECOND_MASKS)}")
+        lacking = [s for s in adapter_sets(method) if s not in model.sets]
+        if lacking and METHODS[method]:
+            raise ValueError(f"method {method!r} needs the adapter set {lacking[0]!r}: see lora.add_adapter")
         if not (isinstance(c, (int, float)) and c > 0):
             raise ValueError(f"c is {c}: expected a number above 0")
-        if second_mask != "bidirectional" and "bidirectional" not in dict(METHODS[method]):
-            raise ValueError(f"method {method!r} has no bidirectional pass that could be {second_mask!r}")
-        if METHODS[method] and (lacking := [s for s in sets if s not in model.sets]):
-            raise ValueError(f"method {method!r} needs the adapter set {lacking[0]!r}: see lora.add_adapter")
-        self.model, self.method, self.c, self.second_mask = model, method, float(c), second_mask
+        self.model, self.method, self.c, self.passes = model, method, float(c), METHODS[method]
         self.answers = "answer" if "answer" in model.sets else None         # None is the base itself
-        self.passes = [(second_mask if sees == "bidirectional" else sees, adapter)
-                       for sees, adapter in METHODS[method]]
         self.mixes = len(self.passes) > 1
         if self.mixes:
             with torch.device(self.device):
@@ -89,9 +78,8 @@ class Bitune(nn.Module):
 
     def start_mixing(self):
         """The parameters of the mixing, float32 whatever the base is: one θ a layer for K, one for V."""
-        L = self.model.config.num_hidden_layers
-        self.theta_key = nn.Parameter(torch.full((L,), self.c))
-        self.theta_value = nn.Parameter(torch.full((L,), self.c))
+        start = torch.full((self.model.config.num_hidden_layers,), self.c)                    # (L,)
+        self.theta_key, self.theta_value = nn.Parameter(start), nn.Parameter(start.clone())
 
     @property
     def device(self):
@@ -125,9 +113,9 @@ class Bitune(nn.Module):
     def encode(self, context):
         """The keys and values of the context: a Past of L pairs (B, G, S, D), or None if that is empty.
 
-        What gets no gradient here, in any method: the last layer's q, o and MLP in the set of a pass whose
-        output nobody reads ("prompt"), as only K and V go on. At the start, where B = 0, both passes give
-        layer 0 the same K and V, so that θ[0] has none either; and A, behind B = 0, none in the first step.
+        What gets no gradient: the last layer's q, o and MLP in the set "prompt", as only K and V go on from
+        here. At the start, where B = 0: θ[0], since both passes give layer 0 the same K and V (if they have
+        one set, always); and, in the first step, A, which acts through B.
         """
         ids, positions = context
         if ids.shape[1] == 0:
@@ -140,9 +128,9 @@ class Bitune(nn.Module):
         return Past(self.mix(passes, positions) if self.mixes else passes[0])
 
     def mix(self, passes, positions):
-        """The keys and values of the passes, in each L pairs (B, G, T, D), to those of the cache. The hidden
-        states of the passes never meet: all that the second reading has to say, it says here. (Where in the
-        prompt a token stands, positions (B, T), makes no difference; it would to an α by position.)"""
+        """The keys and values of the passes, of each L pairs (B, G, T, D), to those of the cache. Hidden
+        states never meet: all that the second reading has to say, it says here. (Where in the prompt a token
+        stands, positions (B, T), makes no difference; it would to an α by position.)"""
         causal, second = passes
         alpha = self.alpha()
         return [(blend(alpha["key"][layer], k_c, k_b), blend(alpha["value"][layer], v_c, v_b))
@@ -217,7 +205,7 @@ class Bitune(nn.Module):
 
 
 def blend(a, causal, second):
-    """(1 - α) K_c + α K_b, computed in α's float32, whatever the dtype of K, which the result has again."""
+    """(1 - α) K_c + α K_b, computed in α's float32 whatever K is, and then in K's dtype again."""
     return ((1 - a) * causal.to(a.dtype) + a * second.to(a.dtype)).to(causal.dtype)
 
 
@@ -232,7 +220,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     """The next token of each prompt: logits (B, V) to ids (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() - logits.max(dim=-1, keepdim=True).values  # 0 is the highest at any temperature
+    logits = logits.float() - logits.amax(dim=-1, keepdim=True)     # 0 is the highest at any temperature
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
     if top_k:
         logits[:, top_k:] = -torch.inf

@@ -89,10 +89,8 @@ def rotate(x, cos, sin):
 
 def may_attend(query_pos, key_pos, sees="causal"):
     """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
-
-    Position -1 marks padding. Padding sees only padding, so that no softmax row is empty, and nothing else
-    sees it.
-    """
+    Position -1 marks padding, which nothing else sees, and which sees only padding, as no softmax may be
+    empty."""
     q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
     sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
     return sight & ((q >= 0) == (k >= 0))
@@ -150,7 +148,7 @@ class Linear(nn.Linear):
     def forward(self, x, adapter=None):
         if adapter in self.sets:
             return self.sets[adapter](x, self)
-        return F.linear(x, self.weight, self.bias)          # the bare base, or a set that is on other linears
+        return F.linear(x, self.weight, self.bias)      # the bare base, or a set that is on other linears
 
 
 class OffsetRMSNorm(nn.RMSNorm):
@@ -195,8 +193,8 @@ class Attention(nn.Module):
             k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
             grouped = False
         y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=grouped)     # (B, H, T', D)
-        o_proj = getattr(self, self.out)
-        return o_proj(y.transpose(1, 2).flatten(-2), adapter), (k, v)                     # (B, T', C)
+        y = y.transpose(1, 2).flatten(-2)                                                 # (B, T', H D)
+        return getattr(self, self.out)(y, adapter), (k, v)                                # (B, T', C)
 
 
 class MLP(nn.Module):
@@ -260,10 +258,8 @@ class Llama(nn.Module):
         self.sets = {}          # the adapter sets that its layers carry, by name: see lora.py
         phi = config.model_type == "phi"
         block, self.final = (PhiBlock, "final_layernorm") if phi else (Block, "norm")
-        embedding = (config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({
-            # Drawing random numbers for it would take PyTorch two seconds to prepare; a checkpoint has them.
-            "embed_tokens": nn.Embedding(*embedding, _weight=torch.empty(embedding)),
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(block(config) for _ in range(config.num_hidden_layers)),
             self.final: make_norm(config, config.hidden_size),
         })

@@ -10,7 +10,6 @@ answer goes to standard output, everything else to standard error.
 
 import sys
 import time
-from itertools import islice
 from pathlib import Path
 
 from cli.process import before_work, run_main
@@ -63,29 +62,29 @@ def main(argv=None):
     args = parser.parse_args(argv)
     demonstrates = not (args.model or args.adapter)
     with before_work():
-        if demonstrates:
-            args.adapter = last_demonstration()
+        args.adapter = last_demonstration() if demonstrates else args.adapter
         bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
         template = about.get("template", "plain")
         encode = lambda text: encode_prompt(tokenizer, template, [("user", text)])
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if about else set())
         if args.show_mixing and not bitune.mixes:
-            raise ValueError(f"--show-mixing: method {bitune.method} mixes nothing; give --adapter, a run that does")
+            raise ValueError(f"--show-mixing: method {bitune.method} mixes nothing; give a run that does")
         if args.prompt is not None:
             bitune.model.config.check_length(len(encode(args.prompt)) + 1)
             if not encode(args.prompt):
                 raise ValueError("--prompt is empty: expected some text")
     if about:
         steps = f", trained for {about['step']} steps" if "step" in about else ""
-        say(f"loaded {args.adapter or args.model}: {n} tensors, method {bitune.method}, template {template}{steps}")
+        name = args.adapter or args.model
+        say(f"loaded {name}: {n} tensors, method {bitune.method}, template {template}{steps}")
     if args.show_mixing:
         say(bars(bitune))
     if args.prompt is not None:
         return ask(bitune, tokenizer, encode(args.prompt), stop_ids, args)
     if demonstrates:
         say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
-        unseen = read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))
-        say("\n".join(row["prompt"] for _, row in islice(unseen, 3)) + "\n")
+        unseen = [row["prompt"] for _, row in read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))]
+        say("\n".join(unseen[:3]) + "\n")
     failed = False
     for line in prompts():
         try:

@@ -159,7 +159,7 @@ def prepare(s):
     torch.manual_seed(s.seed)
     for name in adapter_sets(s.method):
         add_adapter(model, name, s.peft, s.targets or (), **options(s))
-    bitune = Bitune(model, s.method, s.c, s.second_mask)
+    bitune = Bitune(model, s.method, s.c)
     optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped)
 

@@ -11,7 +11,7 @@ import sys
 from itertools import chain, count
 from pathlib import Path
 
-from bitune import METHODS, SECOND_MASKS, Bitune
+from bitune import METHODS, Bitune
 from cli.process import fail
 from files.checkpoint import DTYPES
 from files.disk import finish_writing, read_json
@@ -85,7 +85,8 @@ def add_run(arg):
 def add_sampling(arg):
     """The flags that say how an answer is sampled."""
     of = lambda name: default(Bitune.answer, name)
-    arg("--temperature", type=number(float, 0), default=of("temperature"), help="0 takes the likeliest token")
+    arg("--temperature", type=number(float, 0), default=of("temperature"),
+        help="0 takes the likeliest token")
     arg("--top-k", type=number(int, 0), default=of("top_k"), help="sample from the k likeliest; 0: all")
     arg("--top-p", type=number(float, 1e-9, 1), default=of("top_p"),
         help="sample from the likeliest that make up this mass")
@@ -108,25 +109,26 @@ def train_parser(description=None):
     parser = new_parser(description)
     arg = flag_adder(parser, "what")
     arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
-    arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list; docs/data.md has the forms")
+    arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list, see docs/data.md")
     arg("--out", metavar="RUN", help="folder to write the run to")
     arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings; only "
         "these flags may be given with it: " + " ".join(f"--{k}" for k in MAY_CHANGE))
 
     arg = flag_adder(parser, "method")
     arg("--method", default=default(Bitune, "method"), choices=METHODS, help="how the prompt is read")
-    arg("--second-mask", default=default(Bitune, "second_mask"), choices=SECOND_MASKS,
-        help="what a token sees in the bidirectional pass")
     arg("--c", default=default(Bitune, "c"), type=number(float, 1e-9, 1e9), help="the constant in α, where "
         "every θ starts: the smaller, the faster α moves")
     arg("--peft", default=default(add_adapter, "kind"), choices=KINDS, help="kind of adapters")
     for name, (option, kinds) in kind_options().items():
-        several = isinstance(option.default, tuple)
-        defaults = {KINDS[kind].options[name].default for kind in kinds}
-        shown = "each kind's own" if len(defaults) > 1 else " ".join(option.default) if several else option.default
-        parse = {} if several else {"type": number(type(option.default), option.low, option.high)}
-        arg(f"--{name.replace('_', '-')}", **parse, nargs="+" if several else None, help=f"of "
-            f"{', '.join(kinds)}: {option.help} (default: {shown})")
+        own, shown, form = option.default, option.default, {}
+        if isinstance(own, tuple):
+            shown, form = " ".join(own), {"nargs": "+"}
+        else:
+            form = {"type": number(type(own), option.low, option.high)}
+        if any(KINDS[kind].options[name].default != own for kind in kinds):
+            shown = "each kind's own"
+        arg(f"--{name.replace('_', '-')}", **form,
+            help=f"of {', '.join(kinds)}: {option.help} (default: {shown})")
     arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all that end in _proj)")
 
     arg = flag_adder(parser, "data")
@@ -223,7 +225,8 @@ def check(s):
         if file is not None and not Path(file).is_file():
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
-    if (made := Path(s.model) / "bitune.json").exists() and modern(read_json(made)).get("method") != "causal":
+    made = Path(s.model) / "bitune.json"
+    if made.exists() and modern(read_json(made)).get("method") != "causal":
         raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
                          "expected a base model, or a run of method causal")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):

@@ -1,4 +1,4 @@
-"""What a command says while it works, one line that is rewritten, lines that stay, bars; and what it is asked."""
+"""What a command says, one line that is rewritten, lines that stay, bars; and what it is asked."""
 
 import shutil
 import sys
@@ -45,9 +45,9 @@ class Progress:
         eta = (now - begun) / (run.at - first) * (last - run.at)
         alphas = "".join(f"  α {name.removeprefix('alpha_')} {value:.2f}"
                          for name, value in record.items() if name.startswith("alpha_"))
-        self.update(f"step {run.at}/{last}  ETA {clock(eta)}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
-                    f"grad {record['grad_norm']:.2f}{alphas}  {record['tokens_per_s']:,} tokens/s",
-                    last=run.at == last)
+        self.update(f"step {run.at}/{last}  ETA {clock(eta)}  loss {record['loss']:.3f}  "
+                    f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}{alphas}  "
+                    f"{record['tokens_per_s']:,} tokens/s", last=run.at == last)
 
     def validated(self, run, result):
         what = f"step {run.at}" if run.at else "base model"

@@ -1,7 +1,7 @@
 """The paper's tables: a grid of finetunings on one base, each of them evaluated.
 
     python -m experiments.ablate --out FOLDER --model FOLDER --data FILE --evaluate piqa=FILE
-        [--methods bitune ...] [--pefts lora ...] [--cs 0.01 ...] [--second-masks ...]
+        [--methods bitune ...] [--pefts lora ...] [--cs 0.01 ...]
         [--lrs 3e-4 ...] [--seeds 42 43 44] [any other flag of train.py]
 
 Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
@@ -16,7 +16,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-from bitune import METHODS, SECOND_MASKS, Bitune
+from bitune import METHODS, Bitune
 from cli.process import before_work, guarded, run_main
 from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_parser, number
 from cli.settings import read_flags, train_parser
@@ -30,11 +30,11 @@ from text.examples import stop_id
 from text.tokenizer import Tokenizer
 from train import prepare, train
 
-OWN = ("method", "peft", "c", "second-mask", "lr", "seed", "out", "resume")    # set by the grid
-KIND, C, MASK = default(add_adapter, "kind"), default(Bitune, "c"), default(Bitune, "second_mask")
+OWN = ("method", "peft", "c", "lr", "seed", "out", "resume")     # set by the grid
+KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
 
 
-def variants(methods, kinds=(KIND,), cs=(C,), second_masks=(MASK,), options={}):
+def variants(methods, kinds=(KIND,), cs=(C,), options={}):
     """The models of a grid: name -> flags of train.py. What a method does not use is not varied; `options`
     are those of the adapters that differ from the defaults."""
     models = {}
@@ -47,16 +47,13 @@ def variants(methods, kinds=(KIND,), cs=(C,), second_masks=(MASK,), options={}):
                 if name in own:
                     flags.append(f"--{name.replace('_', '-')}={times * own[name]:g}")
             models[label(kind) + (f" rank {times * own['rank']}" if "rank" in own else "")] = flags
-    for method, kind, c, mask in product(methods, kinds, cs, second_masks):
+    for method, kind, c in product(methods, kinds, cs):
         name, flags = method.replace("bitune", "Bitune"), [f"--method={method}", f"--peft={kind}"]
         if kind != KIND:                                # what differs from the defaults is named
             name += f", {label(kind)}"
         if len(METHODS[method]) > 1:
             flags.append(f"--c={c:g}")
             name += f", c {c:g}" if c != C else ""
-        if "bidirectional" in dict(METHODS[method]):
-            flags.append(f"--second-mask={mask}")
-            name += f", {mask}" if mask != MASK else ""
         models[name] = flags
     return models
 
@@ -254,8 +251,8 @@ def claim(out, grid):
     """Make the folder `out` this grid's. ValueError if it holds runs of another."""
     finish_writing(out)
     if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
-        older = vars(train_parser().parse_args([])) | modern(read_json(out / "grid.json"))  # newer flags: default
-        before = vars(complete(argparse.Namespace(**older)))
+        newer = vars(train_parser().parse_args([]))             # flags that the grid does not know
+        before = vars(complete(argparse.Namespace(**newer | modern(read_json(out / "grid.json")))))
         if differ := [k for k in grid if before.get(k) != grid[k]]:
             raise ValueError(f"{out} holds a grid with other settings: " + ", ".join(
                 f"{k} was {before.get(k)} and is {grid[k]}" for k in differ))
@@ -273,8 +270,8 @@ def main(argv=None):
     arg("--methods", nargs="+", default=["bitune"], choices=[m for m in METHODS if METHODS[m]],
         help="what to lay beside plain finetuning")
     arg("--pefts", nargs="+", default=[KIND], choices=KINDS, help="kinds of adapters")
-    arg("--cs", nargs="+", default=[C], type=number(float, 1e-9, 1e9), metavar="C", help="of the methods that mix")
-    arg("--second-masks", nargs="+", default=[MASK], choices=SECOND_MASKS, help="what the second pass sees")
+    arg("--cs", nargs="+", default=[C], type=number(float, 1e-9, 1e9), metavar="C",
+        help="of the methods that mix")
     arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
     arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="of each model")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
@@ -293,7 +290,7 @@ def main(argv=None):
         free = (*OWN, "micro-batch-size", "save-every", "device")       # no result hangs on these
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
-        models = variants(args.methods, args.pefts, args.cs, args.second_masks, given(rest))
+        models = variants(args.methods, args.pefts, args.cs, given(rest))
         flags = {name: [*rest, *own] for name, own in models.items()}
         records = grid(flags, lrs, args.seeds, out, score, scored_on)
         if not records:

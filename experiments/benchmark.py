@@ -157,7 +157,8 @@ def main(argv=None):
         check_device(device)
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     model = random_model(args.size, device, dtype)
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    on_gpu = device.startswith("cuda")
+    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
     n = sum(p.numel() for p in model.parameters())
     print(f"{args.size}: {n / 1e6:,.0f}M parameters, {dtype}, {where}, torch {torch.__version__}, "
           f"median of {args.repeats}")

@@ -95,7 +95,7 @@ def main(argv=None):
     arg("--answer", type=number(int, 1), default=256, help="tokens of the answer")
     arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second")
     args = parser.parse_args(argv)
-    rank = KINDS[args.peft].options.get("rank")         # with one, plain finetuning of twice the rank as well
+    rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
     variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
     print("| base model | parameters | method | that train | frozen weights | trained, 16 bytes each "
           "| activations | together | TFLOP an example | 3,000 steps |")

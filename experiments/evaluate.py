@@ -229,7 +229,8 @@ def main(argv=None):
         sys.exit(1)
     name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
     summary = {**vars(args), "method": bitune.method if about else None, "template": template,
-               "questions": len(results), "left_out": left_out, "seconds": round(time.monotonic() - begun, 1),
+               "questions": len(results), "left_out": left_out,
+               "seconds": round(time.monotonic() - begun, 1),
                "scores": {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}}
     files = {f"{name}.jsonl": "".join(json.dumps(result) + "\n" for result in results).encode(),
              f"{name}.json": json_bytes(summary)}

@@ -2,8 +2,8 @@
 
     python -m experiments.merge --model FOLDER --adapter RUN --out FOLDER
 
-For runs of method causal, but those of full finetuning, which are checkpoints already, and for PEFT adapters.
-It is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
+For runs of method causal, but those of full finetuning, which are checkpoints already, and for PEFT
+adapters. It is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
 """
 
 from pathlib import Path

@@ -4,9 +4,11 @@ A folder is read as a whole, `load_base`, or refused in one line that names what
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from files.disk import json_bytes, read_json, tensor_bytes
@@ -141,7 +143,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     """
     folder = Path(folder)
     config = read_config(folder)
-    with torch.device("meta"):
+    with torch.device("meta"), no_drawing():
         model = Llama(config)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     where, have = {}, {}                        # tensor name -> its file, its shape
@@ -167,6 +169,16 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
             state |= {n: f.get_tensor(n).to(device, dtype) for n in want if where[n] == file}
     model.load_state_dict(state, assign=True)
     return model
+
+
+@contextmanager
+def no_drawing():
+    """Leave new embeddings undrawn: without memory, PyTorch takes two seconds to get ready for it."""
+    reset, nn.Embedding.reset_parameters = nn.Embedding.reset_parameters, lambda self: None
+    try:
+        yield
+    finally:
+        nn.Embedding.reset_parameters = reset
 
 
 def differences(want, have):

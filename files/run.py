@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bitune import Bitune, adapter_sets
+from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, differences, load_base
 from files.disk import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
@@ -40,14 +40,23 @@ def modern(settings):
             settings[new] = settings.pop(old)
     if settings.get("method") == "lora":
         settings["method"] = "causal"
+    mask = settings.pop("second_mask", "bidirectional")         # of any method's bidirectional pass
+    if mask != "bidirectional" and settings.get("method") in METHODS:
+        passes = [(mask if sees == "bidirectional" else sees, adapter)
+                  for sees, adapter in METHODS[settings["method"]]]
+        METHODS.setdefault(f"{settings['method']}, {mask}", passes)
+        settings["method"] = next(method for method in METHODS if METHODS[method] == passes)
     return settings
 
 
 def modern_tensors(tensors):
     """The tensors of a state or mixing file under the names that the modules have now."""
-    names = {"key": "theta_key", "value": "theta_value"}
-    rename = lambda n: n.replace(".sets.causal.", ".sets.answer.").replace(".sets.bidirectional.", ".sets.prompt.")
-    return {names.get(n, rename(n)): t for n, t in tensors.items()}
+    def rename(name):
+        for old, new in (("causal", "answer"), ("bidirectional", "prompt")):
+            name = name.replace(f".sets.{old}.", f".sets.{new}.")
+        return {"key": "theta_key", "value": "theta_value"}.get(name, name)
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def read_settings(folder):
@@ -74,16 +83,18 @@ def alpha_by_layer(bitune):
 
 
 def run_bytes(bitune, base, **about):
-    """The files, name to bytes, of a run on the base called `base`, with `about` added to its bitune.json."""
+    """The files, name to bytes, of a run on the base called `base`; `about` is added to its bitune.json."""
     files = {"bitune.json": json_bytes({
-        "method": bitune.method, "mixing": bitune.mixing, "c": bitune.c, "second_mask": bitune.second_mask,
-        **about, "alpha": alpha_by_layer(bitune), "base": base, "base_config": asdict(bitune.model.config)})}
+        "method": bitune.method, "mixing": bitune.mixing, "c": bitune.c, **about,
+        "alpha": alpha_by_layer(bitune), "base": base, "base_config": asdict(bitune.model.config)})}
     if own := own_tensors(bitune):
         files["mixing.safetensors"] = tensor_bytes(own)
     for name in reversed(adapter_sets(bitune.method)):
         kind, _ = bitune.model.sets[name]
-        whole = KINDS[kind].trains_base and name == bitune.answers
-        one = checkpoint_bytes(merge(bitune.model, name), base) if whole else adapter_bytes(bitune.model, name, base)
+        if KINDS[kind].trains_base and name == bitune.answers:
+            one = checkpoint_bytes(merge(bitune.model, name), base)
+        else:
+            one = adapter_bytes(bitune.model, name, base)
         files |= {str(Path(FOLDERS.get(name, name), f)): data for f, data in one.items()}
     return files
 
@@ -111,14 +122,14 @@ def load_bitune(model, folder, base=""):
             n += len(model.state_dict())
         else:
             n += load_adapter(model, name, folder / FOLDERS.get(name, name))
-    bitune = Bitune(model, method, **{k: about[k] for k in ("c", "second_mask") if k in about})
+    bitune = Bitune(model, method, **{k: about[k] for k in ("c",) if k in about})
     return bitune, n + load_own(bitune, folder, about), about
 
 
 def read_about(folder):
     """A run's bitune.json, {} for a bare PEFT adapter."""
     if (folder / "bitune.json").exists():
-        about = modern(read_json(folder / "bitune.json", "method", "second_mask", "base", "base_config"))
+        about = modern(read_json(folder / "bitune.json", "method", "base", "base_config"))
         if "c" not in about:
             raise ValueError(f"{folder / 'bitune.json'} lacks c")
         return about
@@ -144,8 +155,8 @@ def load_own(bitune, folder, about):
     here, there = alpha_by_layer(bitune), about.get("alpha", {})
     for name in there:
         if name not in here or any(abs(a - b) > 1e-3 for a, b in zip(here[name], there[name])):
-            raise ValueError(f"{folder}: from the same parameters, α of the {name} was computed otherwise when "
-                             "it was trained: has Bitune.alpha, in bitune.py, been edited since?")
+            raise ValueError(f"{folder}: α of the {name} was computed otherwise, from the same parameters, in "
+                             "training: has Bitune.alpha, in bitune.py, been edited since?")
     return len(own)
 
 
@@ -222,11 +233,12 @@ class Run:
         if settings.resume:
             _, before = read_settings(self.folder)
             if before["data_hash"] != self.derived["data_hash"]:
-                raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} began")
+                raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} "
+                                 "began")
             self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
-            raise ValueError(f"{self.folder} already holds a run: go on with --resume {self.folder}, or choose "
-                             "another --out")
+            raise ValueError(f"{self.folder} already holds a run: go on with --resume {self.folder}, or "
+                             "choose another --out")
         else:
             write_files(self.folder, {"settings.json": json_bytes({"settings": vars(settings),
                                                                    "derived": self.derived})})
@@ -291,5 +303,5 @@ def finished(folder):
     settings, derived = read_settings(folder)
     if read_json(folder / "bitune.json").get("step") != settings["steps"]:
         return False
-    log = logged(folder / "log.jsonl", settings["steps"])
-    return not derived["val_examples"] or any(r["step"] == settings["steps"] and "val_loss" in r for r in log)
+    validated = [r["step"] for r in logged(folder / "log.jsonl", settings["steps"]) if "val_loss" in r]
+    return not derived["val_examples"] or settings["steps"] in validated

@@ -11,6 +11,7 @@ and tokenizers are tested too.
 import json
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,8 @@ def pytest_addoption(parser):
 
 
 def pytest_runtestloop(session):
-    """Run every second test in a process of its own, if there are many: each is one thread, and most machines
-    have two cores. Its reports are shown when both are through."""
+    """Run every second test in a process of its own, if there are many: each is one thread, and most
+    machines have two cores. Its reports are shown when both are through."""
     config, items = session.config, session.items
     if len(items) < 50 or config.option.collectonly or config.option.usepdb or not hasattr(os, "fork"):
         return None
@@ -54,7 +55,8 @@ def pytest_runtestloop(session):
             os._exit(0)
         os.waitpid(child, 0)
         reports.seek(0)
-        theirs = [config.hook.pytest_report_from_serializable(config=config, data=json.loads(line)) for line in reports]
+        read = partial(config.hook.pytest_report_from_serializable, config=config)
+        theirs = [read(data=json.loads(line)) for line in reports]
         for report in theirs:
             if isinstance(report.longrepr, list):       # of a skipped test; JSON knows no tuples
                 report.longrepr = tuple(report.longrepr)
@@ -81,8 +83,9 @@ def pytest_terminal_summary(terminalreporter):
     recorded = [r for r in failed if "reference" in r.keywords]
     if recorded:
         terminalreporter.write_line(
-            f"{len(recorded)} of the {len(failed)} failures are of the group `reference`: numbers of the paper's "
-            "code and of public libraries, which an edit of the method changes. What must hold of any edit: "
+            f"{len(recorded)} of the {len(failed)} failures are of the group `reference`: numbers of the "
+            "paper's code and of public libraries, which an edit of the method changes. What must hold of "
+            "any edit: "
             'python -m pytest -m "not reference"')
 
 

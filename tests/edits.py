@@ -59,7 +59,7 @@ def subclass(name, of):
 
 
 def copy_project(folder, name=None, slips=()):
-    """A copy of the project in `folder`, with the edit `name`, and then with slips, (file, old, new), in it."""
+    """A copy of the project in `folder`, with the edit `name`, and then slips, (file, old, new), in it."""
     folder = Path(folder)
     shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=lambda at, names: [
         n for n in names if n.startswith((".", "__pycache__", "runs", "reference")) or

@@ -65,8 +65,8 @@ def cached_is_uncached(make, folder):
             both = new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)]
             cache, steps = KVCache(both, len(prompt) + 6), [row[0, -1]]
             for n, token in enumerate(answer[:-1]):
-                at = torch.tensor([[len(prompt) + n]])
-                steps.append(bitune.model(torch.tensor([[token]]), at, None, cache, bitune.answers)[0][0, -1])
+                token, at = torch.tensor([[token]]), torch.tensor([[len(prompt) + n]])
+                steps.append(bitune.model(token, at, None, cache, bitune.answers)[0][0, -1])
         assert_same([torch.stack(steps)], [logits])
 
 
@@ -89,15 +89,16 @@ def equal_passes_are_mixed_to_themselves(make, folder):
     bitune = make(dtype=F64)
     if bitune.mixes:
         same, one = copy.copy(bitune), copy.copy(bitune)
-        same.passes, one.passes, one.mixes = [bitune.passes[0]] * len(bitune.passes), bitune.passes[:1], False
+        same.passes = [bitune.passes[0]] * len(bitune.passes)
+        one.passes, one.mixes = bitune.passes[:1], False
         context, _ = bitune.lay_out(RAGGED, ANSWERS)
         for mixed, single in zip(same.encode(context).layers, one.encode(context).layers):
             assert_same(mixed, single)
 
 
 def layer_0_is_read_alike(bitune):
-    """Whether passes give the same keys, or values, in layer 0, which has seen no other token yet: then there
-    is nothing to mix. So it is with one set for all, or with sets that leave the projection alone."""
+    """Whether passes give the same keys, or values, in layer 0, which has seen no other token yet: then
+    there is nothing to mix. So it is with one set for all, or with sets that leave the projection alone."""
     found, one = [], copy.copy(bitune)
     for each in bitune.passes:
         one.passes, one.mixes = [each], False
@@ -128,7 +129,8 @@ def alpha_is_where_it_says(make, folder):
             alpha2, cache2 = state()
             p.data.view(-1)[i] = before
             moved = {l for l in range(L) if any(abs(alpha[n][l] - alpha2[n][l]) > 1e-12 for n in alpha)}
-            seen = {l for l in range(L) if any((a - b).abs().max() > 1e-12 for a, b in zip(cache[l], cache2[l]))}
+            differ = lambda l: max((a - b).abs().max() for a, b in zip(cache[l], cache2[l])) > 1e-12
+            seen = {l for l in range(L) if differ(l)}
             assert moved, f"{name}[{i}] moves no α"
             assert moved - idle <= seen <= moved, f"{name}[{i}]: α of layers {moved}, the caches of {seen}"
 
@@ -140,10 +142,11 @@ def unread(bitune, name):
     """Whether nothing reads what a parameter does: the last layer of a set that only reads prompts has but
     its keys and values, of which a mixing may leave one out."""
     last = f".layers.{bitune.model.config.num_hidden_layers - 1}."
-    if last not in name or not any(f".sets.{s}." in name for s in adapter_sets(bitune.method) if s != bitune.answers):
+    others = [s for s in adapter_sets(bitune.method) if s != bitune.answers]
+    if last not in name or not any(f".sets.{s}." in name for s in others):
         return False
-    used = [{"key": "k_proj", "value": "v_proj"}[n.split()[0]] for n in bitune.alpha()] if bitune.mixes else ["k_proj", "v_proj"]
-    return not any(linear in name for linear in used)
+    mixed = [n.split()[0] for n in bitune.alpha()] if bitune.mixes else ["key", "value"]
+    return not any(linear in name for n, linear in (("key", "k_proj"), ("value", "v_proj")) if n in mixed)
 
 
 @identity
@@ -164,11 +167,12 @@ def every_parameter_has_a_gradient_and_moves_the_output(make, folder):
                 if ".layers." not in name or ".layers.0." in name:      # the other layers are alike
                     kept = p.clone()
                     p.mul_(1.5).add_(0.01)
-                    assert (torch.cat(answer_logits(bitune)) - before).abs().max() > 1e-9, f"{name}: no effect"
+                    change = (torch.cat(answer_logits(bitune)) - before).abs().max()
+                    assert change > 1e-9, f"{name}: no effect"
                     p.copy_(kept)
     for module in bitune.modules():
         stray = [n for n, value in vars(module).items() if isinstance(value, torch.Tensor)]
-        assert not stray, f"{type(module).__name__}.{stray[0]} is neither a parameter nor a buffer: it is not saved"
+        assert not stray, f"{type(module).__name__}.{stray[0]}, no parameter and no buffer, is not saved"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -220,7 +224,8 @@ def merged_is_unmerged(make, folder):
     mask = may_attend(positions, positions)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     for name in model.sets:
-        assert_same([merge(model, name)(ids, positions, mask)[0]], [model(ids, positions, mask, adapter=name)[0]])
+        merged, _ = merge(model, name)(ids, positions, mask)
+        assert_same([merged], [model(ids, positions, mask, adapter=name)[0]])
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())  # the model is as it was
 
 

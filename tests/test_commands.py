@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train
-from bitune import METHODS, Bitune
+from bitune import METHODS, Bitune, adapter_sets
 from experiments import merge
 from files.checkpoint import load_base
 from files.disk import write_files
@@ -91,9 +91,8 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "[[ It is 0.</s>]]" in said and "base model: validation loss" in said and "step 6/6" in said
     run = tmp_path / "run"
-    two = method in ("bitune", "no-mixing", "only-causal")
-    assert (run / "bidirectional/adapter_model.safetensors").exists() == two
-    assert (run / "mixing.safetensors").exists() == (method in ("bitune", "only-causal", "shared-weights"))
+    assert (run / "bidirectional/adapter_model.safetensors").exists() == ("prompt" in adapter_sets(method))
+    assert (run / "mixing.safetensors").exists() == (len(METHODS[method]) == 2)
     assert len(log(run)) == 6 and len(log(run, "val_loss")) == 3
     assert log(run, "val_loss")[-1] < log(run, "val_loss")[0]
 
@@ -318,7 +317,6 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
     assert "argument --rank: 0 is out of range: expected at least 1" in bad("--rank", 0)
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")
-    assert "has no bidirectional pass" in bad("--method", "causal", "--second-mask", "causal")
     assert "no linear is named fc1" in bad("--targets", "fc1")
     assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)
     assert "no example left; dropped: 40 too long" in bad("--max-length", 5)
@@ -359,7 +357,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
     assert "nowhere has no adapter_config.json" in bad(
         *model, "--adapter", tmp_path / "nowhere", "--prompt", "x"
     )
-    assert "method causal mixes nothing; give --adapter" in bad(*model, *run, "--show-mixing")
+    assert "method causal mixes nothing; give a run that does" in bad(*model, *run, "--show-mixing")
     assert "are more than the model's max_position_embeddings of 256" in bad(
         *model, *run, "--prompt", "x" * 300
     )

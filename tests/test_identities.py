@@ -1,6 +1,6 @@
 """What must always hold, whatever the weights: in float64, on ragged batches, with all that trains away from
-where it starts. `identities.py` has what holds of any method, kind and mixing; here it is run on ours, beside
-what is particular to them."""
+where it starts. `identities.py` has what holds of any method, kind and mixing; here it is run on ours,
+beside what is particular to them."""
 
 from functools import partial
 
@@ -22,7 +22,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method, config", [*((m, "grouped") for m in METHODS), ("bitune", "biased"), ("bitune", "parallel")])
+@pytest.mark.parametrize(
+    "method, config", [*((m, "grouped") for m in METHODS), ("bitune", "biased"), ("bitune", "parallel")]
+)
 def test_identities(method, kind, config, tmp_path):
     for name, check in IDENTITIES.items():
         check(partial(tiny_bitune, method, kind, CONFIGS[config]), tmp_path / name)
@@ -65,13 +67,6 @@ def test_a_prompt_of_one_token_is_a_plain_causal_pass(method):
         answer_logits(bitune, [[4], [9]], ANSWERS[:2]),
         answer_logits(Bitune(bitune.model, "causal"), [[4], [9]], ANSWERS[:2]),
     )
-
-
-def test_a_second_pass_that_is_causal_is_the_ablation_only_causal():
-    bitune = tiny_bitune(dtype=F64, second_mask="causal")
-    other = Bitune(bitune.model, "only-causal").to(F64)
-    other.load_state_dict(bitune.state_dict())
-    assert_same(answer_logits(bitune), answer_logits(other))
 
 
 def test_full_finetuning_of_two_equal_sets_splits_the_gradient_of_one():
@@ -234,9 +229,7 @@ def test_sample_token_draws_from_the_distribution_it_should():
     "options, message",
     [
         (dict(method="bituna"), "expected one of bitune, naive-bidir"),
-        (dict(second_mask="sideways"), "expected bidirectional or causal or anticausal"),
         (dict(c=0.0), "expected a number above 0"),
-        (dict(method="causal", second_mask="causal"), "has no bidirectional pass"),
     ],
 )
 def test_wrong_settings_are_named(options, message):

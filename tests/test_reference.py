@@ -68,9 +68,7 @@ def load_variant(folder, name):
         maker, method = subclass("relu", Bitune), "bitune"
     elif name.startswith("bitune_s_init_"):
         options, method = {"c": float(name.removeprefix("bitune_s_init_"))}, "bitune"
-    elif name == "bitune_anticausal":
-        options, method = {"second_mask": "anticausal"}, "bitune"
-    method = method.replace("_", "-")
+    method = method.removeprefix("bitune_").replace("_", "-")
     if method not in METHODS:
         pytest.skip(f"variant {name} is not supported yet")
 
