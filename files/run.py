@@ -155,8 +155,8 @@ def load_own(bitune, folder, about):
     here, there = alpha_by_layer(bitune), about.get("alpha", {})
     for name in there:
         if name not in here or any(abs(a - b) > 1e-3 for a, b in zip(here[name], there[name])):
-            raise ValueError(f"{folder}: α of the {name} was computed otherwise, from the same parameters, in "
-                             "training: has Bitune.alpha, in bitune.py, been edited since?")
+            raise ValueError(f"{folder}: α of the {name} was computed otherwise, from the same parameters, "
+                             "in training: has Bitune.alpha, in bitune.py, been edited since?")
     return len(own)
 
 

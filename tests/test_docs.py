@@ -1,0 +1,105 @@
+"""What README and docs/ say exists, and the house is as they say."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import experiments.ablate
+import experiments.benchmark
+import experiments.cost
+import experiments.demo.__main__
+import experiments.demo.pretrain
+import experiments.evaluate
+import experiments.merge
+import sample
+import train
+from edits import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODE = sorted(f for f in ROOT.rglob("*.py") if not any(p.startswith(".") for p in f.relative_to(ROOT).parts))
+
+
+def anchors(page):
+    """The anchors of a page's headings, as they are made on the web: lower case, spaces to hyphens."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(((?!http)[^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name} links to {target}#{anchor}"
+
+
+def test_flags_exist(capsys):
+    """Every flag that a page names is one of a command's."""
+    known = {"--reference", "--local-dir"}
+    mains = (train, sample, experiments.evaluate, experiments.merge, experiments.cost, experiments.ablate,
+             experiments.benchmark, experiments.demo.__main__, experiments.demo.pretrain)
+    for module in mains:
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")))
+        assert named <= known, f"{page.name}: {named - known}"
+
+
+def test_commands_and_files_exist():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for module in re.findall(r"python -m (experiments[\w.]*)", text):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+        for file in re.findall(r"python ([\w/]+\.py)", text):
+            assert (ROOT / file).exists(), file
+
+
+def test_the_house_keeps_its_sizes():
+    lines = lambda f: len(f.read_text(encoding="utf-8").splitlines())
+    ideas = ("model.py", "lora.py", "bitune.py", "train.py", "sample.py")
+    assert sum(lines(ROOT / f) for f in ideas) <= 1050 and lines(ROOT / "README.md") <= 230
+    counts = re.findall(r"^\| \[(\w+\.py)\]\(\S+\) \| (\d+) \|", PAGES[0].read_text(encoding="utf-8"), re.M)
+    assert {file for file, _ in counts} == set(ideas)
+    for file, n in counts:                      # room for a reader's own edits
+        assert abs(lines(ROOT / file) - int(n)) <= 20, file
+    for file in CODE:
+        text = file.read_text(encoding="utf-8")
+        wide = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 109]
+        assert not wide, f"{file.relative_to(ROOT)}: line {wide[0]} goes beyond column 109"
+
+
+# Each room imports of the project only what stands here, but for a function that hands over to files.
+ROOMS = {
+    "model": [], "lora": ["model"], "bitune": ["model"], "text": ["text"],
+    "files": ["model", "lora", "bitune", "text", "files"],
+    "cli": ["model", "lora", "bitune", "text", "files", "cli"],
+    "train": ["lora", "bitune", "text", "files", "cli"], "sample": ["text", "files", "cli"],
+}
+
+
+def test_imports_go_one_way():
+    for file in CODE:
+        room = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room in ROOMS:
+            for node in ast.parse(file.read_text(encoding="utf-8")).body:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                    [node.module] if isinstance(node, ast.ImportFrom) else []
+                own = {n.split(".")[0] for n in names} & {*ROOMS, "experiments"}
+                assert own <= set(ROOMS[room]), f"{file.relative_to(ROOT)} imports {own - set(ROOMS[room])}"
+
+
+@pytest.mark.parametrize("argv", [["--reference=FOLDER"], ["tests", "--reference", "FOLDER"]])
+def test_other_reference_folders_are_found(argv, tmp_path):
+    """Numbers that lie outside the repository: there a word of pytest's command line can lead it astray."""
+    shutil.copytree(ROOT / "tests/reference/base/qwen2", tmp_path / "mine/qwen2")
+    argv = [a.replace("FOLDER", str(tmp_path)) for a in argv]
+    command = [sys.executable, "-m", "pytest", *argv, "--collect-only", "-k", "base_logits"]
+    assert "[mine/qwen2]" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
