@@ -198,7 +198,7 @@ class Bitune(nn.Module):
                 logits = self.model(token[:, None], positions, mask, cache, self.answers)[0][:, -1]
                 positions = positions + 1
 
-    def generate(self, prompts, max_new_tokens=256, **options):
+    def generate(self, prompts, max_new_tokens, **options):
         """The answers, as `answer` yields them, as a list of ids for each prompt."""
         steps = list(self.answer(prompts, max_new_tokens, **options))
         return [[ids[b] for ids in steps if ids[b] is not None] for b in range(len(prompts))]

@@ -3,7 +3,7 @@
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
 The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration, on
-the base and data in experiments/demo. A killed run loses nothing that was saved and goes on with:
+the base and data in experiments/demo. A killed run loses nothing that was saved, and continues with:
 
     python train.py --resume RUN
 """

@@ -111,7 +111,7 @@ def train_parser(description=None):
     arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
     arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list, see docs/data.md")
     arg("--out", metavar="RUN", help="folder to write the run to")
-    arg("--resume", metavar="RUN", help="go on with RUN from its last save, with its own settings; only "
+    arg("--resume", metavar="RUN", help="continue RUN from its last save, with its own settings; only "
         "these flags may be given with it: " + " ".join(f"--{k}" for k in MAY_CHANGE))
 
     arg = flag_adder(parser, "method")
@@ -199,7 +199,7 @@ def resumed(parser, argv, folder):
     """The settings of the run in `folder`, with what was given of MAY_CHANGE. ValueError for other flags."""
     flags = given(argv)
     if more := {name.replace("_", "-") for name in flags} - {"resume", *MAY_CHANGE}:
-        raise ValueError(f"--resume goes on with a run's own settings, which "
+        raise ValueError(f"--resume continues a run with its own settings, which "
                          f"--{' --'.join(sorted(more))} would change")
     finish_writing(folder)
     before, _ = read_settings(folder)

@@ -21,7 +21,7 @@ from cli.process import before_work, guarded, run_main
 from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_parser, number
 from cli.settings import read_flags, train_parser
 from cli.terminal import Progress
-from experiments.evaluate import SCORED, evaluate, load_questions
+from experiments.evaluate import BATCH_SIZE, SCORED, evaluate, load_questions
 from files.checkpoint import load_base, read_config
 from files.disk import finish_writing, json_bytes, read_json, write_files
 from files.run import finished, load_run, modern, read_settings
@@ -264,7 +264,7 @@ def main(argv=None):
     parser.allow_abbrev = False
     arg = flag_adder(parser)
     arg("--out", metavar="FOLDER", required=True, help="where runs, results.jsonl and tables.md go, and "
-        "where they are gone on with")
+        "where they are continued")
     arg("--evaluate", nargs="+", default=[], metavar="TASK=FILE", help="what to score every run on, as "
         "experiments.evaluate does: " + ", ".join(SCORED))
     arg("--methods", nargs="+", default=["bitune"], choices=[m for m in METHODS if METHODS[m]],
@@ -275,7 +275,7 @@ def main(argv=None):
     arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
     arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="of each model")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
-    arg("--eval-batch-size", type=number(int, 1), default=8, help="questions at a time")
+    arg("--eval-batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
     arg("--max-new-tokens", type=number(int, 1), default=default(Bitune.answer, "max_new_tokens"),
         help="longest written answer")
     args, rest = parser.parse_known_args(argv)

@@ -29,9 +29,10 @@ from cli.terminal import Progress, clock
 from files.disk import json_bytes, write_files
 from files.run import load_run
 from model import Past, may_attend
-from text.examples import batches, encode_answer, encode_prompt, parse_row, right_choice, stop_id
+from text.examples import batches, encode_answer, encode_prompt, joined, parse_row, right_choice, stop_id
 from text.rows import TASKS, read_rows
 
+BATCH_SIZE = 8          # questions at a time, if nothing else is said
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
 
 
@@ -62,8 +63,7 @@ def load_questions(path, task, tokenizer, template, longest, limit=None):
         if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out += 1
             continue
-        text = "\n\n".join([text for _, text in turns] + [input] * bool(input))
-        questions.append(Question(place, text, prompt, texts, choices, answer))
+        questions.append(Question(place, joined(turns, input), prompt, texts, choices, answer))
     if not questions:
         raise ValueError(f"{path}: no question left, {left_out} are longer than {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
@@ -199,7 +199,7 @@ def main(argv=None):
     arg("--task", choices=SCORED, required=True, help="what the file is")
     arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
-    arg("--batch-size", type=number(int, 1), default=8, help="questions at a time")
+    arg("--batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
     arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
     arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/base/NAME)")
     args = parser.parse_args(argv)

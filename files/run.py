@@ -222,14 +222,15 @@ def load_state(path, bitune, optimizer):
 
 
 class Run:
-    """A run in training: the model, its optimizer and examples, its settings, and its folder, which is made,
-    or gone on with. `at` is the step in hand, `saved` the last one of which there is a save. ValueError if
-    the folder holds a run already, or the data of one that is resumed has changed."""
+    """A run in training: the model, its optimizer and examples, its settings, and its folder, which is new
+    or resumed. `at` is the step in hand, `saved` the last one of which there is a save, `validated` the
+    steps whose validation is in the log. ValueError if the folder holds a run already, or the data of one
+    that is resumed has changed."""
 
     def __init__(self, settings, tokenizer, bitune, optimizer, examples, val, dropped):
         self.settings, self.tokenizer, self.bitune, self.optimizer = settings, tokenizer, bitune, optimizer
         self.examples, self.val, self.folder = examples, val, Path(settings.out)
-        self.derived, self.saved, self.validated = self.derive(dropped), 0, set()
+        self.derived, self.saved = self.derive(dropped), 0
         if settings.resume:
             _, before = read_settings(self.folder)
             if before["data_hash"] != self.derived["data_hash"]:
@@ -237,8 +238,8 @@ class Run:
                                  "began")
             self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
-            raise ValueError(f"{self.folder} already holds a run: go on with --resume {self.folder}, or "
-                             "choose another --out")
+            raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
+                             "or choose another --out")
         else:
             write_files(self.folder, {"settings.json": json_bytes({"settings": vars(settings),
                                                                    "derived": self.derived})})

@@ -10,6 +10,7 @@ import importlib
 import re
 import shutil
 import sys
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,8 +37,7 @@ def change(source, scope, block):
     for node in ast.parse(block).body:
         tree = ast.parse(source)
         body = next(n for n in tree.body if defines(n) == scope).body if scope else tree.body
-        new = "\n".join(" " * 4 * bool(scope) + line if line else "" for line in
-                        ast.get_source_segment(block, node).splitlines())
+        new = textwrap.indent(ast.get_source_segment(block, node), "    " if scope else "")
         if isinstance(node, ast.FunctionDef) and node.decorator_list:
             raise ValueError("decorators are not copied")
         lines, old = source.splitlines(), next((n for n in body if defines(n) == defines(node)), None)

@@ -1,8 +1,8 @@
 """What must hold of any method, any kind of adapters and any mixing, whatever the weights: checks that stay
 green under a right edit of the source, and turn red under a slip.
 
-Each takes a factory, make(dtype=...), of a Bitune with everything that trains drawn (see tiny.draw), and a
-folder to write to. `IDENTITIES` has them all by name; none knows the name of a parameter.
+Each takes a factory, make(dtype=...), of a Bitune with everything that trains away from its start (see
+tiny.scatter), and a folder to write to. `IDENTITIES` has them all by name; none knows the name of a parameter.
 """
 
 import copy
@@ -15,7 +15,7 @@ from files.run import alpha_by_layer, load_run, load_state, run_bytes, state_byt
 from lora import merge
 from model import KVCache, may_attend
 from text.examples import Example
-from tiny import ANSWERS, RAGGED, draw, write_checkpoint
+from tiny import ANSWERS, RAGGED, scatter, write_checkpoint
 from train import make_optimizer, train_step
 
 F64 = torch.float64
@@ -179,7 +179,7 @@ def every_parameter_has_a_gradient_and_moves_the_output(make, folder):
 # What is kept
 
 def write_run(make, folder):
-    """A drawn Bitune, and its run in folder/run on the checkpoint folder/base."""
+    """A Bitune, and its run in folder/run on the checkpoint folder/base."""
     bitune, base = make(), folder / "base"
     write_checkpoint(base, **bitune.tiny_config)
     write_files(folder / "run", run_bytes(bitune, str(base), template="paper", step=1))
@@ -204,7 +204,7 @@ def resumed_is_uninterrupted(make, folder):
         examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
         return [train_step(bitune, optimizer, examples, 4, 0.01 / (1 + step), 1.0) for step in which]
 
-    whole, half, rest = make(), make(), draw(make(), seed=2)
+    whole, half, rest = make(), make(), scatter(make(), seed=2)
     optimizers = [make_optimizer(b, 1e-6, 0.0) for b in (whole, half, rest)]
     record = steps(whole, optimizers[0], range(4))
     steps(half, optimizers[1], range(2))

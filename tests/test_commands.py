@@ -331,7 +331,7 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
 def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):
     train.main(flags())
     capsys.readouterr()
-    assert "already holds a run: go on with --resume" in exits(2, train.main, flags(), capsys)
+    assert "already holds a run: continue it with --resume" in exits(2, train.main, flags(), capsys)
     assert "is finished: all of its 6 steps are done" in exits(
         2, train.main, ["--resume", tmp_path / "run"], capsys
     )
@@ -450,7 +450,7 @@ def test_a_first_save_killed_between_two_renames_is_not_overwritten(flags, tmp_p
     monkeypatch.undo()
     assert (run / "renaming.json").exists() and not (run / "adapter_config.json").exists()
     capsys.readouterr()
-    assert "already holds a run: go on with --resume" in exits(2, train.main, flags(), capsys)
+    assert "already holds a run: continue it with --resume" in exits(2, train.main, flags(), capsys)
     train.main(["--resume", str(run)])
     assert len(log(run)) == 6
 

@@ -198,13 +198,13 @@ def test_answers_end_at_the_models_limit():
 
 def test_sampling_follows_the_seed_and_narrows_to_greedy():
     bitune = tiny_bitune()
-    draw = lambda **options: bitune.generate(RAGGED, 8, **options)
-    assert draw(temperature=1.0, seed=1) == draw(temperature=1.0, seed=1) != draw(temperature=1.0, seed=2)
+    ask = lambda **options: bitune.generate(RAGGED, 8, **options)
+    assert ask(temperature=1.0, seed=1) == ask(temperature=1.0, seed=1) != ask(temperature=1.0, seed=2)
     assert (
-        draw(temperature=1.0, top_k=1)
-        == draw(temperature=1.0, top_p=1e-6)
-        == draw(temperature=1e-4)
-        == draw()
+        ask(temperature=1.0, top_k=1)
+        == ask(temperature=1.0, top_p=1e-6)
+        == ask(temperature=1e-4)
+        == ask()
     )
 
 

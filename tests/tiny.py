@@ -40,7 +40,7 @@ def tiny_model(dtype=torch.float32, seed=0, **config):
 
 
 @torch.no_grad()
-def draw(module, seed=1):
+def scatter(module, seed=1):
     """Move every trainable parameter away from where training starts, whatever it is called: what is zero
     gets a value, and what is not a size of its own."""
     torch.manual_seed(seed)
@@ -62,8 +62,8 @@ def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options
 
 
 def tiny_bitune(*args, dtype=torch.float32, **options):
-    """The same, with everything that trains drawn."""
-    return draw(fresh_bitune(*args, **options)).to(dtype)
+    """The same, with everything that trains away from its start."""
+    return scatter(fresh_bitune(*args, **options)).to(dtype)
 
 
 def write_checkpoint(folder, seed=0, **config):

@@ -35,13 +35,18 @@ class Special(str):
     """The name of a special token, as against the same characters in a text."""
 
 
+def joined(turns, input):
+    """The texts of all turns, and of the second field where there is one, with blank lines between."""
+    texts = [text for _, text in turns]
+    return "\n\n".join([*texts, input] if input else texts)
+
+
 def paper(turns, input):
-    question = "\n\n".join([text for _, text in turns] + [input] * bool(input))
-    return [f"Question: {question}\n\nAnswer:"]
+    return [f"Question: {joined(turns, input)}\n\nAnswer:"]
 
 
 def alpaca(turns, input):
-    instruction = "\n\n".join(text for _, text in turns)
+    instruction = joined(turns, "")
     if input:
         return ["Below is an instruction that describes a task, paired with an input that provides further "
                 "context. Write a response that appropriately completes the request.\n\n"
@@ -51,16 +56,16 @@ def alpaca(turns, input):
 
 
 def llama3(turns, input):
-    turns = turns[:-1] + [(turns[-1][0], "\n\n".join([turns[-1][1]] + [input] * bool(input)))]
+    role, _ = turns[-1]
     pieces = []
-    for role, text in turns:
+    for role, text in [*turns[:-1], (role, joined(turns[-1:], input))]:
         pieces += [Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n" + text.strip(),
                    Special("<|eot_id|>")]
     return pieces + [Special("<|start_header_id|>"), "assistant", Special("<|end_header_id|>"), "\n\n"]
 
 
 def plain(turns, input):
-    return ["\n\n".join([text for _, text in turns] + [input] * bool(input))]
+    return [joined(turns, input)]
 
 
 # name: (prompt, what stands before the answer, the stop token or None for the tokenizer's own)

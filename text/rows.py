@@ -81,7 +81,8 @@ def read_rows(path, task="rows"):
                 row = TASKS[task](row)
             except KeyError as error:
                 has = ", ".join(map(str, row)) or "nothing"
-                beside = f" and no {path.stem}-labels.lst lies beside it" * (error.args[0] == "label")
+                lacks_labels = error.args[0] == "label"
+                beside = f" and no {path.stem}-labels.lst lies beside it" if lacks_labels else ""
                 raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has {has}{beside}"
                                  ) from None
             except (ValueError, TypeError, AttributeError) as error:

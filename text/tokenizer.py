@@ -50,7 +50,7 @@ class Tokenizer:
 
     def encode(self, text, begin=True):
         """The ids of a text, without BOS. begin=False says that it continues an earlier text: then
-        SentencePiece's dummy prefix, a space before the first word, is left away."""
+        SentencePiece's dummy prefix, a space before the first word, is not put in front."""
         ids, start = [], 0
         for match in self.cut.finditer(text) if self.cut else ():
             ids += self.codec.encode(text[start:match.start()], begin and start == 0)
@@ -70,7 +70,7 @@ class Tokenizer:
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
-        config = settings(file.parent / "tokenizer_config.json")
+        config = read_beside(file.parent / "tokenizer_config.json")
         try:
             read = read_tokenizer_json if file.suffix == ".json" else read_tiktoken
             codec, special, added, bos = read(file, config)
@@ -83,9 +83,9 @@ class Tokenizer:
             token = config.get(key)
             return special.get(token["content"] if isinstance(token, dict) else token)
         bos_id = special.get(bos, named("bos_token") if config.get("add_bos_token") else None)
-        stop = settings(file.parent / "generation_config.json").get("eos_token_id")
+        stop = read_beside(file.parent / "generation_config.json").get("eos_token_id")
         if stop is None:
-            stop = settings(file.parent / "config.json").get("eos_token_id")
+            stop = read_beside(file.parent / "config.json").get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         eos_id = named("eos_token")
         if eos_id is None:
@@ -93,7 +93,7 @@ class Tokenizer:
         return cls(codec, special, added, bos_id, eos_id, {eos_id, *stop} - {None})
 
 
-def settings(path):
+def read_beside(path):
     """What a JSON file beside the tokenizer says, if it is there."""
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

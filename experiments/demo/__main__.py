@@ -72,7 +72,7 @@ def main(argv=None):
     arg("--lrs", type=number(float, 0), nargs="+", default=[DEMO["lr"]], metavar="LR",
         help="learning rates, of which validation chooses one a model")
     arg("--steps", type=number(int, 1), default=DEMO["steps"], help="of a run")
-    arg("--out", metavar="FOLDER", help="where the runs go, or are gone on with (default: a new one)")
+    arg("--out", metavar="FOLDER", help="where the runs go, or are continued (default: a new one)")
     args = parser.parse_args(argv)
     out = Path(args.out or free_name("runs/laptop"))
     models = variants(["bitune", *(ABLATIONS if args.all else [])])
