@@ -2,7 +2,7 @@
 green under a right edit of the source, and turn red under a slip.
 
 Each takes a factory, make(dtype=...), of a Bitune with everything that trains away from its start (see
-tiny.scatter), and a folder to write to. `IDENTITIES` has them all by name; none knows the name of a parameter.
+tiny.scatter), and a folder to write to. `IDENTITIES` has them all; none knows the name of a parameter.
 """
 
 import copy

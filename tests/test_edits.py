@@ -73,6 +73,8 @@ def failures(folder, tmp_path, name, *only):
 def test_a_right_edit_keeps_every_identity_and_every_command(name, tmp_path, capsys):
     folder = copy_project(tmp_path / "copy", name)
     assert failures(folder, tmp_path, name) == {}
+    if name in ("relu", "window"):              # no new parameter, nothing new to show
+        return
 
     base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
     run = tmp_path / "run"
