@@ -1,5 +1,5 @@
-"""Runs on disk outlive the names in the code: `tests/old` holds three that the version of commit aad9752 made
-on tiny.write_checkpoint and tiny.write_data, half of one of them, and what they answered."""
+"""Runs on disk outlive the names in the code: `tests/old` holds three that commit aad9752 made on
+tiny.write_checkpoint and tiny.write_data, half of one of them, and what they answered."""
 
 import json
 import shutil
