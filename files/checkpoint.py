@@ -4,7 +4,9 @@ A folder is read as a whole, `load_base`, or refused in one line that names what
 """
 
 import json
+import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,15 +17,30 @@ from files.disk import json_bytes, read_json, tensor_bytes
 from model import ACTIVATIONS, Config, Llama
 from text.tokenizer import Tokenizer
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
-ROPE_TYPES = {       # and the numbers of config.json that each needs besides rope_theta
+# The model types that are read, and what their config classes in transformers 5.24 have for a field that a
+# config.json leaves out. (Where it is null: as many key/value heads as heads, the width shared among them.)
+COMMON = {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+          "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+          "sliding_window": None, "use_sliding_window": False, "rope_theta": 10000.0}
+QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
+DEFAULTS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": QWEN,
+    "qwen3": QWEN | {"head_dim": 128},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
+              "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "phi": {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+}
+ROPE_TYPES = {       # and the numbers that each needs besides rope_theta
     "default": [],
     "linear": ["factor"],
     "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BESIDE = ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json",
-          "tokenizer.model")     # what of a folder says how to read its weights' tokens
+          "tokenizer.model", "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt",
+          "vocab.json")         # what of a folder says how to read its weights' tokens
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -32,25 +49,30 @@ BESIDE = ("generation_config.json", "special_tokens_map.json", "tokenizer_config
 def parse_config(c):
     """The Config of a config.json's contents; ValueError names what is missing or not supported."""
     kind = c.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"model_type {kind!r} is not supported: expected {' or '.join(MODEL_TYPES)}")
+    if kind not in DEFAULTS:
+        raise ValueError(f"model_type {kind!r} is not supported: expected {' or '.join(DEFAULTS)}")
+    if quantised := c.get("quantization_config"):
+        raise ValueError(f"it is quantised, by {quantised.get('quant_method', 'a method it does not name')}: "
+                         "expected the weights as they were trained")
     needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
         raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
-    # Gemma's hidden_act was published as "gelu", which was never meant; hidden_activation mends it.
-    act = c.get("hidden_act", "silu")
-    if kind == "gemma":
-        act = c.get("hidden_activation") or "gelu_pytorch_tanh"
-    if act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act {act!r} is not supported: expected {' or '.join(ACTIVATIONS)}")
-    if c.get("qk_layernorm"):
-        raise ValueError("qk_layernorm is not supported: expected a phi model without it")
+    c = COMMON | DEFAULTS[kind] | c
+    if kind == "gemma" and c["hidden_act"] == "gelu":       # as it was published, and never meant
+        c["hidden_act"] = "gelu_pytorch_tanh"
+    if c["hidden_act"] not in ACTIVATIONS:
+        expected = " or ".join(ACTIVATIONS)
+        raise ValueError(f"hidden_act {c['hidden_act']!r} is not supported: expected {expected}")
+    for unlike in ("qk_layernorm", "use_bidirectional_attention"):
+        if c.get(unlike):
+            raise ValueError(f"{unlike} is not supported: expected a {kind} model without it")
 
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}      # of both, the first counts
     heads = c["num_attention_heads"]
-    head_dim = c.get("head_dim") or c["hidden_size"] // heads
-    rope, turned = parse_rope(c)
-    bias = bool(c.get("attention_bias", False)) or kind == "phi"
-    slides = c.get("use_sliding_window", kind == "mistral")
+    head_dim = turned = c["head_dim"] or c["hidden_size"] // heads
+    if kind == "phi":
+        turned = int(head_dim * rope.get("partial_rotary_factor", c["partial_rotary_factor"]))
+    bias = kind == "phi" or kind in ("llama", "qwen3", "gemma") and bool(c["attention_bias"])
     return Config(
         model_type=kind,
         vocab_size=c["vocab_size"],
@@ -58,35 +80,34 @@ def parse_config(c):
         intermediate_size=c["intermediate_size"],
         num_hidden_layers=c["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=c.get("num_key_value_heads") or heads,
+        num_key_value_heads=c["num_key_value_heads"] or heads,
         head_dim=head_dim,
-        max_position_embeddings=c.get("max_position_embeddings") or 2048,
-        rope=rope,
-        rotary_dim=int(head_dim * turned),
-        activation=act,
+        max_position_embeddings=c["max_position_embeddings"],
+        rope=parse_rope(rope, c),
+        rotary_dim=turned,
+        activation=c["hidden_act"],
         norm={"gemma": "rms + 1", "phi": "layer"}.get(kind, "rms"),
-        norm_eps=c.get("layer_norm_eps", 1e-5) if kind == "phi" else c.get("rms_norm_eps", 1e-6),
+        norm_eps=c["layer_norm_eps"] if kind == "phi" else c["rms_norm_eps"],
         qk_norm=kind == "qwen3",
-        sliding_window=c.get("sliding_window", 4096) if slides else None,
+        sliding_window=c["sliding_window"] if kind == "mistral" or c["use_sliding_window"] else None,
         qkv_bias=bias or kind == "qwen2",
-        o_bias=bias and kind != "qwen2",
-        mlp_bias=bool(c.get("mlp_bias", False)) or kind == "phi",
-        tie_word_embeddings=bool(c.get("tie_word_embeddings", kind == "gemma")),
+        o_bias=bias,
+        mlp_bias=kind == "phi" or kind == "llama" and bool(c["mlp_bias"]),
+        tie_word_embeddings=bool(c["tie_word_embeddings"]),
     )
 
 
-def parse_rope(c):
-    """RoPE's type with its numbers, and the part of a head that is turned, in either of the two spellings:
-    up to transformers 4 rope_theta and rope_scaling ("type" is the older word), then rope_parameters."""
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    kind = rope.pop("type", None) or rope.get("rope_type") or "default"
-    turned = rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+def parse_rope(rope, c):
+    """RoPE's type with its numbers, from rope_scaling (up to transformers 4, "type" an older word in it) or
+    rope_parameters; what is not in there stands in the config c itself."""
+    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"RoPE type {kind!r} is not supported: expected {' or '.join(ROPE_TYPES)}")
+    length = c["max_position_embeddings"]
+    rope = {"rope_theta": c["rope_theta"], "original_max_position_embeddings": length} | rope
     if lacking := [k for k in ROPE_TYPES[kind] if k not in rope]:
         raise ValueError(f"RoPE type {kind!r} needs {', '.join(lacking)} in config.json")
-    return {"rope_type": kind, "rope_theta": theta} | {k: rope[k] for k in ROPE_TYPES[kind]}, turned
+    return {"rope_type": kind, "rope_theta": float(rope["rope_theta"])} | {k: rope[k] for k in ROPE_TYPES[kind]}
 
 
 def read_config(folder):
@@ -112,9 +133,10 @@ def load_base(folder, device=None, dtype=None):
         raise ValueError(f"{folder} is not a folder: expected a Hugging Face checkpoint")
     tokenizer = Tokenizer.from_pretrained(folder)
     model = load_model(folder, dtype, device)
-    if tokenizer.n_ids > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer's ids go up to {tokenizer.n_ids - 1}, but the model's "
-                         f"vocabulary has {model.config.vocab_size} tokens: they do not belong together")
+    try:
+        tokenizer.limit(model.config.vocab_size)
+    except ValueError as problem:
+        raise ValueError(f"{folder}: {problem}") from None
     return model, tokenizer
 
 
@@ -142,33 +164,59 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     All missing, unexpected and misshapen tensors are in one ValueError, raised before any is read.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    with torch.device("meta"), no_drawing():
-        model = Llama(config)
-    want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    where, have = {}, {}                        # tensor name -> its file, its shape
+    config, where, have = read_config(folder), {}, {}       # tensor name -> its file and name there, its shape
     for file in checkpoint_files(folder):
         try:
             with safe_open(file, framework="pt") as f:
                 for name in f.keys():
                     entry = f.get_slice(name)
-                    where[name], have[name] = file, tuple(entry.get_shape())
-                    if name in want and "F" not in entry.get_dtype():           # F32, F16, BF16
+                    if "F" not in entry.get_dtype():                            # F32, F16, BF16
                         raise ValueError(f"{file}: {name} is {entry.get_dtype()}, expected floats")
+                    where[name], have[name] = (file, name), tuple(entry.get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
-    have = {n: s for n, s in have.items() if not n.endswith("rotary_emb.inv_freq")}        # in old exports
-    if config.tie_word_embeddings:
-        have.pop("lm_head.weight", None)                                         # the embedding once more
+    config = settle_names(config, where, have)
+    with torch.device("meta"), no_drawing():
+        model = Llama(config)
+    want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     if wrong := differences(want, have):
-        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {'; '.join(wrong)}")
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed(wrong)}")
 
     state = {}
-    for file in sorted(set(where.values())):
+    for file in sorted({file for file, _ in where.values()}):
         with safe_open(file, framework="pt") as f:
-            state |= {n: f.get_tensor(n).to(device, dtype) for n in want if where[n] == file}
+            for name in want:
+                if where[name][0] == file:
+                    state[name] = f.get_tensor(where[name][1]).to(device, dtype)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def settle_names(config, where, have):
+    """Bring the tensors of a checkpoint, name -> (file, name in it) and name -> shape, under the names of a
+    Llama; returns the config, whose head is its own where the file has one that is not the embedding."""
+    def move(old, new):
+        where[new], have[new] = where.pop(old), have.pop(old)
+
+    def read(name):
+        file, name = where[name]
+        with safe_open(file, framework="pt") as f:
+            return f.get_tensor(name)
+
+    for name in [n for n in have if n.endswith("rotary_emb.inv_freq")]:          # in old exports
+        del where[name], have[name]
+    if not any(n.startswith("model.") for n in have):       # as LlamaModel.save_pretrained writes them
+        for name in [n for n in have if not n.startswith("lm_head.")]:
+            move(name, f"model.{name}")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and head in have:
+        if embedding not in have:
+            move(head, embedding)
+        elif have[head] != have[embedding] or not torch.equal(read(head), read(embedding)):
+            return replace(config, tie_word_embeddings=False)       # a merged finetune whose flag is stale
+        else:
+            del where[head], have[head]
+    return config
 
 
 @contextmanager
@@ -189,21 +237,34 @@ def differences(want, have):
     return sorted(wrong + [f"{n} is {have[n]}, expected {want[n]}" for n in both if have[n] != want[n]])
 
 
+def listed(names, most=5):
+    """Names or findings in words: the first few, and how many more there are."""
+    more = f"; and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
+
+
 def checkpoint_files(folder):
-    """The safetensors files of a checkpoint folder; ValueError if any are missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    """The safetensors files of a checkpoint folder: model.safetensors, before the shards of an index, as
+    transformers has it. ValueError if any are missing."""
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if one.is_file() or not index.is_file():
+        files = [one]
+        if index.is_file():
+            print(f"{one} is read; the shards of {index.name} beside it are not", file=sys.stderr)
+    else:
         try:
             where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]    # tensor name -> file name
             files = sorted({folder / name for name in where.values()})
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} is not an index of shards: expected a weight_map of names") from None
-    else:
-        files = [folder / "model.safetensors"]
     if lacking := [f.name for f in files if not f.is_file()]:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
-        hint = f" It has {', '.join(pickles)}: convert to safetensors, they are not read" if pickles else ""
-        raise ValueError(f"{folder} lacks {', '.join(lacking)}.{hint}")
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".safetensors"))
+        hint = ""
+        if pickles := [name for name in others if not name.endswith(".safetensors")]:
+            hint = f" It has {listed(pickles)}: convert to safetensors, they are not read"
+        elif others:
+            hint = f" It has {listed(others)}: is the download complete, and are the names as published?"
+        raise ValueError(f"{folder} lacks {listed(lacking)}.{hint}")
     return files
 
 

@@ -366,7 +366,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
     assert f"{tmp_path / 'run'} was finetuned from {tmp_path / 'model'}, which {other} is not" in line
     assert "hidden_size is 32 there and 64 here" in line and "rope is" in line
     (tmp_path / "model/tokenizer_config.json").write_text(
-        '{"added_tokens_decoder": {"300": {"content": "<s>"}}}'
+        '{"bos_token": "<s>", "add_bos_token": true, "added_tokens_decoder": {"300": {"content": "<s>"}}}'
     )
     assert "the tokenizer's ids go up to 300, but the model's vocabulary has 300" in bad(
         *model, "--prompt", "x"

@@ -43,10 +43,14 @@ class Tokenizer:
         longest_first = sorted(added, key=len, reverse=True)
         self.cut = re.compile("|".join(map(re.escape, longest_first))) if added else None
 
-    @property
-    def n_ids(self):
-        """One more than the highest id."""
-        return 1 + max([self.codec.max_id, *self.names])
+    def limit(self, vocab_size):
+        """Forget special tokens beyond the model's vocabulary: as no text makes them, they do no harm (some
+        checkpoints come with a <pad> there). ValueError if a text, BOS or a stop token would make one."""
+        made = [self.codec.max_id, *self.added.values(), *self.stop_ids, self.bos_id or 0]
+        if max(made) >= vocab_size:
+            raise ValueError(f"the tokenizer's ids go up to {max(made)}, but the model's vocabulary has "
+                             f"{vocab_size} tokens: they do not belong together")
+        self.special = {name: i for name, i in self.special.items() if i < vocab_size}
 
     def encode(self, text, begin=True):
         """The ids of a text, without BOS. begin=False says that it continues an earlier text: then
