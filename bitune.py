@@ -165,8 +165,6 @@ class Bitune(nn.Module):
         limit. temperature 0 takes the likeliest token; else it is sampled, from the top_k likeliest (0: all)
         that make up the first top_p of the mass.
         """
-        if not prompts:
-            return
         config, longest = self.model.config, max(map(len, prompts))
         config.check_length(longest + 1)
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
@@ -218,6 +216,8 @@ def nll(logits, labels):
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """The next token of each prompt: logits (B, V) to ids (B,)."""
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model gives no numbers: its logits are not finite")
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.float() - logits.amax(dim=-1, keepdim=True)     # 0 is the highest at any temperature

@@ -28,6 +28,7 @@ class Option(NamedTuple):
     help: str
     low: float = 0
     high: float = math.inf
+    pattern: str | None = None  # PEFT's field in which layers of other values are listed
 
 
 class Adapter(nn.Module):
@@ -48,8 +49,8 @@ class Adapter(nn.Module):
 
 
 class LoRA(Adapter):
-    options = {"rank": Option(8, "r", "rank of the low-rank part", 1, 65536),
-               "lora_alpha": Option(1.0, "lora_alpha", "its scale is lora_alpha / rank", 0, 1e9),
+    options = {"rank": Option(8, "r", "rank of the low-rank part", 1, 65536, "rank_pattern"),
+               "lora_alpha": Option(1.0, "lora_alpha", "its scale is this / rank", 0, 1e9, "alpha_pattern"),
                "dropout": Option(0.0, "lora_dropout", "dropout before it", 0, 0.99)}
     peft = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
     tensor_names = {half: f"model.{{path}}.{half}.weight" for half in ("lora_A", "lora_B")}
@@ -167,9 +168,8 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     are the kind's defaults. ValueError if no linear bears a target's name."""
     maker, layers, first = KINDS[kind], linears(model), not model.sets
     names = {path.split(".")[-1] for path in layers}
-    if unknown := set(targets) - names - set(layers):
-        expected = ", ".join(sorted(names))
-        raise ValueError(f"no linear is named {' or '.join(sorted(unknown))}: expected {expected}")
+    if unknown := " or ".join(sorted(set(targets) - names - set(layers))):
+        raise ValueError(f"no linear is named {unknown}: expected {', '.join(sorted(names))}")
     targets = targets or [n for n in names if is_target(n)]
     options = {key: option.default for key, option in maker.options.items()} | options
     model.sets[name] = kind, options
@@ -180,7 +180,7 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     chosen = {p: layer for p, layer in layers.items() if p in targets or p.split(".")[-1] in targets}
     new = maker.make(chosen, **options)
     for path, adapter in new.items():
-        layers[path].sets[name] = adapter
+        layers[path].sets[name], adapter.made_with = adapter, options
     return new
 
 
@@ -192,6 +192,8 @@ def merge(model, name):
     for path, adapter in adapters(model, name).items():
         weights[f"{path}.weight"], bias = adapter.merged(layers[path])
         weights |= {} if bias is None else {f"{path}.bias": bias}
+        if not weights[f"{path}.weight"].isfinite().all():
+            raise ValueError(f"{path}: the merged weights are not finite in {layers[path].weight.dtype}")
     with torch.device("meta"):
         plain = Llama(model.config)
     plain.load_state_dict(weights, assign=True)

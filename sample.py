@@ -79,21 +79,20 @@ def main(argv=None):
         say(f"loaded {name}: {n} tensors, method {bitune.method}, template {template}{steps}")
     if args.show_mixing:
         say(bars(bitune))
-    if args.prompt is not None:
-        return ask(bitune, tokenizer, encode(args.prompt), stop_ids, args)
-    if demonstrates:
+    if demonstrates and args.prompt is None:
         say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
         unseen = [row["prompt"] for _, row in read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))]
         say("\n".join(unseen[:3]) + "\n")
     failed = False
-    for line in prompts():
+    for prompt in prompts() if args.prompt is None else [args.prompt]:
         try:
-            ask(bitune, tokenizer, encode(line), stop_ids, args)
-        except ValueError as problem:       # one prompt that is too long does not end the others,
-            print()                         # nor shift their answers
+            ask(bitune, tokenizer, encode(prompt), stop_ids, args)
+        except (ValueError, FloatingPointError) as problem:     # one that is too long does not end the
+            print()                                             # others, nor shift their answers
             say(f"error: {problem}")
             failed = True
-    sys.exit(failed)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

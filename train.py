@@ -35,8 +35,15 @@ def learning_rate(step, steps, warmup_steps, peak):
 
 
 def make_optimizer(bitune, eps, weight_decay):
-    parameters = [p for p in bitune.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.999), eps=eps, weight_decay=weight_decay, fused=True)
+    """AdamW on all that trains. Weight decay is for matrices: not for norms, biases and other vectors, nor
+    for the mixing."""
+    decayed, others = [], []
+    for name, p in bitune.named_parameters():
+        if p.requires_grad:
+            matrix = name.startswith("model.") and p.dim() > 1 and min(p.shape) > 1
+            (decayed if matrix else others).append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=eps, fused=True)
 
 
 def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
@@ -49,11 +56,12 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
         loss = bitune.losses(*zip(*batch)).sum() / len(examples)
         loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    norm = torch.nn.utils.clip_grad_norm_([p for p in bitune.parameters() if p.requires_grad], clip)
     total, norm = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {total} and the gradient norm {norm}")
-    optimizer.param_groups[0]["lr"] = lr
+    for group in optimizer.param_groups:
+        group["lr"] = lr
     optimizer.step()
     return total, norm
 

@@ -107,7 +107,7 @@ def prompts():
         try:
             if terminal:
                 print("> ", end="", file=sys.stderr, flush=True)
-            line = input() if terminal else next(sys.stdin).rstrip("\n")
+            line = input() if terminal else next(sys.stdin).rstrip("\r\n").removeprefix("\ufeff")
         except (EOFError, StopIteration, KeyboardInterrupt):
             return
         if not line and terminal:

@@ -3,15 +3,17 @@
 What is particular to a kind of adapters, its fields and its tensors' names, stands in its class in lora.py.
 """
 
+import re
 from pathlib import Path
 
-from files.checkpoint import differences
+import torch
+
+from files.checkpoint import differences, listed
 from files.disk import json_bytes, read_json, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
 
 PREFIX = "base_model."          # PEFT's model around the base
-REFUSED = ("modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "layer_replication",
-           "use_qalora", "alora_invocation_tokens")
+REFUSED = ("modules_to_save", "lora_bias", "layer_replication", "use_qalora", "alora_invocation_tokens")
 STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")    # init_lora_weights that change the base as well
 
 
@@ -35,15 +37,20 @@ def adapter_bytes(model, name, base=""):
     for key, option in KINDS[kind].options.items():
         listed = isinstance(option.default, tuple)
         fields[option.field] = [n for n in targets if n in options[key]] if listed else options[key]
+        other = {path: a.made_with[key] for path, a in carriers.items() if a.made_with[key] != options[key]}
+        if option.pattern and other:
+            fields[option.pattern] = other
     fields |= KINDS[kind].peft
     return {"adapter_model.safetensors": tensor_bytes(tensors_on_disk(carriers)),
             "adapter_config.json": json_bytes(fields)}
 
 
 def read_options(folder):
-    """The kind and options of the adapters in a folder. ValueError for what no kind of lora.KINDS does."""
+    """The kind of the adapters in a folder, their options, and a function, path -> the options of the layer
+    there, which may be others. ValueError for what no kind of lora.KINDS does."""
     file = folder / "adapter_config.json"
     c = read_json(file, "peft_type")
+    rank_stabilised = c.pop("use_rslora", None)             # of LoRA: then the scale is lora_alpha / sqrt(r)
     odd = {kind: [field for field, value in maker.peft.items() if c.get(field, value) not in (value, None)]
            for kind, maker in KINDS.items() if maker.peft["peft_type"] == c["peft_type"]}
     if not odd:
@@ -56,28 +63,68 @@ def read_options(folder):
     if refused:
         raise ValueError(f"{folder} uses {', '.join(refused)}, which is not supported: expected plain "
                          f"{KINDS[kind].__name__}")
-    options = KINDS[kind].options
-    read_json(file, *(o.field for o in options.values() if o.default))      # what may be absent is 0
-    values = {key: c.get(o.field, o.default) for key, o in options.items()}
-    return kind, {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    known = KINDS[kind].options
+    read_json(file, *(o.field for o in known.values() if o.default))        # what may be absent is 0
+    values = {key: c.get(o.field, o.default) for key, o in known.items()}
+    options = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+
+    def of(path):
+        """A pattern names the end of a layer's path, as a regular expression; the first that fits counts."""
+        own = dict(options)
+        for key, option in known.items():
+            patterns = c.get(option.pattern) or {} if option.pattern else {}
+            fitting = [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", path)]
+            own[key] = fitting[0] if fitting else own[key]
+        if rank_stabilised:
+            own["lora_alpha"] *= own["rank"] ** 0.5
+        return own
+
+    return kind, options, of
 
 
 def load_adapter(model, name, folder):
     """Add the set saved in `folder` to the model under `name`; returns how many tensors were read.
 
     Loads strictly: a tensor for a layer that the model lacks, a missing half or another shape is a
-    ValueError that lists them all, and so is an adapter of a kind that is not of lora.KINDS.
+    ValueError that lists them, and so is an adapter of a kind that is not of lora.KINDS.
     """
     folder = Path(folder)
-    kind, options = read_options(folder)
+    kind, options, of = read_options(folder)
+    if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
+        raise ValueError(f"{folder} has adapter_model.bin, a pickle, which is not read: convert it to "
+                         "adapter_model.safetensors")
     have = read_tensors(folder / "adapter_model.safetensors")
     paths = [p for p in linears(model) if any(n.startswith(f"{PREFIX}model.{p}.") for n in have)]
     if not paths:
         raise ValueError(f"{folder} does not fit the model: no tensors of its layers")
-    want = tensors_on_disk(add_adapter(model, name, kind, paths, **options))
+    new = {}
+    for own in {str(of(p)): of(p) for p in paths}.values():
+        new |= add_adapter(model, name, kind, [p for p in paths if of(p) == own], **own)
+    model.sets[name] = kind, options
+    want = tensors_on_disk(new)
+    have = settle_names(model, want, have, folder)
     shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (want, have)]
     if wrong := differences(*shapes):
-        raise ValueError(f"{folder} does not fit the model: {'; '.join(wrong)}")
+        raise ValueError(f"{folder} does not fit the model: {listed(wrong)}")
     for n, tensor in want.items():
         tensor.data.copy_(have[n])
     return len(have)
+
+
+def settle_names(model, want, have, folder):
+    """The tensors `have` of a file under the names of `want`, as PEFT reads them: one part more in a name
+    (the set's, or "weight") is dropped. The base's own tensors may have been saved along; ValueError if they
+    are not the base's."""
+    base, settled = model.state_dict(), {}
+    for name, tensor in have.items():
+        parts = name.split(".")
+        shorter = [".".join(parts[:i] + parts[i + 1:]) for i in range(len(parts))]
+        own = name.removeprefix(f"{PREFIX}model.")
+        if name not in want and own in base:
+            theirs = base[own].cpu()
+            if theirs.shape != tensor.shape or not torch.equal(theirs, tensor.to(theirs.dtype)):
+                raise ValueError(f"{folder} brings its own {own}, which is not supported: expected the "
+                                 "base's")
+            continue
+        settled[next((n for n in [name, *shorter] if n in want), name)] = tensor
+    return settled

@@ -19,9 +19,9 @@ from text.tokenizer import Tokenizer
 
 # The model types that are read, and what their config classes in transformers 5.24 have for a field that a
 # config.json leaves out. (Where it is null: as many key/value heads as heads, the width shared among them.)
-COMMON = {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-          "sliding_window": None, "use_sliding_window": False, "rope_theta": 10000.0}
+COMMON = {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None,
+          "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+          "mlp_bias": False, "sliding_window": None, "use_sliding_window": False, "rope_theta": 10000.0}
 QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 DEFAULTS = {
     "llama": {},
@@ -52,8 +52,8 @@ def parse_config(c):
     if kind not in DEFAULTS:
         raise ValueError(f"model_type {kind!r} is not supported: expected {' or '.join(DEFAULTS)}")
     if quantised := c.get("quantization_config"):
-        raise ValueError(f"it is quantised, by {quantised.get('quant_method', 'a method it does not name')}: "
-                         "expected the weights as they were trained")
+        method = quantised.get("quant_method", "a method that it does not name")
+        raise ValueError(f"it is quantised, by {method}: expected the weights as they were trained")
     needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
         raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
@@ -107,7 +107,8 @@ def parse_rope(rope, c):
     rope = {"rope_theta": c["rope_theta"], "original_max_position_embeddings": length} | rope
     if lacking := [k for k in ROPE_TYPES[kind] if k not in rope]:
         raise ValueError(f"RoPE type {kind!r} needs {', '.join(lacking)} in config.json")
-    return {"rope_type": kind, "rope_theta": float(rope["rope_theta"])} | {k: rope[k] for k in ROPE_TYPES[kind]}
+    own = {k: rope[k] for k in ROPE_TYPES[kind]}
+    return {"rope_type": kind, "rope_theta": float(rope["rope_theta"])} | own
 
 
 def read_config(folder):
@@ -164,7 +165,8 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     All missing, unexpected and misshapen tensors are in one ValueError, raised before any is read.
     """
     folder = Path(folder)
-    config, where, have = read_config(folder), {}, {}       # tensor name -> its file and name there, its shape
+    config = read_config(folder)
+    where, have = {}, {}                        # tensor name -> its file and its name there; its shape
     for file in checkpoint_files(folder):
         try:
             with safe_open(file, framework="pt") as f:
@@ -188,6 +190,8 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
             for name in want:
                 if where[name][0] == file:
                     state[name] = f.get_tensor(where[name][1]).to(device, dtype)
+                    if not state[name].isfinite().all():
+                        raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
     model.load_state_dict(state, assign=True)
     return model
 
@@ -258,7 +262,8 @@ def checkpoint_files(folder):
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} is not an index of shards: expected a weight_map of names") from None
     if lacking := [f.name for f in files if not f.is_file()]:
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt", ".safetensors"))
+        suffixes = (".bin", ".pth", ".pt", ".safetensors")
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
         hint = ""
         if pickles := [name for name in others if not name.endswith(".safetensors")]:
             hint = f" It has {listed(pickles)}: convert to safetensors, they are not read"

@@ -1,17 +1,25 @@
 """Files of others, as they were met: each is read as its reference implementation reads it, or refused."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import sample
 from bitune import Bitune
+from cli.terminal import prompts
+from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
+from files.disk import write_files
+from lora import adapters, add_adapter, merge
 from model import may_attend
-from text.examples import encode_prompt
-from tiny import CONFIG, write_checkpoint
+from text.examples import encode_prompt, parse_row
+from tiny import CONFIG, scatter, tiny_bitune, tiny_model, write_checkpoint
+from train import make_optimizer
 
 CASES = Path(__file__).parent / "cases"
 
@@ -57,20 +65,23 @@ def test_quantised_checkpoints_are_refused_in_one_line():
 def test_a_head_equal_to_the_embedding_stays_tied(tmp_path):
     folder = write_checkpoint(tmp_path, tie_word_embeddings=True)
     state = load_file(folder / "model.safetensors")
-    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
-    assert load_model(folder).config.tie_word_embeddings
-    save_file(state | {"lm_head.weight": state["model.embed_tokens.weight"] + 1}, folder / "model.safetensors")
-    assert not load_model(folder).config.tie_word_embeddings
+    for more, tied in ((0, True), (1, False)):
+        head = {"lm_head.weight": state["model.embed_tokens.weight"] + more}
+        save_file(state | head, folder / "model.safetensors")
+        assert load_model(folder).config.tie_word_embeddings == tied
 
 
 @pytest.mark.parametrize("kind, changes, want", [
-    ("mistral", {"num_key_value_heads": None, "attention_bias": True}, {"num_key_value_heads": 4, "qkv_bias": False}),
-    ("qwen2", {"mlp_bias": True}, {"qkv_bias": True, "o_bias": False, "mlp_bias": False, "sliding_window": None}),
+    ("mistral", {"num_key_value_heads": None, "attention_bias": True},
+     {"num_key_value_heads": 4, "qkv_bias": False}),
+    ("qwen2", {"mlp_bias": True},
+     {"qkv_bias": True, "o_bias": False, "mlp_bias": False, "sliding_window": None}),
     ("gemma", {"hidden_act": "gelu"}, {"activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
-    ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}}, {"rotary_dim": 2, "activation": "gelu_new"}),
+    ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}},
+     {"rotary_dim": 2, "activation": "gelu_new"}),
     ("llama", {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 2.0}},
      {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
-    ("llama", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),       # which the reference does not look at
+    ("llama", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),   # the reference does not look at it
 ])
 def test_configs(kind, changes, want):
     config = parse_config(CONFIG | {"model_type": kind, "head_dim": 8} | changes)
@@ -88,4 +99,142 @@ def test_defaults_are_those_of_the_config_classes():
         assert ours.max_position_embeddings == theirs.max_position_embeddings
         assert ours.num_key_value_heads == theirs.num_key_value_heads
         assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8) and ours.activation == theirs.hidden_act
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
+        assert ours.activation == theirs.hidden_act
+
+
+# ---- adapters, data, numbers and prompts -----------------------------------------------------------------
+
+ADAPTERS = {        # by peft 0.21.2
+    "adapter-dora-magnitude-dot-weight": [0.12, 1.6, 1.93, 0.15, 0.57, 1.57, -0.25, 0.1],
+    "adapter-embeddings-saved-along": [-0.41, 2.14, 1.57, 1.67, 2.02, 0.95, 0.68, -0.55],
+    "adapter-ia3-up-proj-scales-outputs": [-0.5, 1.35, 1.66, 2.1, 1.68, 1.13, -0.07, 0.06],
+    "adapter-set-name-in-tensor-names": [-0.41, 2.14, 1.57, 1.67, 2.02, 0.95, 0.68, -0.55],
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(case):
+    model = load_model(CASES / case / "base")
+    load_adapter(model, "answer", CASES / case)
+    logits = first_logits(model, adapter="answer")
+    torch.testing.assert_close(logits, torch.tensor(ADAPTERS[case]), atol=0.011, rtol=0)
+
+
+def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
+    folder = shutil.copytree(CASES / "adapter-embeddings-saved-along", tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="brings its own lm_head.weight"):
+        load_adapter(load_model(folder / "base"), "answer", folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="has adapter_model.bin, a pickle, which is not read: convert it"):
+        load_adapter(load_model(folder / "base"), "answer", folder)
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_ranks_and_scales_of_single_layers(tmp_path):
+    """As PEFT has them: patterns name the end of a path; a rank-stabilised scale is alpha / sqrt(r)."""
+    model = tiny_model()
+    add_adapter(model, "answer", rank=2, lora_alpha=4.0)
+    add_adapter(model, "answer", targets=["model.layers.1.mlp.up_proj"], rank=3, lora_alpha=6.0)
+    model.sets["answer"] = "lora", {"rank": 2, "lora_alpha": 4.0, "dropout": 0.0}
+    scatter(model)
+    write_files(tmp_path, adapter_bytes(model, "answer"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    path = "model.layers.1.mlp.up_proj"
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {path: 3}, {path: 6.0})
+    for patterns in ({}, {"rank_pattern": {r"layers\.1\.mlp\.up_proj": 3}}):
+        change(tmp_path / "adapter_config.json", **patterns)
+        again = tiny_model()
+        load_adapter(again, "answer", tmp_path)
+        assert torch.equal(first_logits(again, adapter="answer"), first_logits(model, adapter="answer"))
+    change(tmp_path / "adapter_config.json", use_rslora=True)
+    again = tiny_model()
+    load_adapter(again, "answer", tmp_path)
+    for at, adapter in adapters(again, "answer").items():
+        assert adapter.s == pytest.approx(6 / 3**0.5 if at == path else 4 / 2**0.5)
+
+
+def test_peft_and_we_agree_on_patterns(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    base = write_checkpoint(tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "up_proj"], init_lora_weights=False,
+        rank_pattern={"up_proj": 3, "layers.1.self_attn.q_proj": 5}, alpha_pattern={"2.mlp.up_proj": 9})
+    made = peft.get_peft_model(theirs, config)
+    made.save_pretrained(tmp_path / "peft")
+    model = load_model(base)
+    load_adapter(model, "answer", tmp_path / "peft")
+    with torch.inference_mode():
+        want = made(torch.tensor([[1, 260, 270, 264, 281, 262, 275, 268]])).logits[0, -1, :8]
+    torch.testing.assert_close(first_logits(model, adapter="answer"), want, atol=1e-4, rtol=0)
+
+
+def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
+    folder = write_checkpoint(tmp_path / "base")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][3] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight holds NaN or infinity: the base itself"):
+        load_model(folder)
+    model = tiny_model(torch.float16)
+    adapter = add_adapter(model, "answer")["model.layers.1.mlp.up_proj"]
+    adapter.lora_A.data.fill_(1e3), adapter.lora_B.data.fill_(1e3)
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: the merged weights are not finite in"):
+        merge(model, "answer")
+
+
+def test_weight_decay_is_for_matrices():
+    for kind in ("full", "dora", "ia3"):
+        bitune = tiny_bitune("bitune", kind, {"attention_bias": True})
+        decayed = {id(p) for p in make_optimizer(bitune, 1e-6, 0.1).param_groups[0]["params"]}
+        names = {n.split(".")[-1] for n, p in bitune.named_parameters() if id(p) in decayed}
+        assert names == {"full": {"weight"}, "dora": {"lora_A", "lora_B"}, "ia3": set()}[kind]
+        assert all(p.dim() == 2 for p in bitune.parameters() if id(p) in decayed)
+
+
+@pytest.mark.parametrize("row, want", [
+    ({"messages": None, "prompt": "a", "completion": "b", "output": None}, ([("user", "a")], "", "b")),
+    ({"system": "s", "question": "a", "answer": "b"}, ([("system", "s"), ("user", "a")], "", "b")),
+    ({"system_prompt": "s", "instruction": "a", "input": "", "output": "b"},
+     ([("system", "s"), ("user", "a")], "", "b")),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
+                        {"from": "gpt", "value": "b"}]}, ([("system", "s"), ("user", "a")], "", "b")),
+    ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+     ([("user", "a")], "", "b")),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "c"}]},
+                   {"role": "assistant", "content": "b"}]}, ([("user", "ac")], "", "b")),
+    ({"prompt": "a b", "instruction": "a", "output": "b"}, "has prompt and instruction, which say the same"),
+    ({"prompt": "a", "output": "b", "response": "b"}, "has response and output, which say the same"),
+    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'messages' is not a list of obj"),
+])
+def test_rows(row, want):
+    if isinstance(want, str):
+        with pytest.raises(ValueError, match=want):
+            parse_row(row)
+    else:
+        assert tuple(parse_row(row)) == want
+
+
+def test_what_a_windows_file_adds_is_no_part_of_a_prompt(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffthe all\r\n\r\nthe\r\n", newline=""))
+    assert list(prompts()) == ["the all", "the"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_without_numbers_ends_in_one_line(temperature, tmp_path, capsys):
+    folder = write_checkpoint(tmp_path / "base")
+    state = load_file(folder / "model.safetensors")
+    state["model.norm.weight"][:] = 3e38
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(SystemExit) as end:
+        sample.main(["--model", str(folder), "--prompt", "x", "--temperature", str(temperature)])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: the model gives no numbers: its logits are not finite\n"

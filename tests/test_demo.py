@@ -97,10 +97,9 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     os.utime("runs/demo/bitune.json")  # the last run is the one that is asked
     row = json.loads(open(anywhere / DEMO["val_data"]).readline())
     monkeypatch.setattr("sys.stdin", io.StringIO(row["prompt"] + "\n"))
-    with pytest.raises(SystemExit) as end:
-        sample.main([])
+    sample.main([])
     said = capsys.readouterr()
-    assert end.value.code == 0 and said.out == f" {row['completion']}\n"
+    assert said.out == f" {row['completion']}\n"
     assert "loaded runs/demo:" in said.err and "Questions that it has not seen:" in said.err
 
 

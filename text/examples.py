@@ -15,6 +15,7 @@ from text.rows import read_rows
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 ANSWER_KEYS = ("completion", "answer", "response", "output")
+SYSTEM_KEYS = ("system", "system_prompt")
 
 
 class Example(NamedTuple):
@@ -114,30 +115,54 @@ def parse_row(row):
     """A row in any of the known forms as a Row. The answer is "" where there is none; else ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
+    row = {key: value for key, value in row.items() if value is not None}       # null is absent
 
     def text(key):
-        value = row.get(key)
-        if not isinstance(value, (str, type(None))):
-            raise ValueError(f"{key!r} is {type(value).__name__}, expected text")
-        return value or ""
+        if not isinstance(row.get(key, ""), str):
+            raise ValueError(f"{key!r} is {type(row[key]).__name__}, expected text")
+        return row.get(key, "")
+
+    def one_of(keys):
+        given = [key for key in keys if key in row]
+        if len(given) > 1:
+            raise ValueError(f"it has {' and '.join(given)}, which say the same: expected one of them")
+        return given[0] if given else None
+
     if "messages" in row:
-        try:
-            turns = [(m["role"], m["content"]) for m in row["messages"]]
-        except (TypeError, KeyError):
-            turns = None
-        if turns is None or not all(isinstance(part, str) for turn in turns for part in turn):
-            raise ValueError("'messages' is not a list of objects with the texts 'role' and 'content'")
+        turns = read_turns("messages", row["messages"], "role", "content")
         if turns and turns[-1][0] == "assistant":
             return Row(turns[:-1], "", turns[-1][1])
         return Row(turns, "", "")
-    prompt = next((k for k in PROMPT_KEYS if k in row), None)
+    if "conversations" in row:                      # ShareGPT's
+        named = {"human": "user", "gpt": "assistant"}
+        turns = read_turns("conversations", row["conversations"], "from", "value")
+        messages = [{"role": named.get(role, role), "content": said} for role, said in turns]
+        return parse_row({"messages": messages})
+    prompt, answer = one_of(PROMPT_KEYS), one_of(ANSWER_KEYS)
     if prompt is None:
         raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
                          f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)} (or a --task)")
-    turns = [("user", text(prompt))] if text(prompt) else []
+    if isinstance(row[prompt], list) and isinstance(row.get(answer), list):     # TRL's prompt and completion
+        return parse_row({"messages": row[prompt] + row[answer]})
+    system = one_of(SYSTEM_KEYS)
+    turns = [(role, text(key)) for role, key in (("system", system), ("user", prompt)) if key and text(key)]
     if "choices" in row and "answer" in row:
         return Row(turns, text("input") or text("context"), row["choices"][right_choice(row)])
-    return Row(turns, text("input") or text("context"), next((text(k) for k in ANSWER_KEYS if k in row), ""))
+    return Row(turns, text("input") or text("context"), text(answer) if answer else "")
+
+
+def read_turns(name, messages, role, content):
+    """A list of messages as turns (role, text); a text may come in parts, of which all must be text."""
+    def whole(value):
+        return "".join(part["text"] for part in value) if isinstance(value, list) else value
+
+    try:
+        turns = [(m[role], whole(m[content])) for m in messages]
+    except (TypeError, KeyError):
+        turns = None
+    if turns is None or not all(isinstance(part, str) for turn in turns for part in turn):
+        raise ValueError(f"{name!r} is not a list of objects with the texts {role!r} and {content!r}")
+    return turns
 
 
 def right_choice(row):
