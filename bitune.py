@@ -60,7 +60,7 @@ class Bitune(nn.Module):
     c is the constant of α, and where every θ starts, so α starts at 0.5 whatever it is: c sets how fast α
     moves for a given learning rate. Every parameter of this class trains, and is saved, resumed and shown.
     """
-    mixing = "abs"              # the name of this way to mix, which runs remember: change it with `alpha`
+    mixing = "abs"              # the name of how `alpha` and `mix` mix, which runs remember
 
     def __init__(self, model, method="bitune", c=0.01):
         super().__init__()
@@ -70,7 +70,7 @@ class Bitune(nn.Module):
         if not (isinstance(c, (int, float)) and c > 0):
             raise ValueError(f"c is {c}: expected a number above 0")
         self.model, self.method, self.c, self.passes = model, method, float(c), METHODS[method]
-        self.answers = "answer" if "answer" in model.sets else None         # None is the base itself
+        self.answer_set = "answer" if "answer" in model.sets else None         # None is the base itself
         self.mixes = len(self.passes) > 1
         if self.mixes:
             with torch.device(self.device):
@@ -78,7 +78,7 @@ class Bitune(nn.Module):
 
     def start_mixing(self):
         """The parameters of the mixing, float32 whatever the base is: one θ a layer for K, one for V."""
-        start = torch.full((self.model.config.num_hidden_layers,), self.c)                    # (L,)
+        start = torch.full((self.model.config.num_hidden_layers,), self.c, dtype=torch.float32)       # (L,)
         self.theta_key, self.theta_value = nn.Parameter(start), nn.Parameter(start.clone())
 
     @property
@@ -114,24 +114,24 @@ class Bitune(nn.Module):
         """The keys and values of the context: a Past of L pairs (B, G, S, D), or None if that is empty.
 
         What gets no gradient: the last layer's q, o and MLP in the set "prompt", as only K and V go on from
-        here. At the start, where B = 0: θ[0], since both passes give layer 0 the same K and V (if they have
-        one set, always); and, in the first step, A, which acts through B.
+        here. As long as B = 0, at the start: A, which acts through B, and θ[0], since both passes then give
+        layer 0 the same K and V (always, if they have one set, or sets that leave k and v alone).
         """
         ids, positions = context
         if ids.shape[1] == 0:
             return None
-        passes = []
+        read = []                               # by each pass, L pairs (B, G, T, D)
         for sees, adapter in self.passes:
             mask = may_attend(positions, positions, sees)                                     # (B, 1, T, T)
             _, keys_values = self.model(ids, positions, mask, adapter=adapter, keep=NONE)
-            passes.append(keys_values)
-        return Past(self.mix(passes, positions) if self.mixes else passes[0])
+            read.append(keys_values)
+        return Past(self.mix(read, positions) if self.mixes else read[0])
 
-    def mix(self, passes, positions):
-        """The keys and values of the passes, of each L pairs (B, G, T, D), to those of the cache. Hidden
-        states never meet: all that the second reading has to say, it says here. (Where in the prompt a token
-        stands, positions (B, T), makes no difference; it would to an α by position.)"""
-        causal, second = passes
+    def mix(self, read, positions):
+        """What the passes have read, of each L pairs (B, G, T, D), to the keys and values of the cache.
+        Hidden states never meet: all that the second reading has to say, it says here. (Where in the context
+        a token stands, positions (B, T), makes no difference; it would to an α by position.)"""
+        causal, second = read
         alpha = self.alpha()
         return [(blend(alpha["key"][layer], k_c, k_b), blend(alpha["value"][layer], v_c, v_b))
                 for layer, ((k_c, v_c), (k_b, v_b)) in enumerate(zip(causal, second))]
@@ -146,8 +146,8 @@ class Bitune(nn.Module):
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, self.device)
 
         keep = slice(min(before), None)
-        sees = may_attend(stream.positions, torch.cat((context.positions, stream.positions), dim=1))
-        logits, _ = self.model(*stream, sees, self.encode(context), self.answers, keep)
+        mask = may_attend(stream.positions, torch.cat((context.positions, stream.positions), dim=1))
+        logits, _ = self.model(*stream, mask, self.encode(context), self.answer_set, keep)
         return logits, labels[:, keep]
 
     def losses(self, prompts, answers):
@@ -175,7 +175,7 @@ class Bitune(nn.Module):
         past = self.encode(context)
         ends = (stream.positions >= 0).sum(1) - 1                             # each prompt's last token
         keep = slice(int(ends.min()), None)
-        logits, new = self.model(*stream, may_attend(stream.positions, keys), past, self.answers, keep)
+        logits, new = self.model(*stream, may_attend(stream.positions, keys), past, self.answer_set, keep)
         logits = logits[torch.arange(len(prompts), device=self.device), ends - keep.start]    # (B, V)
         cache = KVCache(new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)],
                         keys.shape[1] + max_new_tokens)
@@ -193,7 +193,7 @@ class Bitune(nn.Module):
             if step + 1 < max_new_tokens:
                 keys = torch.cat((keys, positions), dim=1)
                 mask = may_attend(positions, keys) if ragged else None
-                logits = self.model(token[:, None], positions, mask, cache, self.answers)[0][:, -1]
+                logits = self.model(token[:, None], positions, mask, cache, self.answer_set)[0][:, -1]
                 positions = positions + 1
 
     def generate(self, prompts, max_new_tokens, **options):

@@ -170,7 +170,8 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     names = {path.split(".")[-1] for path in layers}
     if unknown := " or ".join(sorted(set(targets) - names - set(layers))):
         raise ValueError(f"no linear is named {unknown}: expected {', '.join(sorted(names))}")
-    targets = targets or [n for n in names if is_target(n)]
+    if not (targets := targets or [n for n in names if is_target(n)]):
+        raise ValueError(f"none of the linears is a target: name some of {', '.join(sorted(names))}")
     options = {key: option.default for key, option in maker.options.items()} | options
     model.sets[name] = kind, options
     if first:
@@ -190,10 +191,10 @@ def merge(model, name):
     layers = linears(model)
     weights = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
     for path, adapter in adapters(model, name).items():
-        weights[f"{path}.weight"], bias = adapter.merged(layers[path])
-        weights |= {} if bias is None else {f"{path}.bias": bias}
-        if not weights[f"{path}.weight"].isfinite().all():
-            raise ValueError(f"{path}: the merged weights are not finite in {layers[path].weight.dtype}")
+        weight, bias = adapter.merged(layers[path])
+        if not weight.isfinite().all() or (bias is not None and layers[path].bias is None):
+            raise ValueError(f"{path}: merged, it is not finite in {weight.dtype}, or has a bias too many")
+        weights |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
     with torch.device("meta"):
         plain = Llama(model.config)
     plain.load_state_dict(weights, assign=True)

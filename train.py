@@ -132,11 +132,11 @@ def train(run, progress, stop):
         run.log(record)
         progress.step(run, record)
 
-        validates = bool(run.val) and due(s.eval_every)
-        if validates or due(s.save_every) or stop.asked:
+        validates, asked = bool(run.val) and due(s.eval_every), bool(stop.asked)
+        if validates or due(s.save_every) or asked:
             validate(bitune, batches(batch, 1)[0], 1)       # raises if this step has ruined the model
             run.save()
-        if stop.asked and step < s.steps:
+        if asked and step < s.steps:
             raise KeyboardInterrupt
         if validates:
             validation()

@@ -12,7 +12,7 @@ import torch
 
 def fail(message):
     """End with one line and exit status 2."""
-    print("error:", *str(message).splitlines()[:1], file=sys.stderr)
+    print("error:", " ".join(str(message).split())[:1000], file=sys.stderr)
     sys.exit(2)
 
 
@@ -21,7 +21,11 @@ def before_work():
     """What goes wrong in here, before the work begins, is the input's fault."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as problem:      # RuntimeError: too large for the memory
+    except (ValueError, OSError) as problem:
+        fail(problem)
+    except RuntimeError as problem:
+        if "memory" not in str(problem):
+            raise
         fail(problem)
 
 
@@ -51,9 +55,13 @@ class Stop:
     @contextmanager
     def at_once(self):
         """Nothing would be lost by stopping in here."""
+        if self.asked:
+            raise KeyboardInterrupt
         self.now = True
-        yield
-        self.now = False
+        try:
+            yield
+        finally:
+            self.now = False
 
 
 @contextmanager
@@ -64,7 +72,7 @@ def guarded(run, progress):
     old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except (FloatingPointError, OSError, ValueError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
+    except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
         what = {FloatingPointError: f"{problem}: start again with a lower --lr",
                 torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
                 KeyboardInterrupt: "stopped by " + " and ".join(signal.Signals(n).name for n in stop.asked)}

@@ -129,7 +129,7 @@ def train_parser(description=None):
             shown = "each kind's own"
         arg(f"--{name.replace('_', '-')}", **form,
             help=f"of {', '.join(kinds)}: {option.help} (default: {shown})")
-    arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all that end in _proj)")
+    arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: those of lora.is_target)")
 
     arg = flag_adder(parser, "data")
     arg("--task", default="rows", choices=TASKS, help="form of the data: rows of the forms in docs/data.md, "

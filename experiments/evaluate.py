@@ -80,7 +80,7 @@ def log_probs(bitune, prompts, choices):
     them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
         bitune = copy.copy(bitune)
-        bitune.passes = [("causal", bitune.answers)]
+        bitune.passes = [("causal", bitune.answer_set)]
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
     past = bitune.encode(context)                               # once for all choices
 
@@ -90,7 +90,7 @@ def log_probs(bitune, prompts, choices):
         past = Past([(k[owner], v[owner]) for k, v in past.layers])
     _, stream = bitune.lay_out([prompts[b] for b in owner], [ids[:-1] for ids in choice])
     sees = may_attend(stream.positions, torch.cat((context.positions[owner], stream.positions), dim=1))
-    logits, _ = bitune.model(*stream, sees, past, bitune.answers)
+    logits, _ = bitune.model(*stream, sees, past, bitune.answer_set)
     sums = -nll(logits, pad(choice, -100, bitune.device)).sum(1)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")

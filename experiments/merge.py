@@ -1,6 +1,6 @@
 """Write a plain checkpoint that answers as a base with an adapter does:
 
-    python -m experiments.merge --model FOLDER --adapter RUN --out FOLDER
+    python -m experiments.merge --adapter RUN --out FOLDER [--model FOLDER]
 
 For runs of method causal, but those of full finetuning, which are checkpoints already, and for PEFT
 adapters. It is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
@@ -12,18 +12,18 @@ from cli.process import before_work, run_main
 from cli.settings import new_parser
 from files.checkpoint import checkpoint_bytes, checkpoint_dtype, load_model
 from files.disk import finish_writing, write_files
-from files.run import load_bitune, read_about
+from files.run import base_of, load_bitune, read_about
 from lora import merge
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = parser.add_argument
-    arg("--model", metavar="FOLDER", required=True, help="base model: a checkpoint folder")
+    arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
     arg("--adapter", metavar="RUN", required=True, help="a run of train.py, or a PEFT adapter")
     arg("--out", metavar="FOLDER", required=True, help="where to write the checkpoint")
     args = parser.parse_args(argv)
-    base, run, out = map(Path, (args.model, args.adapter, args.out))
+    run, out = Path(args.adapter), Path(args.out)
     with before_work():
         finish_writing(run)
         if out.exists():
@@ -31,9 +31,10 @@ def main(argv=None):
         if (method := read_about(run).get("method", "causal")) != "causal":
             raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
                              "from the base: ask it with sample.py --adapter; only causal can be merged")
+        base = args.model or base_of(run)
         model = load_model(base, checkpoint_dtype(base))
-        bitune, _, _ = load_bitune(model, run, args.model)
-        write_files(out, checkpoint_bytes(merge(model, bitune.answers), base))
+        bitune, _, _ = load_bitune(model, run, base)
+        write_files(out, checkpoint_bytes(merge(model, bitune.answer_set), base))
     print(f"wrote {out}: use it as --model")
 
 

@@ -17,6 +17,10 @@ REFUSED = ("modules_to_save", "lora_bias", "layer_replication", "use_qalora", "a
 STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")    # init_lora_weights that change the base as well
 
 
+def peft_type(maker):
+    return maker.peft.get("peft_type", maker.__name__.upper())
+
+
 def tensors_on_disk(carriers):
     """The tensors of a set, path -> adapter, by their names in the file."""
     found = {}
@@ -33,7 +37,7 @@ def adapter_bytes(model, name, base=""):
     targets = sorted({path.split(".")[-1] for path in carriers})
     fields = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
               "target_modules": targets, "fan_in_fan_out": False,
-              "peft_type": KINDS[kind].peft["peft_type"]}
+              "peft_type": peft_type(KINDS[kind])}
     for key, option in KINDS[kind].options.items():
         listed = isinstance(option.default, tuple)
         fields[option.field] = [n for n in targets if n in options[key]] if listed else options[key]
@@ -52,9 +56,9 @@ def read_options(folder):
     c = read_json(file, "peft_type")
     rank_stabilised = c.pop("use_rslora", None)             # of LoRA: then the scale is lora_alpha / sqrt(r)
     odd = {kind: [field for field, value in maker.peft.items() if c.get(field, value) not in (value, None)]
-           for kind, maker in KINDS.items() if maker.peft["peft_type"] == c["peft_type"]}
+           for kind, maker in KINDS.items() if peft_type(maker) == c["peft_type"]}
     if not odd:
-        known = " or ".join(sorted({maker.peft["peft_type"] for maker in KINDS.values()}))
+        known = " or ".join(sorted({peft_type(maker) for maker in KINDS.values()}))
         raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r}: expected {known}")
     kind = min(odd, key=lambda kind: len(odd[kind]))
     refused = odd[kind] + [field for field in REFUSED if c.get(field)]

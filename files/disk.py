@@ -13,19 +13,21 @@ def write_files(folder, files):
     either what it held before or, once `finish_writing` has looked at it, all of the new. A full disk
     leaves the old."""
     folder = Path(folder)
+    finish_writing(folder)
     drafts = [folder / f"{name}.part" for name in files]
     try:
-        for draft, data in zip(drafts, files.values()):
+        names = folder / "renaming.part", json_bytes(list(files))
+        for draft, data in [*zip(drafts, files.values()), names]:
             draft.parent.mkdir(parents=True, exist_ok=True)
             with open(draft, "wb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-        (folder / "renaming.part").write_bytes(json_bytes(list(files)))
         os.replace(folder / "renaming.part", folder / "renaming.json")  # from here on, the new ones count
     except BaseException:
-        for draft in [*drafts, folder / "renaming.part"]:
-            draft.unlink(missing_ok=True)
+        if not (folder / "renaming.json").exists():
+            for draft in [*drafts, folder / "renaming.part"]:
+                draft.unlink(missing_ok=True)
         raise
     finish_writing(folder)
 

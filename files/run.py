@@ -26,7 +26,7 @@ from files.disk import finish_writing, json_bytes, read_json, read_tensors, tens
 from lora import KINDS, add_adapter, merge
 from text.examples import TEMPLATES
 
-FOLDERS = {"answer": ".", "prompt": "bidirectional"}        # of a run: where its sets are
+FOLDERS = {"answer": ".", "prompt": "bidirectional"}        # where a run's sets are, since its first version
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -74,6 +74,21 @@ def own_tensors(bitune):
 
 
 @torch.no_grad()
+def fingerprint(bitune):
+    """What the mixing makes of made-up keys and values: two numbers a layer, others wherever `alpha` or
+    `mix` computes something else from the same parameters."""
+    if not bitune.mixes:
+        return []
+    c, at = bitune.model.config, torch.arange(5, device=bitune.device)
+    wave = torch.arange(c.num_key_value_heads * 5 * c.head_dim, device=bitune.device).float()
+    wave = wave.view(1, c.num_key_value_heads, 5, c.head_dim)
+    made_up = [[((wave + 3 * p).sin(), (wave + 2 * p).cos())] * c.num_hidden_layers
+               for p in range(len(bitune.passes))]
+    weight = (0.7 * wave).sin() / wave.numel() ** 0.5
+    return [[(t * weight).sum().item() for t in pair] for pair in bitune.mix(made_up, at[None])]
+
+
+@torch.no_grad()
 def alpha_by_layer(bitune):
     """α in numbers, whatever its shape: name -> its mean in each layer. One that has not the layers as its
     first dimension is the same in all of them."""
@@ -85,13 +100,14 @@ def alpha_by_layer(bitune):
 def run_bytes(bitune, base, **about):
     """The files, name to bytes, of a run on the base called `base`; `about` is added to its bitune.json."""
     files = {"bitune.json": json_bytes({
-        "method": bitune.method, "mixing": bitune.mixing, "c": bitune.c, **about,
-        "alpha": alpha_by_layer(bitune), "base": base, "base_config": asdict(bitune.model.config)})}
+        "method": bitune.method, "passes": bitune.passes, "mixing": bitune.mixing, "c": bitune.c, **about,
+        "alpha": alpha_by_layer(bitune), "fingerprint": fingerprint(bitune), "base": base,
+        "base_config": asdict(bitune.model.config)})}
     if own := own_tensors(bitune):
         files["mixing.safetensors"] = tensor_bytes(own)
     for name in reversed(adapter_sets(bitune.method)):
         kind, _ = bitune.model.sets[name]
-        if KINDS[kind].trains_base and name == bitune.answers:
+        if KINDS[kind].trains_base and name == bitune.answer_set:
             one = checkpoint_bytes(merge(bitune.model, name), base)
         else:
             one = adapter_bytes(bitune.model, name, base)
@@ -110,12 +126,12 @@ def load_bitune(model, folder, base=""):
     if whole and Path(base).resolve() != folder.resolve():
         raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own "
                          "base, give no other")
-    here = asdict(model.config)
-    there = about.get("base_config", here)
-    if differ := [k for k in here if k in there and there[k] != here[k]]:
-        raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
-                         ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
+    check_base(folder, about, model, base)
     n, method = 0, about.get("method", "causal")
+    passes = [tuple(p) for p in about.get("passes", METHODS.get(method, []))]
+    if passes != METHODS.get(method, passes):
+        raise ValueError(f"{folder} was trained by {method} with the passes {passes}: here METHODS has "
+                         f"{METHODS[method]}")
     for name in adapter_sets(method):
         if whole and not model.sets:
             add_adapter(model, name, next(kind for kind in KINDS if KINDS[kind].trains_base))
@@ -124,6 +140,15 @@ def load_bitune(model, folder, base=""):
             n += load_adapter(model, name, folder / FOLDERS.get(name, name))
     bitune = Bitune(model, method, **{k: about[k] for k in ("c",) if k in about})
     return bitune, n + load_own(bitune, folder, about), about
+
+
+def check_base(folder, about, model, base):
+    """ValueError if the run in `folder` was finetuned from a base that computes otherwise than `model`."""
+    here = asdict(model.config)
+    there = about.get("base_config", here)
+    if differ := [k for k in here if k in there and there[k] != here[k]]:
+        raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
+                         ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
 
 
 def read_about(folder):
@@ -152,12 +177,26 @@ def load_own(bitune, folder, about):
         raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {'; '.join(wrong)}")
     for n, t in own.items():
         t.copy_(tensors[n])
-    here, there = alpha_by_layer(bitune), about.get("alpha", {})
-    for name in there:
-        if name not in here or any(abs(a - b) > 1e-3 for a, b in zip(here[name], there[name])):
-            raise ValueError(f"{folder}: α of the {name} was computed otherwise, from the same parameters, "
-                             "in training: has Bitune.alpha, in bitune.py, been edited since?")
+    here, there = (torch.tensor(f) for f in (fingerprint(bitune), about.get("fingerprint", [])))
+    if there.numel() and (here.shape != there.shape or (here - there).abs().max() > 1e-3):
+        raise ValueError(f"{folder}: in training, other keys and values were mixed from the same parameters:"
+                         " have Bitune.alpha or Bitune.mix, in bitune.py, been edited since?")
     return len(own)
+
+
+def base_of(run):
+    """The folder of the base that a run, or a PEFT adapter, names; fully finetuned, a run is its own.
+    ValueError if it is not here."""
+    if (run / "bitune.json").exists():
+        base = run if (run / "config.json").exists() else read_json(run / "bitune.json", "base")["base"]
+    elif (run / "adapter_config.json").exists():
+        base = read_json(run / "adapter_config.json").get("base_model_name_or_path")
+    else:
+        raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
+    if not base or not Path(base).is_dir():
+        raise ValueError(f"{run} was finetuned from {base or 'a base it does not name'}, which is not a "
+                         "folder here: give --model")
+    return base
 
 
 def load_run(run, model=None, device=None, dtype=None):
@@ -171,12 +210,7 @@ def load_run(run, model=None, device=None, dtype=None):
         return Bitune(base, "causal").eval(), tokenizer, 0, {}
     run = Path(run)
     finish_writing(run)
-    if not model and not (run / "bitune.json").exists():
-        raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
-    if not model:                               # fully finetuned, a run is its own base
-        model = run if (run / "config.json").exists() else read_json(run / "bitune.json", "base")["base"]
-        if not Path(model).is_dir():
-            raise ValueError(f"{run} was finetuned from {model}, which is not a folder here: give --model")
+    model = model or base_of(run)
     base, tokenizer = load_base(model, device, dtype)
     bitune, tensors, about = load_bitune(base, run, model)
     if (template := about.get("template", "plain")) not in TEMPLATES:
@@ -237,12 +271,14 @@ class Run:
                 raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} "
                                  "began")
             self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
+            check_base(self.folder, read_about(self.folder), bitune.model, settings.model)
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
                              "or choose another --out")
         else:
             write_files(self.folder, {"settings.json": json_bytes({"settings": vars(settings),
                                                                    "derived": self.derived})})
+        alpha_by_layer(bitune), fingerprint(bitune)     # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
         self.validated = {r["step"] for r in kept if "val_loss" in r}

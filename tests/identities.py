@@ -61,12 +61,12 @@ def cached_is_uncached(make, folder):
             context, stream = bitune.lay_out([prompt], [[]])
             past = bitune.encode(context)
             sees = may_attend(stream.positions, torch.cat((context.positions, stream.positions), 1))
-            row, new = bitune.model(*stream, sees, past, bitune.answers)
+            row, new = bitune.model(*stream, sees, past, bitune.answer_set)
             both = new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)]
             cache, steps = KVCache(both, len(prompt) + 6), [row[0, -1]]
             for n, token in enumerate(answer[:-1]):
                 token, at = torch.tensor([[token]]), torch.tensor([[len(prompt) + n]])
-                steps.append(bitune.model(token, at, None, cache, bitune.answers)[0][0, -1])
+                steps.append(bitune.model(token, at, None, cache, bitune.answer_set)[0][0, -1])
         assert_same([torch.stack(steps)], [logits])
 
 
@@ -131,7 +131,7 @@ def alpha_is_where_it_says(make, folder):
             moved = {l for l in range(L) if any(abs(alpha[n][l] - alpha2[n][l]) > 1e-12 for n in alpha)}
             differ = lambda l: max((a - b).abs().max() for a, b in zip(cache[l], cache2[l])) > 1e-12
             seen = {l for l in range(L) if differ(l)}
-            assert moved, f"{name}[{i}] moves no α"
+            assert moved, f"{name}[{i}] moves no α, as it is shown"
             assert moved - idle <= seen <= moved, f"{name}[{i}]: α of layers {moved}, the caches of {seen}"
 
 
@@ -139,14 +139,19 @@ def alpha_is_where_it_says(make, folder):
 # What trains
 
 def unread(bitune, name):
-    """Whether nothing reads what a parameter does: the last layer of a set that only reads prompts has but
-    its keys and values, of which a mixing may leave one out."""
-    last = f".layers.{bitune.model.config.num_hidden_layers - 1}."
-    others = [s for s in adapter_sets(bitune.method) if s != bitune.answers]
-    if last not in name or not any(f".sets.{s}." in name for s in others):
+    """Whether nothing reads what a parameter does. Of a set that only reads prompts, layers matter up to the
+    last one that is mixed (where α is not 0), and of that one only the keys and values that are mixed."""
+    others = [s for s in adapter_sets(bitune.method) if s != bitune.answer_set]
+    if not any(f".sets.{s}." in name for s in others):
         return False
-    mixed = [n.split()[0] for n in bitune.alpha()] if bitune.mixes else ["key", "value"]
-    return not any(linear in name for n, linear in (("key", "k_proj"), ("value", "v_proj")) if n in mixed)
+    layer, L = int(name.split(".layers.")[1].split(".")[0]), bitune.model.config.num_hidden_layers
+    mixed = {"k_proj": {L - 1}, "v_proj": {L - 1}}              # linear -> layers whose cache it reaches
+    if bitune.mixes:
+        mixed = {"k_proj": set(), "v_proj": set()}
+        for what, alphas in alpha_by_layer(bitune).items():     # names begin with "key" or "value"
+            mixed["k_proj" if what.startswith("key") else "v_proj"] |= {l for l, a in enumerate(alphas) if a}
+    last = max(set.union(*mixed.values()))
+    return layer > last or layer == last and not any(p in name and last in ls for p, ls in mixed.items())
 
 
 @identity
@@ -160,7 +165,7 @@ def every_parameter_has_a_gradient_and_moves_the_output(make, folder):
             if not p.requires_grad:
                 assert p.grad is None, name
             elif unread(bitune, name):
-                assert p.grad is None or not p.grad.any(), name
+                assert p.grad is None or not p.grad.any(), f"{name}: a gradient, though nothing reads it"
             else:
                 own = not name.startswith("model.") and not alike       # then each of its numbers counts
                 assert p.grad is not None and (p.grad.all() if own else p.grad.any()), f"{name}: no gradient"

@@ -117,19 +117,24 @@ def test_a_slip_turns_an_identity_red(slip, tmp_path):
 
 
 def test_a_run_of_another_mixing_is_refused(tmp_path, capsys):
-    """By its name; and, where somebody forgot to change that, by its α."""
+    """By its name; and, where somebody forgot to change that, by what it makes of given keys and values."""
     run, argv = tmp_path / "run", ["--prompt", "x", "--adapter", str(tmp_path / "run")]
     base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
     with imported_from(ROOT) as module:
         module("train").main([str(a) for a in (
             "--model", base, "--data", data, "--steps", 2, "--out", run, "--val-size", 0)])
+    other_pass = [("bitune.py", '("bidirectional", "prompt")],\n    "naive', '("causal", "prompt")],\n    "naive')]
     forgotten = [("bitune.py", '    mixing = "sigmoid"', '    mixing = "abs"')]
+    of_values = [("bitune.py", '    mixing = "relu"', '    mixing = "abs"'),
+                 ("bitune.py", 'blend(alpha["key"][layer], k_c, k_b)', "k_c")]
     for name, slips, message in (
         ("sigmoid", [], "was trained with the mixing 'abs', and this code's is 'sigmoid'"),
-        ("sigmoid", forgotten, "α of the key was computed otherwise, from the same parameters"),
+        ("sigmoid", forgotten, "other keys and values were mixed from the same parameters"),
+        ("relu", of_values, "other keys and values were mixed from the same parameters"),
         ("heads", [], "theta_key is (3,), expected (3, 2, 1, 1)"),
+        (None, other_pass, "was trained by bitune with the passes"),
     ):
-        with imported_from(copy_project(tmp_path / f"{name}{len(slips)}", name, slips)) as module:
+        with imported_from(copy_project(tmp_path / f"copy {message}", name, slips)) as module:
             with pytest.raises(SystemExit) as end:
                 module("sample").main(argv)
         assert end.value.code == 2 and message in capsys.readouterr().err

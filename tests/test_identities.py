@@ -139,11 +139,13 @@ def test_a_loss_is_each_examples_mean_over_its_answer():
 
 
 def test_mixing_is_float32_on_a_bfloat16_base():
-    bitune = tiny_bitune(dtype=torch.bfloat16)
-    bitune.theta_key.data, bitune.theta_value.data = (
-        torch.tensor([0.03, 0.002, 0.01]),
-        torch.tensor([0.5, 0.01, 0.001]),
-    )
+    model = tiny_model(torch.bfloat16)
+    for name in ("answer", "prompt"):
+        add_adapter(model, name)
+    bitune = Bitune(model)
+    assert {p.dtype for p in bitune.parameters() if p.requires_grad} == {torch.float32}
+    bitune.theta_key.data.copy_(torch.tensor([0.03, -0.002, 0.01]))
+    bitune.theta_value.data.copy_(torch.tensor([0.5, 0.01, 0.001]))
     c, b = (
         [(torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()) for _ in range(3)]
         for _ in range(2)
@@ -153,7 +155,7 @@ def test_mixing_is_float32_on_a_bfloat16_base():
             (k, bitune.theta_key, c[layer][0], b[layer][0]),
             (v, bitune.theta_value, c[layer][1], b[layer][1]),
         ):
-            alpha = theta[layer] / (theta[layer] + 0.01)
+            alpha = theta[layer].abs() / (theta[layer].abs() + 0.01)
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, (x.float() * (1 - alpha) + y.float() * alpha).bfloat16())
 

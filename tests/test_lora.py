@@ -138,7 +138,7 @@ def test_files_are_written_all_or_none_wherever_the_process_dies(tmp_path, monke
     old, new = ({name: data for name in ("a", "sub/b", "c")} for data in (b"old", b"new"))
     read = lambda folder: {name: (folder / name).read_bytes() for name in old}
     fsync, replace, outcomes = os.fsync, os.replace, []
-    for moment in range(7):
+    for moment in range(8):
         folder = tmp_path / str(moment)
         write_files(folder, old)
         calls = []
@@ -161,7 +161,7 @@ def test_files_are_written_all_or_none_wherever_the_process_dies(tmp_path, monke
         assert read(folder) in (old, new)
         assert sum(f.is_file() for f in folder.rglob("*")) == 3
         outcomes.append(read(folder) == new)
-    assert outcomes == [False] * 4 + [True] * 3         # three drafts and the list of them; then the renames
+    assert outcomes == [False] * 5 + [True] * 3     # three drafts, their list and its name; then the renames
 
 
 def test_a_file_is_replaced_not_overwritten(tmp_path):
