@@ -60,6 +60,8 @@ def load_questions(path, task, tokenizer, template, longest, limit=None):
             raise ValueError(f"{path}, {place}: it has no answer and no choices to score")
         prompt = encode_prompt(tokenizer, template, turns, input)
         choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
+        if [] in choices:
+            raise ValueError(f"{path}, {place}: choice {choices.index([]) + 1} has no tokens to score")
         if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out += 1
             continue

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import sample
 from bitune import Bitune
 from cli.terminal import prompts
+from experiments import evaluate
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
@@ -238,3 +239,18 @@ def test_a_model_without_numbers_ends_in_one_line(temperature, tmp_path, capsys)
         sample.main(["--model", str(folder), "--prompt", "x", "--temperature", str(temperature)])
     assert end.value.code == 1
     assert capsys.readouterr().err == "error: the model gives no numbers: its logits are not finite\n"
+
+
+def test_questions_that_cannot_be_scored_are_refused_before_the_work(tmp_path, capsys):
+    base, data = write_checkpoint(tmp_path / "base"), tmp_path / "rows.jsonl"
+    good = {"question": "a", "choices": ["b", "c"], "answer": 0}
+    for bad, message in (({"question": "a\ud835"}, "line 2: it has half of a character (a lone surrogate)"),
+                         ({"choices": ["b", "\udc00"]}, "line 2: it has half of a character (a lone surrogate)")):
+        data.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(["--model", str(base), "--task", "rows", "--data", str(data)])
+        assert end.value.code == 2 and message in capsys.readouterr().err
+    data.write_text(json.dumps(good | {"choices": ["b", ""]}) + "\n")
+    _, tokenizer = load_base(base, "cpu")
+    with pytest.raises(ValueError, match="line 1: choice 2 has no tokens"):
+        evaluate.load_questions(data, "rows", tokenizer, "alpaca", 200)         # no space before an answer

@@ -123,7 +123,8 @@ def test_a_run_of_another_mixing_is_refused(tmp_path, capsys):
     with imported_from(ROOT) as module:
         module("train").main([str(a) for a in (
             "--model", base, "--data", data, "--steps", 2, "--out", run, "--val-size", 0)])
-    other_pass = [("bitune.py", '("bidirectional", "prompt")],\n    "naive', '("causal", "prompt")],\n    "naive')]
+    line = '("bidirectional", "prompt")],\n    "naive'
+    other_pass = [("bitune.py", line, line.replace("bidirectional", "causal"))]
     forgotten = [("bitune.py", '    mixing = "sigmoid"', '    mixing = "abs"')]
     of_values = [("bitune.py", '    mixing = "relu"', '    mixing = "abs"'),
                  ("bitune.py", 'blend(alpha["key"][layer], k_c, k_b)', "k_c")]

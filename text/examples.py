@@ -5,7 +5,6 @@ where the prompt ends is a matter of ids and never of text. Training, evaluation
 `encode_prompt`.
 """
 
-import json
 import random
 from collections import Counter
 from functools import lru_cache
@@ -185,7 +184,6 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
     for place, row in read_rows(path, task):
         try:
             row = parse_row(row)
-            json.dumps(row, ensure_ascii=False).encode()        # a lone surrogate is no text
         except ValueError as error:
             raise ValueError(f"{path}, {place}: {error}") from None
         if not any(text.strip() for _, text in row.turns):

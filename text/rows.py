@@ -79,6 +79,10 @@ def read_rows(path, task="rows"):
                 if task != "rows" and not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
                 row = TASKS[task](row)
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}, {place}: it has half of a character (a lone surrogate), which is no "
+                                 "text") from None
             except KeyError as error:
                 has = ", ".join(map(str, row)) or "nothing"
                 lacks_labels = error.args[0] == "label"
