@@ -31,6 +31,7 @@ def pytest_addoption(parser):
         metavar="FOLDER",
         help="also test against every folder of reference numbers below FOLDER (repeatable)",
     )
+    parser.addoption("--fuzz", type=int, default=20, metavar="N", help="random files of a kind")
 
 
 def pytest_runtestloop(session):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
 from lora import adapters, add_adapter, merge
 from model import may_attend
-from text.examples import encode_prompt, parse_row
+from text.examples import encode_prompt, load_examples, parse_row, stop_id
+from text.tokenizer import Tokenizer
 from tiny import CONFIG, scatter, tiny_bitune, tiny_model, write_checkpoint
 from train import make_optimizer
 
@@ -244,8 +246,8 @@ def test_a_model_without_numbers_ends_in_one_line(temperature, tmp_path, capsys)
 def test_questions_that_cannot_be_scored_are_refused_before_the_work(tmp_path, capsys):
     base, data = write_checkpoint(tmp_path / "base"), tmp_path / "rows.jsonl"
     good = {"question": "a", "choices": ["b", "c"], "answer": 0}
-    for bad, message in (({"question": "a\ud835"}, "line 2: it has half of a character (a lone surrogate)"),
-                         ({"choices": ["b", "\udc00"]}, "line 2: it has half of a character (a lone surrogate)")):
+    message = "line 2: it has half of a character (a lone surrogate)"
+    for bad in ({"question": "a\ud835"}, {"choices": ["b", "\udc00"]}):
         data.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
         with pytest.raises(SystemExit) as end:
             evaluate.main(["--model", str(base), "--task", "rows", "--data", str(data)])
@@ -254,3 +256,78 @@ def test_questions_that_cannot_be_scored_are_refused_before_the_work(tmp_path, c
     _, tokenizer = load_base(base, "cpu")
     with pytest.raises(ValueError, match="line 1: choice 2 has no tokens"):
         evaluate.load_questions(data, "rows", tokenizer, "alpaca", 200)         # no space before an answer
+
+
+# ---- tokenizers ------------------------------------------------------------------------------------------
+
+ENCODINGS = {       # by tokenizers 0.23.3
+    "tokenizer-added-lstrip": ("hello  <tool> wor", [258, 260, 264, 263]),
+    "tokenizer-added-normalized": ("the foobar xfoobarx",
+                                   [291, 295, 259, 283, 265, 274, 274, 261, 260, 277, 283]),
+    "tokenizer-added-single-word": (
+        "yes eyes yesterday yes!",
+        [264, 222, 70, 90, 70, 84, 222, 90, 70, 84, 85, 70, 83, 69, 66, 90, 222, 264, 2]),
+    "tokenizer-byte-level-unk": ("h \xe9 w", [73, 222, 0, 104, 261]),
+    "tokenizer-dummy-space-after-added": ("the<tool>all", [291, 295, 293, 292]),
+    "tokenizer-newline-byte-missing": ("the\nall", [290, 0, 259, 291]),
+    "tokenizer-pattern-with-gaps": ("hello12 wor", [258, 260, 18, 19, 263]),
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("case", ENCODINGS)
+def test_encodings(case):
+    text, ids = ENCODINGS[case]
+    assert Tokenizer.from_pretrained(CASES / case).encode(text) == ids
+
+
+@pytest.mark.reference
+def test_bos_eos_and_what_decoding_strips():
+    bos = Tokenizer.from_pretrained(CASES / "tokenizer-bos-not-special")
+    assert encode_prompt(bos, "plain", [("user", "the all")]) == [1, 291, 293, 292]
+    assert stop_id(Tokenizer.from_pretrained(CASES / "tokenizer-eos-in-settings-only"), "plain") == 295
+    metaspace = Tokenizer.from_pretrained(CASES / "tokenizer-decoder-metaspace")
+    assert metaspace.decode([291, 293, 292]) == "the all"
+
+
+@pytest.mark.parametrize("case", ["posix-class", "unicode-property"])
+def test_patterns_that_are_read_otherwise_here_are_refused(case):
+    with pytest.raises(ValueError, match="has parts that are read otherwise here"):
+        Tokenizer.from_pretrained(CASES / f"tokenizer-normalizer-{case}")
+
+
+def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
+    tokenizer = Tokenizer.from_pretrained(CASES / "tokenizer-added-lstrip")
+    rows = [{"prompt": "hello", "completion": c} for c in ("wor", "a" + " " * 1_000_000 + "b")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    tokenizer.eos_id = 0
+    examples, dropped = load_examples(tmp_path / "data.jsonl", tokenizer, "plain", 500)
+    assert len(examples) == 1 and dropped == {"too long": 1}
+
+
+@pytest.mark.parametrize("case", ["tokenizer-added-lstrip", "tokenizer-added-normalized"])
+def test_added_tokens_as_the_tokenizers_library_has_them(case, tmp_path, request):
+    """Random flags, random texts: byte-level, and with a normalizer that prepends."""
+    library = pytest.importorskip("tokenizers")
+    n, rng = request.config.getoption("--fuzz"), random.Random(case)
+    spec = json.loads((CASES / case / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    parts = ["the", "all", "a", " ", "  ", "\n", "<tool>", "<t", "yes", "!", "_", "é", "ab", "b", "<s>", "x"]
+    for _ in range(n):
+        names = rng.sample(["<tool>", "<t", "ab", "yes", " x", "a ", "!", "<tool>b"], rng.randint(1, 4))
+        flags = [{f: rng.random() < 0.4 for f in ("single_word", "lstrip", "rstrip", "normalized")}
+                 for _ in names]
+        here = [t for t in spec["added_tokens"] if t["special"]]
+        top = 1 + max([*vocab.values(), *(t["id"] for t in here)])
+        ids = {c: vocab[c] if c in vocab else top + sum(b not in vocab for b in names[:i])
+               for i, c in enumerate(names)}
+        added = [{"id": ids[c], "content": c, "special": rng.random() < 0.2, **f}
+                 for c, f in zip(names, flags)]
+        here += added
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": here}))
+        theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        theirs.encode_special_tokens = True
+        ours = Tokenizer.from_pretrained(tmp_path)
+        for _ in range(5):
+            text = "".join(rng.choices(parts, k=rng.randint(1, 9)))
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, (text, added)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from text.rows import read_rows
+from text.tokenizer import TooLong
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 ANSWER_KEYS = ("completion", "answer", "response", "output")
@@ -191,8 +192,12 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
         elif not row.answer.strip():
             dropped["no answer"] += 1
         else:
-            example = Example(encode_prompt(tokenizer, template, row.turns, row.input),
-                              encode_answer(tokenizer, template, row.answer))
+            try:
+                example = Example(encode_prompt(tokenizer, template, row.turns, row.input),
+                                  encode_answer(tokenizer, template, row.answer))
+            except TooLong:
+                dropped["too long"] += 1
+                continue
             if len(example.prompt) + len(example.answer) > max_length:
                 dropped["too long"] += 1
             else:

@@ -81,8 +81,7 @@ def read_rows(path, task="rows"):
                 row = TASKS[task](row)
                 json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                raise ValueError(f"{path}, {place}: it has half of a character (a lone surrogate), which is no "
-                                 "text") from None
+                raise ValueError(f"{path}, {place}: it has half of a character (a lone surrogate)") from None
             except KeyError as error:
                 has = ", ".join(map(str, row)) or "nothing"
                 lacks_labels = error.args[0] == "label"

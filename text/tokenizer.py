@@ -16,6 +16,7 @@ import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
@@ -24,10 +25,53 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 DIGITS_PATTERN = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
                   r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+COMPLETE = (GPT2_PATTERN, LLAMA3_PATTERN, LLAMA3_PATTERN.replace("{1,3}", ""))     # they leave no gaps
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
                   "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+
+
+class TooLong(ValueError):
+    """A text that the tokenizer cannot take in one piece: a run of very many spaces or letters."""
+
+
+class Added(NamedTuple):
+    """A token that tokenizer.json adds to the vocabulary, with its flags."""
+    content: str
+    id: int
+    special: bool                   # its string is plain text all the same: it is made by id alone
+    single_word: bool = False       # it matches only where no word goes on
+    lstrip: bool = False            # it takes the white space before it with it
+    rstrip: bool = False
+    normalized: bool = False        # it matches in the normalised text, not in the text as it stands
+
+
+class Cutter:
+    """Cuts a text at the added tokens in it, as the tokenizers library does: the longest one first."""
+
+    def __init__(self, tokens, normalize=str):
+        self.tokens = {normalize(t.content): t for t in tokens if t.content}
+        longest_first = sorted(self.tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+
+    def __call__(self, text):
+        """The pieces of a text: stretches (str) and tokens (Added), in turn."""
+        if not any(not t.special for t in self.tokens.values()):
+            return [text] if text else []
+        pieces, at = [], 0
+        for match in self.pattern.finditer(text):
+            token, (start, end) = self.tokens[match.group()], match.span()
+            inside = re.search(r"\w$", text[max(0, start - 1):start]) or re.match(r"\w", text[end:end + 1])
+            if token.special or token.single_word and inside:
+                continue
+            if token.lstrip:
+                start = max(at, len(text[:start].rstrip()))
+            if token.rstrip:
+                end = len(text) - len(text[end:].lstrip())
+            pieces += [text[at:start], token] if start > at else [token]
+            at = end
+        return pieces + [text[at:]] if at < len(text) else pieces
 
 
 class Tokenizer:
@@ -35,13 +79,13 @@ class Tokenizer:
     (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
     (None if unknown)."""
 
-    def __init__(self, codec, special, added, bos_id, eos_id, stop_ids):
-        self.codec, self.special = codec, special
+    def __init__(self, codec, added, bos_id, eos_id, stop_ids):
+        self.codec, self.special = codec, {t.content: t.id for t in added if t.special}
         self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(stop_ids)
-        self.names = {i: name for name, i in (special | added).items()}
-        self.added = added                      # non-special tokens, which match in plain text
-        longest_first = sorted(added, key=len, reverse=True)
-        self.cut = re.compile("|".join(map(re.escape, longest_first))) if added else None
+        self.names = {t.id: t.content for t in added}
+        self.added = {t.content: t.id for t in added if not t.special}      # they match in plain text
+        self.cut_raw = Cutter([t for t in added if not t.normalized])
+        self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: codec.normalize(t, True))
 
     def limit(self, vocab_size):
         """Forget special tokens beyond the model's vocabulary: as no text makes them, they do no harm (some
@@ -55,12 +99,16 @@ class Tokenizer:
     def encode(self, text, begin=True):
         """The ids of a text, without BOS. begin=False says that it continues an earlier text: then
         SentencePiece's dummy prefix, a space before the first word, is not put in front."""
-        ids, start = [], 0
-        for match in self.cut.finditer(text) if self.cut else ():
-            ids += self.codec.encode(text[start:match.start()], begin and start == 0)
-            ids.append(self.added[match.group()])
-            start = match.end()
-        return ids + self.codec.encode(text[start:], begin and start == 0)
+        ids, first = [], True
+        for piece in self.cut_raw(text):
+            if isinstance(piece, Added):
+                ids.append(piece.id)
+            else:
+                for part in self.cut_normalized(self.codec.normalize(piece, begin or not first)):
+                    ids += [part.id] if isinstance(part, Added) else self.codec.encode(part, begin, first)
+                    first = False
+            first = False
+        return ids
 
     def decode(self, ids):
         """The text of ids; special tokens are written out, bytes that are no UTF-8 become U+FFFD."""
@@ -77,24 +125,42 @@ class Tokenizer:
         config = read_beside(file.parent / "tokenizer_config.json")
         try:
             read = read_tokenizer_json if file.suffix == ".json" else read_tiktoken
-            codec, special, added, bos = read(file, config)
+            codec, added, bos = read(file, config)
         except KeyError as error:
             raise ValueError(f"{file} cannot be used: it lacks {error}") from None
         except (ValueError, TypeError, AttributeError) as error:       # the last two: a part of another kind
             raise ValueError(f"{file} cannot be used: {error}") from None
 
+        here = {t.content for t in added}
+        for i, t in config.get("added_tokens_decoder", {}).items():     # some were added to the file later
+            if t["content"] not in here and t["content"] not in codec.vocab:
+                added.append(read_added(t | {"id": int(i)}))
+        ids = codec.vocab | {t.content: t.id for t in added}
+
         def named(key):                         # "</s>", or {"content": "</s>", ...}, or null
             token = config.get(key)
-            return special.get(token["content"] if isinstance(token, dict) else token)
-        bos_id = special.get(bos, named("bos_token") if config.get("add_bos_token") else None)
+            token = token["content"] if isinstance(token, dict) else token
+            if token is not None and token not in ids and key == "eos_token":
+                raise ValueError(f"{file.parent}: {file.name} has no {token!r}, the eos_token of "
+                                 "tokenizer_config.json")
+            return ids.get(token)
+        bos_id = ids.get(bos, named("bos_token") if config.get("add_bos_token") else None)
         stop = read_beside(file.parent / "generation_config.json").get("eos_token_id")
         if stop is None:
             stop = read_beside(file.parent / "config.json").get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         eos_id = named("eos_token")
         if eos_id is None:
-            eos_id = stop[0] if stop else special.get("<|end_of_text|>", special.get("</s>"))
-        return cls(codec, special, added, bos_id, eos_id, {eos_id, *stop} - {None})
+            eos_id = stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
+        return cls(codec, added, bos_id, eos_id, {eos_id, *stop} - {None})
+
+
+def read_added(t):
+    """An entry of added_tokens, whose flags are all that there are."""
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    if odd := t.keys() - {"id", "content", "special", *flags}:
+        raise ValueError(f"its added token {t['content']!r} has {', '.join(sorted(odd))}: not known here")
+    return Added(t["content"], t["id"], bool(t.get("special", False)), *(bool(t.get(f)) for f in flags))
 
 
 def read_beside(path):
@@ -114,21 +180,28 @@ def read_beside(path):
 class ByteLevel:
     """BPE over bytes, run by tiktoken: `tokens` are (bytes, id) in order of merge priority."""
 
-    def __init__(self, pattern, tokens, normalize=str):
-        self.normalize = normalize
+    def __init__(self, pattern, tokens, normalize=lambda text, begin: text, unk=None, vocab={}):
+        self.normalize, self.vocab = normalize, vocab
         self.bytes = {i: token for token, i in tokens}
         self.ids = [i for _, i in tokens]                           # tiktoken's own ids are the priorities
         ranks = {token: rank for rank, (token, _) in enumerate(tokens)}
         for byte in (bytes([b]) for b in range(256)):
             if byte not in ranks:
-                ranks[byte] = len(ranks)                  # a byte that the vocabulary cannot say is dropped
-                self.ids.append(None)
+                ranks[byte] = len(ranks)        # a byte that the vocabulary cannot say: unk, or nothing
+                self.ids.append(unk)
         self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         self.max_id = max(self.bytes)
 
-    def encode(self, text, begin):
-        ids = [self.ids[rank] for rank in self.encoding.encode_ordinary(self.normalize(text))]
-        return [i for i in ids if i is not None]
+    def encode(self, text, begin, first):
+        if re.search(r"\s{200000}", text):
+            raise TooLong("it has a run of 200,000 spaces, which the tokenizer cannot take")
+        try:
+            ranks = self.encoding.encode_ordinary(text)
+        except BaseException as problem:        # tiktoken's own panic is no Exception
+            if type(problem).__name__ != "PanicException":
+                raise
+            raise TooLong("it has a run of spaces or letters that the tokenizer cannot take") from None
+        return [i for i in (self.ids[rank] for rank in ranks) if i is not None]
 
     def decode(self, ids, names):
         data = b"".join(names[i].encode() if i in names else self.bytes.get(i, b"") for i in ids)
@@ -148,7 +221,7 @@ def read_tiktoken(file, config):
     tokens.sort(key=lambda pair: pair[1])
     listed = {t["content"]: int(i) for i, t in config.get("added_tokens_decoder", {}).items()}
     special = listed or {name: len(tokens) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    return ByteLevel(LLAMA3_PATTERN, tokens), special, {}, "<|begin_of_text|>"
+    return ByteLevel(LLAMA3_PATTERN, tokens), [Added(*t, True) for t in special.items()], "<|begin_of_text|>"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -157,8 +230,9 @@ def read_tiktoken(file, config):
 class SentencePiece:
     """BPE over characters, U+2581 for a space, bytes (<0x00> to <0xFF>) for what the vocabulary lacks."""
 
-    def __init__(self, vocab, merges, normalize, strip):
-        self.vocab, self.normalize, self.strip = vocab, normalize, strip
+    def __init__(self, vocab, merges, normalize, pre_tokenize, strip, unk):
+        self.vocab, self.normalize, self.pre_tokenize = vocab, normalize, pre_tokenize
+        self.strip, self.unk = strip, unk       # unk: what stands for a byte without a token, if anything
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.pieces = {i: piece for piece, i in vocab.items()}
         self.byte = {f"<0x{b:02X}>": b for b in range(256)}
@@ -169,14 +243,18 @@ class SentencePiece:
         self.words = re.compile(r"(?s).+" if crossing else r"▁*[^▁]+|▁+")
         self.word_ids = lru_cache(maxsize=100_000)(self.word_ids)
 
-    def encode(self, text, begin):
-        return [i for word in self.words.findall(self.normalize(text, begin)) for i in self.word_ids(word)]
+    def encode(self, text, begin, first):
+        text = self.pre_tokenize(text, begin if first else None)
+        return [i for word in self.words.findall(text) for i in self.word_ids(word)]
 
     def word_ids(self, word):
         """The ids of one word: the pair that was merged first in training is merged first, from the left."""
         symbols = []
         for c in word:
-            symbols += [c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode()]
+            said = [c] if c in self.vocab else [f"<0x{b:02X}>" for b in c.encode()]
+            if not all(symbol in self.vocab for symbol in said):        # runs of them make one unk
+                said = [self.unk] if self.unk and symbols[-1:] != [self.unk] else []
+            symbols += said
         n = len(symbols)
         left, right = list(range(-1, n)), list(range(1, n + 1))     # neighbours, as merged symbols drop out
         queue = []
@@ -227,22 +305,28 @@ def read_tokenizer_json(file, config):
         if model.get(key):
             raise ValueError(f"its {key} is {model[key]!r}, which is not supported")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
-    added = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if not t["special"]}
+    added = [read_added(t) for t in spec.get("added_tokens", [])]
+    vocab, unk = model["vocab"], model.get("unk_token")
 
     first = [p["single"][0] for p in steps(spec.get("post_processor")) if p["type"] == "TemplateProcessing"]
     bos = next((p["SpecialToken"]["id"] for p in first if "SpecialToken" in p), None)
-    pre = steps(spec.get("pre_tokenizer"))
-    if pre and pre[-1]["type"] == "ByteLevel":
-        tokens = merge_order(model["vocab"], merges, model.get("ignore_merges"), special | added)
-        normalize = normalizer(steps(spec.get("normalizer")))
-        codec = ByteLevel(split_pattern(pre), tokens, lambda text: normalize(text, True))
-    elif model.get("byte_fallback"):
-        codec = SentencePiece(model["vocab"], merges, normalizer(steps(spec.get("normalizer")) + pre),
-                              any(d["type"] == "Strip" for d in steps(spec.get("decoder"))))
-    else:
+    pre, back = steps(spec.get("pre_tokenizer")), steps(spec.get("decoder"))
+    byte_level = bool(pre) and pre[-1]["type"] == "ByteLevel"
+    if not byte_level and not model.get("byte_fallback"):
         raise ValueError("it is a BPE over characters without byte fallback, which is not supported")
-    return codec, special, added, bos
+    known = ("ByteLevel",) if byte_level else ("Replace", "ByteFallback", "Fuse", "Strip", "Metaspace")
+    if odd := [d["type"] for d in back if d["type"] not in known]:
+        raise ValueError(f"its decoder has {', '.join(odd)}, which is not supported")
+    if byte_level:
+        tokens = merge_order(vocab, merges, model.get("ignore_merges"), [t.content for t in added])
+        normalize = normalizer(steps(spec.get("normalizer")))
+        codec = ByteLevel(split_pattern(pre), tokens, normalize, vocab.get(unk), vocab)
+    else:
+        strip = any(d["type"] == "Strip" or d["type"] == "Metaspace" and d.get("prepend_scheme") != "never"
+                    for d in back)
+        normalize = normalizer(steps(spec.get("normalizer")))
+        codec = SentencePiece(vocab, merges, normalize, normalizer(pre), strip, unk)
+    return codec, added, bos
 
 
 def steps(part):
@@ -262,7 +346,12 @@ def split_pattern(pre):
             return DIGITS_PATTERN
         if names == ["Split", "ByteLevel"] and not own and "Regex" in pre[0]["pattern"] \
                 and (pre[0]["behavior"], pre[0]["invert"]) in (("Isolated", False), ("Removed", True)):
-            return pre[0]["pattern"]["Regex"]
+            pattern = pre[0]["pattern"]["Regex"]
+            if re.search(r"\[\[:|(?<![\[\\])\^|(?<!\\)\$", pattern):
+                raise ValueError(f"its pattern {pattern!r} has parts that are read otherwise here")
+            if pre[0]["behavior"] == "Isolated" and pattern not in COMPLETE:    # what it leaves, stays
+                pattern = rf"{pattern}|(?s:.)+?(?=(?:{pattern})|\z)"
+            return pattern
     raise ValueError(f"its pre_tokenizer, {' + '.join(names)}, is not supported in this form")
 
 
@@ -285,6 +374,16 @@ def merge_order(vocab, merges, ignore_merges, added):
     return [(bytes(byte[c] for c in token), vocab[token]) for token in order]
 
 
+def regular(pattern):
+    """A regular expression of Oniguruma's, compiled; ValueError where Python would read it otherwise."""
+    if re.search(r"\[\[:|\\[pPhHRXKGzZ]", pattern):
+        raise ValueError(f"its pattern {pattern!r} has parts that are read otherwise here")
+    try:
+        return re.compile(pattern, re.MULTILINE)            # there ^ and $ are of every line
+    except re.error as problem:
+        raise ValueError(f"its pattern {pattern!r} is not supported: {problem}") from None
+
+
 def normalizer(parts):
     """The steps before BPE, with SentencePiece files' pre-tokenizers, as a function of (text, begin)."""
     def one(p):
@@ -296,14 +395,15 @@ def normalizer(parts):
         if kind == "Replace" and "String" in p["pattern"]:
             return lambda text, begin: text.replace(p["pattern"]["String"], p["content"])
         if kind == "Replace":
-            regex, at_start = re.compile(p["pattern"]["Regex"]), p["pattern"]["Regex"].startswith(r"\A")
+            regex, at_start = regular(p["pattern"]["Regex"]), p["pattern"]["Regex"].startswith(r"\A")
             return lambda text, begin: regex.sub(p["content"], text) if begin or not at_start else text
         if kind == "Metaspace" and not p.get("split", True):
-            mark, never = p["replacement"], p.get("prepend_scheme") == "never"
+            mark, scheme = p["replacement"], p.get("prepend_scheme", "always")
 
-            def metaspace(text, begin):
+            def metaspace(text, begin):         # begin: None behind an added token
                 text = text.replace(" ", mark)
-                return text if not text or never or not begin or text.startswith(mark) else mark + text
+                here = scheme == "always" and begin is not False or scheme == "first" and begin
+                return mark + text if text and here and not text.startswith(mark) else text
             return metaspace
         if kind == "Split" and p["pattern"] == {"String": " "}:
             return lambda text, begin: text     # Gemma's: no space is left to split at
