@@ -296,6 +296,12 @@ def test_patterns_that_are_read_otherwise_here_are_refused(case):
         Tokenizer.from_pretrained(CASES / f"tokenizer-normalizer-{case}")
 
 
+def test_a_vocabulary_extended_with_another_s_merges_is_refused():
+    """tiktoken would merge two tokens that `merges` does not list. (tokenizers 0.23.3 reads this file.)"""
+    with pytest.raises(ValueError, match="its merges end with .*, which make a token"):
+        Tokenizer.from_pretrained(CASES / "tokenizer-appended-merges")
+
+
 def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
     tokenizer = Tokenizer.from_pretrained(CASES / "tokenizer-added-lstrip")
     rows = [{"prompt": "hello", "completion": c} for c in ("wor", "a" + " " * 1_000_000 + "b")]

@@ -40,7 +40,7 @@ def test_links_lead_somewhere(page):
 
 def test_flags_exist(capsys):
     """Every flag that a page names is one of a command's."""
-    known = {"--reference", "--local-dir"}
+    known = {"--reference", "--fuzz", "--local-dir"}
     mains = (train, sample, experiments.evaluate, experiments.merge, experiments.cost, experiments.ablate,
              experiments.benchmark, experiments.demo.__main__, experiments.demo.pretrain)
     for module in mains:

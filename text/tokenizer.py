@@ -369,9 +369,32 @@ def merge_order(vocab, merges, ignore_merges, added):
             raise ValueError(f"token {a + b!r} is merged at two priorities, which tiktoken cannot express")
         last = a + b
         order[last] = None
+    check_pairs(order, merges)
     if ignore_merges:                  # whole stretches that no merge builds are tokens all the same
         order |= dict.fromkeys(t for t in vocab if t not in added)
     return [(bytes(byte[c] for c in token), vocab[token]) for token in order]
+
+
+def check_pairs(order, merges):
+    """ValueError if tiktoken, which merges any two tokens that make one, would merge a pair that `merges`
+    does not list: so it is in vocabularies extended with another tokenizer's merges. It comes to such a pair
+    only if the merges, applied to the token that the two make, end with just these two."""
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    none = len(merges)
+    for token in order:
+        if all((token[:i], token[i:]) in ranks or token[:i] not in order or token[i:] not in order
+               for i in range(1, len(token))):
+            continue
+        parts, best = list(token), 0
+        while len(parts) > 1 and best < none:
+            here = [ranks.get(pair, none) for pair in zip(parts, parts[1:])]
+            best = min(here)
+            if best < none:
+                i = here.index(best)
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            raise ValueError(f"its merges end with {parts[0]!r} and {parts[1]!r}, which make a token: a "
+                             "vocabulary extended with another's merges, which is not supported")
 
 
 def regular(pattern):
