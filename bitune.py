@@ -58,7 +58,7 @@ class Bitune(nn.Module):
     a set "answer" it is the bare base that answers.
 
     c is the constant of α, and where every θ starts, so α starts at 0.5 whatever it is: c sets how fast α
-    moves for a given learning rate. Every parameter of this class trains, and is saved, resumed and shown.
+    moves for a given learning rate. Whatever parameters an edit adds are trained, saved and resumed.
     """
     mixing = "abs"              # the name of how `alpha` and `mix` mix, which runs remember
 

@@ -84,7 +84,7 @@ def memory(derived):
 
 
 def bars(bitune):
-    """Each α, layer by layer, as bars: empty is the causal pass, full the second."""
+    """Each α, layer by layer, as bars: how much of the cache comes from a pass after the first."""
     width, alphas = 30, alpha_by_layer(bitune)
     lines = [f"{'layer':>5}" + "".join(f"  {f'α {name}':<{width + 6}}" for name in alphas)]
     for layer, values in enumerate(zip(*alphas.values())):

@@ -166,12 +166,12 @@ def read_about(folder):
 def load_own(bitune, folder, about):
     """Read what `own_tensors` wrote; returns how many tensors there are."""
     own = own_tensors(bitune)
-    if not own:
+    if not bitune.mixes:
         return 0
     if (mixing := about.get("mixing", "abs")) != bitune.mixing:
         raise ValueError(f"{folder} was trained with the mixing {mixing!r}, and this code's is "
                          f"{bitune.mixing!r}: Bitune.mixing, in bitune.py, names it")
-    tensors = modern_tensors(read_tensors(folder / "mixing.safetensors"))
+    tensors = modern_tensors(read_tensors(folder / "mixing.safetensors")) if own else {}
     shapes = [{n: tuple(t.shape) for n, t in side.items()} for side in (own, tensors)]
     if wrong := differences(*shapes):
         raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {'; '.join(wrong)}")

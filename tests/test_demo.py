@@ -106,16 +106,16 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
 def test_the_command_compares_the_models(anywhere, monkeypatch, capsys):
     monkeypatch.setitem(DEMO, "steps", 4)
     monkeypatch.setattr(language, "SIZES", {"train": 80, "val": 20, "test": 20})
-    monkeypatch.setattr(demo, "ABLATIONS", ["only-causal"])
+    monkeypatch.setattr(demo, "ABLATIONS", [])
     argv = "--all --tasks front --seeds 2 --out runs/all".split()
     demo.main(argv)
     said = capsys.readouterr().out
     rows = [line for line in said.splitlines() if line.startswith("| ")]
     names = [row.split("|")[1].strip() for row in rows]
-    assert names[2:] == ["one of the sayings", "LoRA rank 8", "LoRA rank 16", "Bitune", "only-causal"]
+    assert names[2:] == ["one of the sayings", "LoRA rank 8", "LoRA rank 16", "Bitune"]
     assert "±" in rows[3] and "the truth" in said and "α key" in said
     svg = (anywhere / "runs/all/front/curves.svg").read_text()
-    assert svg.count("<polyline") == 4 and svg.rstrip().endswith("</svg>")
+    assert svg.count("<polyline") == 3 and svg.rstrip().endswith("</svg>")
 
     with pytest.raises(SystemExit) as end:
         demo.main([*argv, "--steps", "5"])
