@@ -55,10 +55,9 @@ def pad(lists, fill, device):
 
 class Bitune(nn.Module):
     """A decoder with its adapter sets (see `lora.add_adapter`), trained and asked by one of METHODS. Without
-    a set "answer" it is the bare base that answers.
-
-    c is the constant of α, and where every θ starts, so α starts at 0.5 whatever it is: c sets how fast α
-    moves for a given learning rate. Whatever parameters an edit adds are trained, saved and resumed.
+    a set "answer" it is the bare base that answers. c is the constant of α, and where every θ starts, so α
+    starts at 0.5 whatever it is: c sets how fast α moves for a given learning rate. Whatever parameters an
+    edit adds are trained, saved and resumed.
     """
     mixing = "abs"              # the name of how `alpha` and `mix` mix, which runs remember
 
@@ -203,13 +202,14 @@ class Bitune(nn.Module):
 
 
 def blend(a, causal, second):
-    """(1 - α) K_c + α K_b, computed in α's float32 whatever K is, and then in K's dtype again."""
-    return ((1 - a) * causal.to(a.dtype) + a * second.to(a.dtype)).to(causal.dtype)
+    """(1 - α) K_c + α K_b, computed in α's float32 and then in K's dtype again. (For that, α needs a
+    dimension: one number times a bfloat16 tensor would be computed in bfloat16.)"""
+    a = a if a.dim() else a[None]
+    return ((1 - a) * causal + a * second).to(causal.dtype)
 
 
 def nll(logits, labels):
-    """The negative log-likelihood of each label (B, T') under logits (B, T', V), in float32; 0 where there
-    is no label."""
+    """The negative log-likelihood of labels (B, T') under logits (B, T', V), float32; 0 for label -100."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
     return losses.view(labels.shape)
 
