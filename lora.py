@@ -176,10 +176,8 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     model.sets[name] = kind, options
     if first:
         model.requires_grad_(maker.trains_base)
-    if first and maker.trains_base:
-        return {}
     chosen = {p: layer for p, layer in layers.items() if p in targets or p.split(".")[-1] in targets}
-    new = maker.make(chosen, **options)
+    new = {} if first and maker.trains_base else maker.make(chosen, **options)
     for path, adapter in new.items():
         layers[path].sets[name], adapter.made_with = adapter, options
     return new
