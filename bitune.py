@@ -122,7 +122,7 @@ class Bitune(nn.Module):
         read = []                               # by each pass, L pairs (B, G, T, D)
         for sees, adapter in self.passes:
             mask = may_attend(positions, positions, sees)                                     # (B, 1, T, T)
-            _, keys_values = self.model(ids, positions, mask, adapter=adapter, keep=NONE)
+            _, keys_values = self.model(ids, positions, mask, adapter=adapter, keep=NONE)     # only K, V
             read.append(keys_values)
         return Past(self.mix(read, positions) if self.mixes else read[0])
 
