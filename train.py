@@ -103,7 +103,8 @@ def try_longest(bitune, examples, micro_batch_size):
 # The loop
 
 def train(run, progress, stop):
-    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand."""
+    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand; after
+    the last one, it only leaves out the validation, which --resume makes up for."""
     s, bitune, optimizer, examples = run.settings, run.bitune, run.optimizer, run.examples
     due = lambda every: run.at == s.steps or run.at % every == 0
 

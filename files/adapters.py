@@ -101,9 +101,11 @@ def load_adapter(model, name, folder):
     paths = [p for p in linears(model) if any(n.startswith(f"{PREFIX}model.{p}.") for n in have)]
     if not paths:
         raise ValueError(f"{folder} does not fit the model: no tensors of its layers")
-    new = {}
-    for own in {str(of(p)): of(p) for p in paths}.values():
-        new |= add_adapter(model, name, kind, [p for p in paths if of(p) == own], **own)
+    alike, new = {}, {}                         # layers by their options
+    for path in paths:
+        alike.setdefault(tuple(of(path).items()), []).append(path)
+    for own, group in alike.items():
+        new |= add_adapter(model, name, kind, group, **dict(own))
     model.sets[name] = kind, options
     want = tensors_on_disk(new)
     have = settle_names(model, want, have, folder)

@@ -8,7 +8,8 @@
     settings.json, log.jsonl    every flag and derived number; a line a step
     state.safetensors           what `--resume` needs
 
-What would make a run mean something else is written down and checked when it is loaded.
+settings.json is written at the start, log.jsonl as it goes, all the others by each save. What would make a
+run mean something else is written down and checked when it is loaded.
 """
 
 import hashlib
@@ -138,7 +139,7 @@ def load_bitune(model, folder, base=""):
             n += len(model.state_dict())
         else:
             n += load_adapter(model, name, folder / FOLDERS.get(name, name))
-    bitune = Bitune(model, method, **{k: about[k] for k in ("c",) if k in about})
+    bitune = Bitune(model, method, about["c"]) if about else Bitune(model, method)
     return bitune, n + load_own(bitune, folder, about), about
 
 
