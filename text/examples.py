@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from text.rows import read_rows
-from text.tokenizer import TooLong
+from text.bpe import TooLong
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 ANSWER_KEYS = ("completion", "answer", "response", "output")
