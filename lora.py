@@ -108,7 +108,7 @@ class IA3(Adapter):
 
     def __init__(self, linear, path, feedforward):
         super().__init__()
-        self.of_input = path.split(".")[-1] in feedforward
+        self.of_input = path.endswith(tuple(feedforward))
         shape = (1, linear.in_features) if self.of_input else (linear.out_features, 1)         # PEFT's
         self.ia3_l = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=linear.weight.device))
 

@@ -13,7 +13,13 @@ from files.disk import json_bytes, read_json, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
 
 PREFIX = "base_model."          # PEFT's model around the base
-REFUSED = ("modules_to_save", "lora_bias", "layer_replication", "use_qalora", "alora_invocation_tokens")
+# Fields of adapter_config.json that change nothing once the tensors are there: who wrote it, where it goes,
+# how it was started and trained. (On a plain linear, PEFT itself sets fan_in_fan_out to false.)
+NEUTRAL = set("""
+    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
+    exclude_modules layers_to_transform layers_pattern fan_in_fan_out init_lora_weights init_ia3_weights
+    loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size ensure_weight_tying
+""".split())
 STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")    # init_lora_weights that change the base as well
 
 
@@ -52,23 +58,35 @@ def adapter_bytes(model, name, base=""):
 def read_options(folder):
     """The kind of the adapters in a folder, their options, and a function, path -> the options of the layer
     there, which may be others. ValueError for what no kind of lora.KINDS does."""
-    file = folder / "adapter_config.json"
-    c = read_json(file, "peft_type")
-    rank_stabilised = c.pop("use_rslora", None)             # of LoRA: then the scale is lora_alpha / sqrt(r)
+    c = read_json(folder / "adapter_config.json", "peft_type")
     odd = {kind: [field for field, value in maker.peft.items() if c.get(field, value) not in (value, None)]
            for kind, maker in KINDS.items() if peft_type(maker) == c["peft_type"]}
     if not odd:
         known = " or ".join(sorted({peft_type(maker) for maker in KINDS.values()}))
-        raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r}: expected {known}")
+        raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r:.60}: expected {known}")
+    rank_stabilised = bool(c.get("use_rslora"))             # of LoRA: then the scale is lora_alpha / sqrt(r)
     kind = min(odd, key=lambda kind: len(odd[kind]))
-    refused = odd[kind] + [field for field in REFUSED if c.get(field)]
+    known, refused = KINDS[kind].options, [field for field in odd[kind] if field != "use_rslora"]
+    fields = {"peft_type", *KINDS[kind].peft, *(o.field for o in known.values()),
+              *(o.pattern for o in known.values() if o.pattern)}
+    refused += [field for field, value in c.items() if value and field not in fields | NEUTRAL]
     if str(c.get("init_lora_weights")).startswith(STARTS):
         refused.append("init_lora_weights")
     if refused:
-        raise ValueError(f"{folder} uses {', '.join(refused)}, which is not supported: expected plain "
+        raise ValueError(f"{folder} uses {listed(sorted(refused))}, which is not supported: expected plain "
                          f"{KINDS[kind].__name__}")
-    known = KINDS[kind].options
-    read_json(file, *(o.field for o in known.values() if o.default))        # what may be absent is 0
+    read_json(folder / "adapter_config.json", *(o.field for o in known.values() if o.default))     # else 0
+    for option in known.values():
+        check_value(folder, c.get(option.field, option.default), option)
+        patterns = c.get(option.pattern) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{folder}: {option.pattern} is {patterns!r:.60}, expected an object")
+        for pattern, value in patterns.items():
+            check_value(folder, value, option)
+            try:
+                re.compile(pattern)
+            except re.error as problem:
+                raise ValueError(f"{folder}: {option.pattern} has {pattern!r}: {problem}") from None
     values = {key: c.get(o.field, o.default) for key, o in known.items()}
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
@@ -84,6 +102,18 @@ def read_options(folder):
         return own
 
     return kind, options, of
+
+
+def check_value(folder, value, option):
+    if isinstance(option.default, tuple):
+        fits = isinstance(value, list) and all(isinstance(n, str) for n in value)
+        expected = "a list of names"
+    else:
+        kinds = (int, type(option.default))
+        expected = f"{'a whole' if kinds[1] is int else 'a'} number from {option.low} to {option.high}"
+        fits = type(value) in kinds and option.low <= value <= option.high
+    if not fits and value is not option.default:
+        raise ValueError(f"{folder}: {option.field} is {value!r:.60}, expected {expected}")
 
 
 def load_adapter(model, name, folder):

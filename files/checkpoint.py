@@ -4,6 +4,7 @@ A folder is read as a whole, `load_base`, or refused in one line that names what
 """
 
 import json
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,41 @@ DEFAULTS = {
               "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
     "phi": {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
 }
+# Every field that counts: what it must hold, and the types of that.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+FIELDS = {
+    **dict.fromkeys((*SIZES, "max_position_embeddings"), ("a whole number above 0", [int])),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"),
+                    ("a whole number above 0, or null", [int, type(None)])),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "rope_theta", "partial_rotary_factor"),
+                    ("a number above 0", [int, float])),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
+                     "qk_layernorm", "use_bidirectional_attention"),
+                    ("true, false or null", [bool, type(None)])),
+    **dict.fromkeys(("model_type", "hidden_act"), ("a name", [str])),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"),
+                    ("an object or null", [dict, type(None)])),
+}
+ROPE_FIELDS = {
+    **dict.fromkeys(("rope_type", "type"), ("a name", [str])),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"), ("a number above 0", [int, float])),
+}
+# Fields that stand in published files and change no logits: who wrote it, how it was trained, which tokens
+# are special, how transformers runs it and generates with it.
+NEUTRAL = set("""
+    architectures auto_map transformers_version dtype torch_dtype transformers.js_config unsloth_version
+    unsloth_fixed is_llama_config model_name name_or_path initializer_range use_cache pretraining_tp
+    attention_dropout embd_pdrop resid_pdrop hidden_dropout attn_pdrop layer_types max_window_layers
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class
+    id2label label2id num_labels problem_type finetuning_task task_specific_params chunk_size_feed_forward
+    return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss
+    gradient_checkpointing use_flash_attention attn_implementation max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences suppress_tokens begin_suppress_tokens remove_invalid_values
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id prefix
+""".split())
 ROPE_TYPES = {       # and the numbers that each needs besides rope_theta
     "default": [],
     "linear": ["factor"],
@@ -49,14 +85,14 @@ BESIDE = ("generation_config.json", "special_tokens_map.json", "tokenizer_config
 def parse_config(c):
     """The Config of a config.json's contents; ValueError names what is missing or not supported."""
     kind = c.get("model_type")
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f"model_type {kind!r} is not supported: expected {' or '.join(DEFAULTS)}")
     if quantised := c.get("quantization_config"):
-        method = quantised.get("quant_method", "a method that it does not name")
-        raise ValueError(f"it is quantised, by {method}: expected the weights as they were trained")
-    needed = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-    if lacking := [k for k in needed if not isinstance(c.get(k), int) or c[k] < 1]:
-        raise ValueError(f"it lacks a whole number above 0 for: {', '.join(lacking)}")
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ValueError(f"it is quantised, by {str(method)[:40]}: expected weights as they were trained")
+    check_fields(c, FIELDS)
+    if lacking := [k for k in SIZES if k not in c]:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
     c = COMMON | DEFAULTS[kind] | c
     if kind == "gemma" and c["hidden_act"] == "gelu":       # as it was published, and never meant
         c["hidden_act"] = "gelu_pytorch_tanh"
@@ -68,10 +104,15 @@ def parse_config(c):
             raise ValueError(f"{unlike} is not supported: expected a {kind} model without it")
 
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}      # of both, the first counts
+    check_fields(rope, ROPE_FIELDS, "of RoPE, ")
     heads = c["num_attention_heads"]
+    groups = c["num_key_value_heads"] or heads
     head_dim = turned = c["head_dim"] or c["hidden_size"] // heads
     if kind == "phi":
         turned = int(head_dim * rope.get("partial_rotary_factor", c["partial_rotary_factor"]))
+    if heads % groups or turned % 2 or not 0 < turned <= head_dim:
+        raise ValueError(f"{heads} heads of {head_dim} numbers, of which RoPE turns {turned}, and {groups} "
+                         "key/value heads do not go together")
     bias = kind == "phi" or kind in ("llama", "qwen3", "gemma") and bool(c["attention_bias"])
     return Config(
         model_type=kind,
@@ -80,7 +121,7 @@ def parse_config(c):
         intermediate_size=c["intermediate_size"],
         num_hidden_layers=c["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=c["num_key_value_heads"] or heads,
+        num_key_value_heads=groups,
         head_dim=head_dim,
         max_position_embeddings=c["max_position_embeddings"],
         rope=parse_rope(rope, c),
@@ -95,6 +136,20 @@ def parse_config(c):
         mlp_bias=kind == "phi" or kind == "llama" and bool(c["mlp_bias"]),
         tie_word_embeddings=bool(c["tie_word_embeddings"]),
     )
+
+
+def check_fields(c, fields, where=""):
+    """ValueError for a field that does not hold what it must, and for one that is not known here and holds
+    something: it may mean that the model computes otherwise."""
+    for name, (expected, types) in fields.items():
+        value = c.get(name)
+        sized = type(value) not in (int, float) or 0 < value < 1e12
+        if name in c and not (type(value) in types and sized):
+            raise ValueError(f"{where}{name} is {value!r:.60}: expected {expected}")
+    known = fields if where else fields.keys() | NEUTRAL
+    if odd := [name for name, value in c.items() if value and name not in known and name[:1] != "_"]:
+        raise ValueError(f"{where}{listed(odd)} is not known here: if transformers ignores it in a model of "
+                         "this type, leave it out")
 
 
 def parse_rope(rope, c):
@@ -113,12 +168,27 @@ def parse_rope(rope, c):
 
 def read_config(folder):
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: expected a Hugging Face checkpoint folder")
+    check_folder(folder)
+    config = read_json(path)
     try:
-        return parse_config(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:  # the last two: a value of another kind
+        return parse_config(config)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_folder(folder):
+    """ValueError if there is no checkpoint in a folder: what it is instead, and what to type."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        hint = ": expected a Hugging Face checkpoint"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            hint = f". If it is a hub's: hf download {folder} --local-dir NEW, and then give NEW"
+        raise ValueError(f"{folder} is not a folder here{hint}")
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} is an adapter, not a checkpoint: type --adapter {folder}, and its "
+                             "base as --model")
+        raise ValueError(f"{folder} has no config.json: expected a Hugging Face checkpoint folder")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -130,8 +200,7 @@ def load_base(folder, device=None, dtype=None):
     device = device or default_device()
     check_device(device)
     dtype = DTYPES[dtype] if dtype else default_dtype(device)
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder} is not a folder: expected a Hugging Face checkpoint")
+    check_folder(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = load_model(folder, dtype, device)
     try:
@@ -263,12 +332,15 @@ def checkpoint_files(folder):
             raise ValueError(f"{index} is not an index of shards: expected a weight_map of names") from None
     if lacking := [f.name for f in files if not f.is_file()]:
         suffixes = (".bin", ".pth", ".pt", ".safetensors")
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
-        hint = ""
-        if pickles := [name for name in others if not name.endswith(".safetensors")]:
-            hint = f" It has {listed(pickles)}: convert to safetensors, they are not read"
-        elif others:
-            hint = f" It has {listed(others)}: is the download complete, and are the names as published?"
+        have = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
+        tensors, hint = [name for name in have if name.endswith(".safetensors")], ""
+        if have and not tensors:
+            hint = f" It has {listed(have)}, which are not read: write safetensors with transformers, " \
+                   f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+        elif len(tensors) == 1 and "-of-" not in tensors[0]:
+            hint = f" It has {tensors[0]}: if that is all of it, mv {folder / tensors[0]} {one}"
+        elif tensors:
+            hint = f" It has {listed(tensors)}: is the download complete, and are the names as published?"
         raise ValueError(f"{folder} lacks {listed(lacking)}.{hint}")
     return files
 

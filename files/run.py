@@ -22,7 +22,7 @@ import torch
 
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
-from files.checkpoint import checkpoint_bytes, differences, load_base
+from files.checkpoint import checkpoint_bytes, differences, listed, load_base
 from files.disk import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from lora import KINDS, add_adapter, merge
 from text.examples import TEMPLATES
@@ -175,7 +175,7 @@ def load_own(bitune, folder, about):
     tensors = modern_tensors(read_tensors(folder / "mixing.safetensors")) if own else {}
     shapes = [{n: tuple(t.shape) for n, t in side.items()} for side in (own, tensors)]
     if wrong := differences(*shapes):
-        raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {'; '.join(wrong)}")
+        raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {listed(wrong)}")
     for n, t in own.items():
         t.copy_(tensors[n])
     here, there = (torch.tensor(f) for f in (fingerprint(bitune), about.get("fingerprint", [])))
@@ -243,7 +243,7 @@ def load_state(path, bitune, optimizer):
     want = trained | {f"buffer.{n}": b for n, b in bitune.named_buffers()}
     have = {n: t for n, t in tensors.items() if n.startswith(("param.", "buffer."))}
     if wrong := differences(*({n: tuple(t.shape) for n, t in side.items()} for side in (want, have))):
-        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong)}")
+        raise ValueError(f"{path} does not fit the model: {listed(wrong)}")
     torch.set_rng_state(tensors["rng"])
     if "rng.cuda" in tensors and bitune.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], bitune.device)

@@ -60,7 +60,7 @@ def test_special_tokens_beyond_the_vocabulary_do_no_harm():
 
 
 def test_quantised_checkpoints_are_refused_in_one_line():
-    with pytest.raises(ValueError, match="it is quantised, by gptq: expected the weights") as error:
+    with pytest.raises(ValueError, match="it is quantised, by gptq: expected weights") as error:
         load_model(CASES / "checkpoint-gptq-message")
     assert len(str(error.value)) < 200
 
@@ -93,8 +93,8 @@ def test_configs(kind, changes, want):
 
 def test_defaults_are_those_of_the_config_classes():
     transformers = pytest.importorskip("transformers")
-    bare = {k: CONFIG[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                   "num_attention_heads")}
+    bare = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 32}
     for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi"):
         theirs = transformers.CONFIG_MAPPING[kind](**bare)
         ours = parse_config({"model_type": kind, **bare})
@@ -267,9 +267,12 @@ ENCODINGS = {       # by tokenizers 0.23.3
     "tokenizer-added-single-word": (
         "yes eyes yesterday yes!",
         [264, 222, 70, 90, 70, 84, 222, 90, 70, 84, 85, 70, 83, 69, 66, 90, 222, 264, 2]),
+    "tokenizer-appended-merges": (" given hello", [222, 266, 79, 222, 258, 260]),
     "tokenizer-byte-level-unk": ("h \xe9 w", [73, 222, 0, 104, 261]),
     "tokenizer-dummy-space-after-added": ("the<tool>all", [291, 295, 293, 292]),
     "tokenizer-newline-byte-missing": ("the\nall", [290, 0, 259, 291]),
+    "tokenizer-normalizer-posix-class": ("the\t\nall", [291, 293, 292]),
+    "tokenizer-normalizer-unicode-property": ("the all", [291, 293, 292]),
     "tokenizer-pattern-with-gaps": ("hello12 wor", [258, 260, 18, 19, 263]),
 }
 
@@ -288,18 +291,6 @@ def test_bos_eos_and_what_decoding_strips():
     assert stop_id(Tokenizer.from_pretrained(CASES / "tokenizer-eos-in-settings-only"), "plain") == 295
     metaspace = Tokenizer.from_pretrained(CASES / "tokenizer-decoder-metaspace")
     assert metaspace.decode([291, 293, 292]) == "the all"
-
-
-@pytest.mark.parametrize("case", ["posix-class", "unicode-property"])
-def test_patterns_that_are_read_otherwise_here_are_refused(case):
-    with pytest.raises(ValueError, match="has parts that are read otherwise here"):
-        Tokenizer.from_pretrained(CASES / f"tokenizer-normalizer-{case}")
-
-
-def test_a_vocabulary_extended_with_another_s_merges_is_refused():
-    """tiktoken would merge two tokens that `merges` does not list. (tokenizers 0.23.3 reads this file.)"""
-    with pytest.raises(ValueError, match="its merges end with .*, which make a token"):
-        Tokenizer.from_pretrained(CASES / "tokenizer-appended-merges")
 
 
 def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):

@@ -37,7 +37,7 @@ def logits(model, ids=RAGGED[3]):
             {"hidden_act": "relu"},
             "hidden_act 'relu' is not supported: expected silu or gelu or gelu_new",
         ),
-        ({"hidden_size": None}, "lacks a whole number above 0 for: hidden_size"),
+        ({"hidden_size": None}, "hidden_size is None: expected a whole number above 0"),
     ],
 )
 def test_an_unsupported_config_is_named_with_what_is_supported(tmp_path, change, message):
@@ -114,7 +114,7 @@ def test_other_files_are_refused_by_name(tmp_path):
     folder = write_checkpoint(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(
-        ValueError, match="lacks model.safetensors. It has pytorch_model.bin: convert to safetensors"
+        ValueError, match="lacks model.safetensors. It has pytorch_model.bin, which are not read: write"
     ):
         Llama.from_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"half a downl")
