@@ -158,9 +158,9 @@ def prepare(s):
     model.config.check_length(s.max_length)
     load = lambda file: load_examples(file, tokenizer, s.template, s.max_length, s.task)
     examples, dropped = load(s.data)
+    dropped = {s.data: dropped}
     if s.val_data:
-        val, val_dropped = load(s.val_data)
-        dropped = {"train": dropped, "val": val_dropped}
+        val, dropped[s.val_data] = load(s.val_data)
     else:
         n = min(s.val_size, len(examples) // 10)
         examples, val = examples[:len(examples) - n], examples[len(examples) - n:]

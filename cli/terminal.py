@@ -7,6 +7,7 @@ import time
 
 from files.checkpoint import DTYPES
 from files.run import alpha_by_layer
+from text.examples import dropped_in_words
 
 
 def clock(seconds):
@@ -65,8 +66,11 @@ class Progress:
 def announce(run):
     """Before the first step: every setting and derived number, the memory it takes, the first example."""
     for title, values in (("settings", vars(run.settings)), ("derived", run.derived)):
-        words = [f"{k} {v}" for k, v in values.items() if v is not None]
+        words = [f"{k} {v}" for k, v in values.items() if v is not None and k != "dropped"]
         print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
+    for file, rows in run.derived["dropped"].items():
+        if rows:
+            print(textwrap.fill(f"dropped of {file}: {dropped_in_words(rows)}", 110, subsequent_indent="  "))
     print(textwrap.fill(f"memory: {memory(run.derived)}", 110, subsequent_indent="  "))
     prompt, answer = run.examples[0]
     first = run.tokenizer.decode(prompt)

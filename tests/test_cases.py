@@ -299,7 +299,7 @@ def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     tokenizer.eos_id = 0
     examples, dropped = load_examples(tmp_path / "data.jsonl", tokenizer, "plain", 500)
-    assert len(examples) == 1 and dropped == {"too long": 1}
+    assert len(examples) == 1 and dropped == {"too long": [1, "line 2"]}
 
 
 @pytest.mark.parametrize("case", ["tokenizer-added-lstrip", "tokenizer-added-normalized"])

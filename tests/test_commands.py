@@ -319,7 +319,7 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")
     assert "no linear is named fc1" in bad("--targets", "fc1")
     assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)
-    assert "no example left; dropped: 40 too long" in bad("--max-length", 5)
+    assert "no example left; dropped: 40 too long (first: line 1)" in bad("--max-length", 5)
     assert "device 'tpu' cannot be used" in bad("--device", "tpu")
     (tmp_path / "data.jsonl").write_text('{"question": "a"}\n')
     assert "dropped: 1 no answer" in bad("--data", tmp_path / "data.jsonl")

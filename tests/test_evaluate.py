@@ -172,7 +172,7 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
 def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):
     file = write_rows(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match="data.jsonl, line 1: ") as error:
-        load_examples(file, tokenizer, "paper", 512, task)
+        evaluate.load_questions(file, task, tokenizer, "paper", 512)
     assert message in str(error.value)
 
 

@@ -2,7 +2,6 @@
 test_reference.py.)"""
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -293,25 +292,44 @@ def test_loading_drops_and_counts(tmp_path, tokenizer):
         assert [tokenizer.decode(e.prompt + e.answer) for e in examples] == [
             f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")
         ]
-        assert dropped == Counter({"empty": 1, "no answer": 3, "too long": 1})
+        n = "line" if text[0] == "{" else "item"
+        assert dropped == {"empty": [1, f"{n} 2"], "no answer": [3, f"{n} 3"], "too long": [1, f"{n} 5"]}
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{", "data, line 2: not JSON"),
-        ("[1]", "data, line 2: expected an object, got list"),
-        ('{"question": "\\ud800", "answer": "b"}', "data, line 2: it has half of a character"),
-        (
-            '{"text": "x"}',
-            "data, line 2: it has text: expected messages, or one of prompt, instruction, question",
-        ),
-        ('{"question": 3, "answer": "b"}', "data, line 2: 'question' is int, expected text"),
-        ('{"messages": ["hi"]}', "data, line 2: 'messages' is not a list of objects"),
-    ],
-)
-def test_a_malformed_row_is_an_error_with_its_line(tmp_path, tokenizer, line, message):
-    (tmp_path / "data").write_text('{"question": "a", "answer": "b"}\n' + line + "\n")
+@pytest.mark.parametrize("line, reason", [
+    ("[1]", "expected an object, got list"),
+    ('{"text": "x"}', "it has text: expected messages, or one of prompt, instruction, question with one of"),
+    ('{"question": 3, "answer": "b"}', "'question' is int, expected text"),
+    ('{"question": null, "answer": "b"}', "it has answer: expected messages, or one of prompt"),
+    ('{"messages": ["hi"]}', "'messages' is not a list of objects"),
+])
+def test_a_row_that_cannot_be_used_is_dropped_and_counted(tmp_path, tokenizer, line, reason):
+    good = '{"question": "a", "answer": "b"}\n'
+    (tmp_path / "data").write_text(f"{good}\n{line}\n{good}{line}\n")
+    examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 40)
+    ((said, (n, place)),) = dropped.items()
+    assert len(examples) == 2 and said.startswith(reason) and (n, place) == (2, "line 3")
+    (tmp_path / "data").write_text(f" {line}" if line[0] == "{" else '{"a": 1}')
+    with pytest.raises(ValueError, match="no example left; dropped: 1 .* \\(first: line 1\\)"):
+        load_examples(tmp_path / "data", tokenizer, "paper", 40)
+
+
+@pytest.mark.parametrize("content, message", [
+    ('{"question": "a", "answer": "b"}\n{', "data, line 2: not JSON"),
+    ('{"question": "\\ud800", "answer": "b"}', "data, line 1: it has half of a character"),
+    ('{"question": "a", "prompt": "a", "answer": "b"}', "data, line 1: it has prompt and question, which"),
+    ('\n{\n "question": "a",\n "answer": "b"\n}\n', "line 2: its objects stand on several lines, expect"),
+    ('{"data": [{"question": "a"}]}', "line 1: its rows are a list under 'data': jq -c '.data\\[\\]' "),
+    ('{"version": 1,\n "train": [{"question": "a"}]}', "line 1: its rows are a list under 'train'"),
+    (b"PAR1\x15\x04", "is not read, as it is a parquet file: python -c .*read_parquet.*'data.jsonl'"),
+    (b"\x1f\x8b\x08", "is not read, as it is compressed: gunzip -c .*data > data.jsonl"),
+    ("{}".encode("utf-16"), "is not read, as it is UTF-16 text: iconv"),
+    (b'{"question": "\xe9"}', "data is not UTF-8 text"),
+    ("[{},\n{]", "data: not a JSON list: .* line 2"),
+    ("", "no example left; dropped: none, it has no rows"),
+])
+def test_a_broken_file_is_refused_with_its_line(tmp_path, tokenizer, content, message):
+    (tmp_path / "data").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_examples(tmp_path / "data", tokenizer, "paper", 40)
 

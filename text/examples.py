@@ -6,7 +6,6 @@ where the prompt ends is a matter of ids and never of text. Training, evaluation
 """
 
 import random
-from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -111,21 +110,29 @@ def encode_answer(tokenizer, template, answer):
 # ----------------------------------------------------------------------------------------------------------
 # Rows
 
+class Unusable(ValueError):
+    """A row that is none of the known forms, or says nothing to learn."""
+
+
+class Ambiguous(ValueError):
+    """A row of which two columns say the same: not one row is wrong then, but the file."""
+
+
 def parse_row(row):
-    """A row in any of the known forms as a Row. The answer is "" where there is none; else ValueError."""
+    """A row in any of the known forms as a Row. The answer is "" where there is none; else Unusable, or Ambiguous."""
     if not isinstance(row, dict):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
+        raise Unusable(f"expected an object, got {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}       # null is absent
 
     def text(key):
         if not isinstance(row.get(key, ""), str):
-            raise ValueError(f"{key!r} is {type(row[key]).__name__}, expected text")
+            raise Unusable(f"{key!r} is {type(row[key]).__name__}, expected text")
         return row.get(key, "")
 
     def one_of(keys):
         given = [key for key in keys if key in row]
         if len(given) > 1:
-            raise ValueError(f"it has {' and '.join(given)}, which say the same: expected one of them")
+            raise Ambiguous(f"it has {' and '.join(given)}, which say the same: expected one of them")
         return given[0] if given else None
 
     if "messages" in row:
@@ -140,7 +147,7 @@ def parse_row(row):
         return parse_row({"messages": messages})
     prompt, answer = one_of(PROMPT_KEYS), one_of(ANSWER_KEYS)
     if prompt is None:
-        raise ValueError(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
+        raise Unusable(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
                          f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)} (or a --task)")
     if isinstance(row[prompt], list) and isinstance(row.get(answer), list):     # TRL's prompt and completion
         return parse_row({"messages": row[prompt] + row[answer]})
@@ -161,7 +168,7 @@ def read_turns(name, messages, role, content):
     except (TypeError, KeyError):
         turns = None
     if turns is None or not all(isinstance(part, str) for turn in turns for part in turn):
-        raise ValueError(f"{name!r} is not a list of objects with the texts {role!r} and {content!r}")
+        raise Unusable(f"{name!r} is not a list of objects with the texts {role!r} and {content!r}")
     return turns
 
 
@@ -169,43 +176,47 @@ def right_choice(row):
     """The index of a multiple-choice row's answer, which is given as such or as its text."""
     choices, answer = row["choices"], row.get("answer")
     if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
-        raise ValueError("'choices' is not a list of texts")
+        raise Unusable("'choices' is not a list of texts")
     index = choices.index(answer) if answer in choices else answer
     if not isinstance(index, int) or not 0 <= index < len(choices):
-        raise ValueError(f"'answer' is {answer!r}: expected one of its {len(choices)} choices, or 0 to "
+        raise Unusable(f"'answer' is {answer!r}: expected one of its {len(choices)} choices, or 0 to "
                          f"{len(choices) - 1}")
     return index
 
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
-    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and a Counter of
-    the rows that were dropped and why. ValueError names the line of a malformed row, or says why none is
-    left."""
-    examples, dropped = [], Counter()
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and the rows that
+    cannot be used: reason -> [how many, where the first is]. ValueError if the file is broken, with the line,
+    or if no example is left."""
+    examples, dropped = [], {}
     for place, row in read_rows(path, task):
         try:
-            row = parse_row(row)
-        except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
-        if not any(text.strip() for _, text in row.turns):
-            dropped["empty"] += 1
-        elif not row.answer.strip():
-            dropped["no answer"] += 1
-        else:
-            try:
-                example = Example(encode_prompt(tokenizer, template, row.turns, row.input),
-                                  encode_answer(tokenizer, template, row.answer))
-            except TooLong:
-                dropped["too long"] += 1
-                continue
-            if len(example.prompt) + len(example.answer) > max_length:
-                dropped["too long"] += 1
-            else:
-                examples.append(example)
+            examples.append(encode_row(parse_row(row), tokenizer, template, max_length))
+        except Ambiguous as problem:
+            raise ValueError(f"{path}, {place}: {problem}") from None
+        except (Unusable, TooLong) as problem:
+            reason = str(problem) if isinstance(problem, Unusable) else "too long"
+            dropped.setdefault(reason, [0, place])[0] += 1
     if not examples:
-        why = ", ".join(f"{n} {why}" for why, n in dropped.items()) or "none, it has no rows"
+        why = dropped_in_words(dropped) or "none, it has no rows"
         raise ValueError(f"{path}: no example left; dropped: {why}")
-    return examples, dict(dropped)
+    return examples, dropped
+
+
+def encode_row(row, tokenizer, template, max_length):
+    if not any(text.strip() for _, text in row.turns):
+        raise Unusable("empty")
+    if not row.answer.strip():
+        raise Unusable("no answer")
+    example = Example(encode_prompt(tokenizer, template, row.turns, row.input),
+                      encode_answer(tokenizer, template, row.answer))
+    if len(example.prompt) + len(example.answer) > max_length:
+        raise TooLong
+    return example
+
+
+def dropped_in_words(dropped):
+    return "; ".join(f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items())
 
 
 # ----------------------------------------------------------------------------------------------------------

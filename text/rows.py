@@ -95,8 +95,53 @@ def read_rows(path, task="rows"):
         raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
 
 
+# What a file of another form begins with: what it is, and what makes rows of it.
+OTHERS = {
+    b"PAR1": 'a parquet file: python -c "import pandas; pandas.read_parquet({file!r}).to_json({new!r}, '
+             'orient=\'records\', lines=True)"',
+    b"ARROW1": "an Arrow file: write it as JSON Lines, such as by datasets' to_json",
+    b"\x1f\x8b": "compressed: gunzip -c {file} > {new}",
+    b"BZh": "compressed: bunzip2 -c {file} > {new}",
+    b"\xfd7zXZ": "compressed: xz -dc {file} > {new}",
+    b"\x28\xb5\x2f\xfd": "compressed: zstd -dc {file} > {new}",
+    b"PK\x03\x04": "a ZIP archive (or a spreadsheet): take the file of rows out of it",
+    b"\xff\xfe": "UTF-16 text: iconv -f UTF-16 -t UTF-8 {file} > {new}",
+    b"\xfe\xff": "UTF-16 text: iconv -f UTF-16 -t UTF-8 {file} > {new}",
+}
+WRAPPERS = ("data", "rows", "examples", "instances", "train", "validation", "test")
+
+
+def check_form(path):
+    """ValueError for files that are no text of rows, by their first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    for magic, what in OTHERS.items():
+        if head.startswith(magic):
+            what = what.format(file=str(path), new=f"{path.name.split('.')[0]}.jsonl")
+            raise ValueError(f"{path} is not read, as it is {what}")
+
+
+def wrapped(row, path):
+    """What to do about a file that is one object with the rows in it; None for a row."""
+    key = next((k for k in WRAPPERS if isinstance(row, dict) and isinstance(row.get(k), list)), None)
+    if key is None or len(row) > 3:
+        return None
+    return f"its rows are a list under {key!r}: jq -c '.{key}[]' {path} > {path.stem}-rows.jsonl"
+
+
+def several_lines(path):
+    """What to do about a file that begins with an object over several lines; None if it does not."""
+    try:
+        whole, _ = json.JSONDecoder().raw_decode(path.read_text(encoding="utf-8-sig").lstrip())
+    except (ValueError, RecursionError):
+        return None
+    return wrapped(whole, path) or ("its objects stand on several lines, expected one a line: "
+                                    f"jq -c . {path} > {path.stem}-rows.jsonl")
+
+
 def json_rows(path):
     """JSON Lines, or one JSON list."""
+    check_form(path)
     with open(path, encoding="utf-8-sig", newline="\n") as file:
         first = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "")
         file.seek(0)
@@ -107,13 +152,19 @@ def json_rows(path):
                 raise ValueError(f"{path}: not a JSON list: {error}") from None
             yield from ((f"item {n}", row) for n, row in enumerate(rows, 1))
             return
+        begun = False
         for n, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {n}: not JSON: {error}") from None
-                yield f"line {n}", row
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                why = not begun and several_lines(path) or f"not JSON: {error}"
+                raise ValueError(f"{path}, line {n}: {why}") from None
+            if not begun and (why := wrapped(row, path)):
+                raise ValueError(f"{path}, line {n}: {why}")
+            begun = True
+            yield f"line {n}", row
 
 
 def csv_rows(path):
