@@ -38,7 +38,9 @@ class BPE:
         self.whole, self.ranks = whole, {pair: rank for rank, pair in enumerate(merges)}
         # Where no token has U+2581 behind another character, no merge crosses into the next word: a text
         # can be cut there, and each word be merged once. (Some of Gemma's have: its texts stay whole.)
-        crossing = whole or "▁" not in vocab or any(re.search("[^▁]▁", a + b) for a, b in merges)
+        complete = unk is not None or byte_fallback and all(f"<0x{b:02X}>" in vocab for b in range(256))
+        crossing = whole or not complete or "▁" not in vocab or \
+            any(re.search("[^▁]▁", a + b) for a, b in merges)
         self.words = re.compile(r"(?s).+" if crossing else r"▁*[^▁]+|▁+")
         self.word_ids = lru_cache(maxsize=100_000)(self.word_ids)
 

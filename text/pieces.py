@@ -85,56 +85,45 @@ def ranges(escape):
 
 def regular(pattern):
     """A regular expression of Oniguruma's, in Python's words and compiled; ValueError where Python would
-    read it otherwise, or where it fits the empty text."""
-    out, inside, before = "", False, ""
+    read it otherwise, or where it may fit between two characters."""
+    out = bare = before = ""            # bare: without what only looks ahead or behind
+    inside, looks = False, []           # within [ ]; for each open group, whether it looks
     parts = r"\\[pP]\{\^?\w+\}|\\.|\[:\w+:\]|\(\?i:[^)]*\)|\(\?<?.|\{\d*,?\d*\}[?+]|."
     for part in re.findall(parts, pattern, re.S):
-        odd, part = False, {"[:space:]": r"\s", "[:digit:]": r"\d"}.get(part, part) if inside else part
+        said = part = {"[:space:]": r"\s", "[:digit:]": r"\d"}.get(part, part) if inside else part
         if re.match(r"\\[pPsSdD]", part):
-            odd = before == "-" and inside
-            out += ranges(part) if inside else f"[{ranges(part)}]"
+            odd = inside and before == "-"
+            said = ranges(part) if inside else f"[{ranges(part)}]"
         elif part[0] == "\\":
             odd = part[1].isalnum() and part[1] not in "nrtfv" and (part[1] != "A" or inside or out)
-            out += part
         elif inside:
             odd = part[0] == "[" or part == before == "&" or part == "]" and before in ("[", "^[") \
                 or part == "-" and re.match(r"\\[pPsSdD]", before)
-            inside = part != "]"
-            out += part
-        else:
+        elif part[0] == "(":
             contraction = re.fullmatch(r"\(\?i:['|\[\]sdmtlvre]*\)", part) and not re.search("s[st]", part)
-            odd = part in ("^", "$") or part[0] == "{" and len(part) > 1 and part[-1] in "?+" \
-                or part[:2] == "(?" and part not in ("(?:", "(?=", "(?!", "(?>", "(?<=", "(?<!") \
-                and not contraction
-            inside = part == "["
-            out += part
-        before = "^[" if part == "^" and before == "[" else part
+            odd = part not in ("(", "(?:", "(?>", "(?=", "(?!", "(?<=", "(?<!") and not contraction
+            looks += [] if contraction else [part[-1] in "=!"]
+        else:
+            odd = part in ("^", "$") or part[0] == "{" and len(part) > 1
         if odd:
             raise ValueError(f"its pattern {pattern!r} has {part!r}, which is read otherwise here")
+        bare += "" if any(looks) else said
+        if part == ")" and not inside and looks:
+            looks.pop()
+        out += said
+        before = "^[" if part == "^" and before == "[" else part
+        inside = part != "]" if inside else part == "["
     try:
-        found = re.compile(out)
+        found, empty = re.compile(out), re.compile(bare).fullmatch("")
     except (re.error, OverflowError) as problem:
         raise ValueError(f"its pattern {pattern!r} is not supported: {problem}") from None
-    if found.search(""):
-        raise ValueError(f"its pattern {pattern!r} fits the empty text, which is not supported")
+    if empty:
+        raise ValueError(f"its pattern {pattern!r} may fit between two characters, which is not supported")
     return found
 
 
-def spans(found, text):
-    """Where a pattern's matches in a text begin and end."""
-    all_spans = [match.span() for match in found.finditer(text)]
-    if any(start == end for start, end in all_spans):
-        raise ValueError(f"the tokenizer's pattern {found.pattern[:60]!r} fits between two characters: that "
-                         "is not supported")
-    return all_spans
-
-
 def replace(found, content, text):
-    out, at = [], 0
-    for start, end in spans(found, text):
-        out += [text[at:start], content]
-        at = end
-    return "".join([*out, text[at:]])
+    return found.sub(lambda match: content, text)
 
 
 def pattern_of(part, where):
@@ -233,7 +222,7 @@ def split(text, begin, found, behavior, invert=False):
     """The pieces of a text, cut at the matches of a pattern (or, inverted, at what is between them): these
     stand alone, or are removed, or join the piece before or behind them; Contiguous: neighbours join."""
     parts, at = [], 0                                       # (start, end, whether it matches)
-    for start, end in [*spans(found, text), (len(text), len(text))]:
+    for start, end in [*(match.span() for match in found.finditer(text)), (len(text), len(text))]:
         parts += [(at, start, invert)] if at < start else []
         parts += [(start, end, not invert)] if start < end else []
         at = end
@@ -270,7 +259,7 @@ def one_pattern(part):
 def decoder(part):
     """How tokens become a text again, as one function."""
     functions = [one_decoder(p) for p in steps(part, "decoder")]
-    between = "" if functions else " "
+    between = " " if part is None else ""
 
     def decode(tokens):
         for f in functions:

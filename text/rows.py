@@ -12,6 +12,7 @@ where the prompt has the words that the paper puts around the task's question an
 
 import csv
 import json
+import re
 from pathlib import Path
 
 
@@ -44,10 +45,11 @@ def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-l
     return {"prompt": question, "choices": ["(0)", "(1)", "(2)"], "answer": answer}
 
 
-def mmlu(row):              # question, choices, answer; in the CSV files the answer is a letter
+def mmlu(row):              # question, choices, answer, subject; in the CSV files the answer is a letter
     listed = "\n".join(f"({i}). {choice}" for i, choice in enumerate(row["choices"]))
     numbers = [f"({i})" for i in range(len(row["choices"]))]
-    return {"prompt": f"{row['question']}\n{listed}", "choices": numbers, "answer": row["answer"]}
+    prompt = f"{row['question']}\n{listed}"
+    return {"prompt": prompt, "choices": numbers, "answer": row["answer"], "subject": row.get("subject")}
 
 
 def gsm8k(row):
@@ -168,7 +170,8 @@ def json_rows(path):
 
 
 def csv_rows(path):
-    """MMLU's: a question, its four choices and the right one's letter, and no line of titles."""
+    """MMLU's, SUBJECT_test.csv: a question, its four choices and the right one's letter; no titles."""
+    subject = re.sub("_(test|val|dev)$", "", path.stem)
     with open(path, encoding="utf-8-sig", newline="") as file:
         try:
             rows = [fields for fields in csv.reader(file) if fields]
@@ -178,7 +181,7 @@ def csv_rows(path):
             if len(fields) != 6 or fields[5] not in list("ABCD"):
                 raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter A to D")
             yield f"row {n}", {"question": fields[0], "choices": fields[1:5],
-                               "answer": "ABCD".index(fields[5])}
+                               "answer": "ABCD".index(fields[5]), "subject": subject}
 
 
 def zip_labels(path, rows):

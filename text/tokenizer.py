@@ -60,6 +60,8 @@ class Cutter:
                 start = max(at, len(text[:start].rstrip("".join(characters(r"\s")))))
             if token.rstrip:
                 end = len(text) - len(text[end:].lstrip("".join(characters(r"\s"))))
+            if start >= end:                    # the token before, rstrip, has taken this one in
+                continue
             pieces += [text[at:start], token] if start > at else [token]
             at = end
         return pieces + [text[at:]] if at < len(text) else pieces
@@ -86,7 +88,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(stop_ids)
         self.special = {t.content: t.id for t in added if t.special}
         self.added = {t.content: t.id for t in added if not t.special}      # they match in plain text
-        self.names = {i: token for token, i in parts.vocab.items()} | {t.id: t.content for t in added}
+        self.names = {i: token for token, i in parts.vocab.items()}
+        self.names |= {t.id: parts.normalize(t.content, True) if t.normalized else t.content for t in added}
         self.cut_raw = Cutter([t for t in added if not t.normalized])
         self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: parts.normalize(t, True))
 
@@ -242,6 +245,9 @@ def read_tokenizer_json(file, config):
         if unk not in (None, *vocab):
             raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
         cut, bpe = pre_tokenizer(pre), BPE(vocab, merges, unk, fuse_unk, byte_fallback, whole)
+    if any(p["type"] == "Replace" for p in steps(before, "normalizer")) and \
+            any(p.get("prepend_scheme") == "first" for p in steps(pre, "pre_tokenizer")):
+        raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
     parts = Parts(normalizer(before), cut, bpe, decoder(back), vocab, added,
                   read_bos(behind, {*vocab.values(), *(t.id for t in added)}))
     known = vocab.keys() | {t.content for t in added}
@@ -271,14 +277,16 @@ def read_merges(merges, vocab):
 def read_all_added(listed, vocab):
     """The entries of added_tokens. The tokenizers library does not look at their ids, but gives each its own
     in the vocabulary, or the next free one: ValueError where that is another."""
-    added, free = [], len(vocab)
+    added, free, taken = [], len(vocab), set(vocab.values())
     for token in listed:
         token = read_added(token)
         expected = vocab.get(token.content, free)
-        if token.id != expected or not token.content or token.content in (t.content for t in added):
+        new = token.content not in vocab
+        if token.id != expected or new and token.id in taken or not token.content or \
+                token.content in (t.content for t in added):
             raise ValueError(f"its added token {token.content!r} has the id {token.id}, and would get "
                              f"{expected}")
-        free = max(free, token.id + 1)
+        free += new
         added.append(token)
     return added
 
