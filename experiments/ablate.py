@@ -217,7 +217,7 @@ def read_questions(files, common, limit):
         stem = Path(file).stem
         tasks.append((task, task if stem == task else f"{task} {stem}", questions))
         if left_out:
-            print(f"{file}: {left_out} questions longer than {longest} tokens are left out")
+            print(f"{file}: {len(left_out)} questions longer than {longest} tokens are left out")
     names = [name for _, name, _ in tasks]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--evaluate: two files would both be called {twice[0]!r}: rename one")

@@ -6,10 +6,14 @@ piqa, arc, csqa, siqa, mmlu: published files, as text/rows.py reads them. The ch
 tokens have the highest log-probability after the prompt, summed (acc) or divided by the characters of its
 text (acc_norm). gsm8k: an answer is written greedily until "Question:" or a stop token; its number behind
 "#### " (strict-match), or its last number (flexible-extract), is compared with the true one. rows: any file
-of choices, scored as above, or of answers, which must come out word for word (exact_match).
+of choices, scored as above, or of answers, which must come out word for word (exact_match). DATA may be a
+folder of files, as MMLU has one for each subject.
+
+Results are written as they come: a command that was stopped goes on where it was when it is repeated.
 """
 
 import copy
+import hashlib
 import json
 import math
 import re
@@ -27,7 +31,7 @@ from cli.process import before_work, run_main
 from cli.settings import add_run, flag_adder, new_parser, number
 from cli.terminal import Progress, clock
 from files.disk import json_bytes, write_files
-from files.run import load_run
+from files.run import base_of, load_run
 from model import Past, may_attend
 from text.examples import batches, encode_answer, encode_prompt, joined, parse_row, right_choice, stop_id
 from text.rows import TASKS, read_rows
@@ -43,31 +47,38 @@ class Question(NamedTuple):
     texts: list             # of the choices; none if the answer is to be written
     choices: list           # lists of ids
     answer: object          # the index of the right choice, or the right text
+    subject: object = None  # of MMLU
 
 
 def load_questions(path, task, tokenizer, template, longest, limit=None):
-    """The first `limit` questions of a file, and how many of these were left out because the prompt with
-    its longest choice, or with the first token of an answer, has more than `longest` tokens."""
-    questions, left_out = [], 0
-    for place, row in islice(read_rows(path, task), limit):
+    """The first `limit` questions of a file, or of each file in a folder, and the places of those of them
+    that were left out because the prompt with its longest choice, or with the first token of an answer, has
+    more than `longest` tokens."""
+    path, questions, left_out = Path(path), [], []
+    several = path.is_dir()
+    suffixes = (".csv", ".json", ".jsonl")
+    files = sorted(f for f in path.iterdir() if f.suffix in suffixes) if several else [path]
+    for file, (place, row) in ((f, r) for f in files for r in islice(read_rows(f, task), limit)):
         try:
             turns, input, answer = parse_row(row)
             texts = row.get("choices", [])
             answer = right_choice(row) if texts else answer
         except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from None
+            raise ValueError(f"{file}, {place}: {error}") from None
         if answer == "":
-            raise ValueError(f"{path}, {place}: it has no answer and no choices to score")
+            raise ValueError(f"{file}, {place}: it has no answer and no choices to score")
         prompt = encode_prompt(tokenizer, template, turns, input)
         choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
         if [] in choices:
-            raise ValueError(f"{path}, {place}: choice {choices.index([]) + 1} has no tokens to score")
+            raise ValueError(f"{file}, {place}: choice {choices.index([]) + 1} has no tokens to score")
+        place = f"{file.name}, {place}" if several else place
         if len(prompt) + max(map(len, choices), default=1) > longest:
-            left_out += 1
+            left_out.append(place)
             continue
-        questions.append(Question(place, joined(turns, input), prompt, texts, choices, answer))
+        subject = row.get("subject") if task == "mmlu" else None
+        questions.append(Question(place, joined(turns, input), prompt, texts, choices, answer, subject))
     if not questions:
-        raise ValueError(f"{path}: no question left, {left_out} are longer than {longest} tokens")
+        raise ValueError(f"{path}: no question left, {len(left_out)} are longer than {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
         raise ValueError(f"{path}: some rows have choices and some have not: expected one kind")
     return questions, left_out
@@ -151,30 +162,79 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens, progress):
+def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens, progress,
+             kept=None):
     """Every question's result in the file's order, dicts as they are written to the JSONL file, and each
-    metric's (mean, standard error)."""
-    results, begun = {}, time.monotonic()
+    metric's (mean, standard error). `kept` has those of an earlier try and gets each batch's as it comes."""
+    kept = {} if kept is None else kept
+    begun, before = time.monotonic(), len(kept)
     length = lambda q: len(q.prompt) + max(map(len, q.choices), default=0)
     for batch in batches(questions, batch_size, length):
+        if all(q.place in kept for q in batch):
+            continue
         prompts = [q.prompt for q in batch]
         if batch[0].choices:
-            for q, sums in zip(batch, log_probs(bitune, prompts, [q.choices for q in batch])):
-                results[q.place] = {"place": q.place, "prompt": q.text, "choices": q.texts,
-                                    "answer": q.answer, "log_probs": sums, **score_choices(q, sums)}
+            said = log_probs(bitune, prompts, [q.choices for q in batch])
+            results = {q.place: {"place": q.place, "prompt": q.text, "choices": q.texts, "answer": q.answer,
+                                 "log_probs": sums, **score_choices(q, sums)}
+                       for q, sums in zip(batch, said)}
         else:
             score = score_gsm8k if task == "gsm8k" else score_text
-            for q, said in zip(batch, write(bitune, tokenizer, prompts, stop_ids, max_new_tokens)):
-                results[q.place] = {"place": q.place, "prompt": q.text, "answer": q.answer, "said": said,
-                                    **score(q, said)}
-        seconds = time.monotonic() - begun
-        rate, left = len(results) / seconds, len(questions) - len(results)
-        progress.update(f"{task}: {len(results)}/{len(questions)}  ETA {clock(left / rate)}  "
-                        f"{rate:.1f} questions/s")
+            said = write(bitune, tokenizer, prompts, stop_ids, max_new_tokens)
+            results = {q.place: {"place": q.place, "prompt": q.text, "answer": q.answer, "said": text,
+                                 **score(q, text)} for q, text in zip(batch, said)}
+        kept.update(results)
+        rate = (len(kept) - before) / (time.monotonic() - begun)
+        progress.update(f"{task}: {len(kept)}/{len(questions)}  ETA "
+                        f"{clock((len(questions) - len(kept)) / rate)}  {rate:.1f} questions/s")
     progress.clear()
-    results = [results[q.place] for q in questions]
+    results = [kept[q.place] for q in questions]
+    return results, mean_scores(results)
+
+
+def mean_scores(results):
     metrics = [key for key, value in results[0].items() if isinstance(value, float)]
-    return results, {key: mean_and_error([result[key] for result in results]) for key in metrics}
+    return {key: mean_and_error([result[key] for result in results]) for key in metrics}
+
+
+class Kept(dict):
+    """Results by place that lie in a file, a line each, below a line that says what they are `of`: those of
+    an earlier try at the same are there again."""
+
+    def __init__(self, path, of):
+        super().__init__()
+        lines = path.read_text().splitlines() if path.exists() else []
+        if lines[:1] == [json.dumps(of)]:
+            whole = [line for line in lines[1:] if line.endswith("}")]
+            super().update({result["place"]: result for result in map(json.loads, whole)})
+        self.file = open(path, "w", buffering=1)
+        print(json.dumps(of), *map(json.dumps, self.values()), sep="\n", file=self.file)
+
+    def update(self, results):
+        super().update(results)
+        print(*map(json.dumps, results.values()), sep="\n", file=self.file)
+
+
+def by_subject(task, questions, results):
+    """What the summary has on subjects, where there are several; a line for each is printed."""
+    groups = {}
+    for question, result in zip(questions, results):
+        groups.setdefault(question.subject, []).append(result)
+    if len(groups) < 2:
+        return {}
+    subjects = {subject: mean_scores(group) for subject, group in groups.items()}
+    for subject, scores in subjects.items():
+        print(f"{task} {subject}: {in_words(scores)} ({len(groups[subject])} questions)")
+    means = {key: statistics.fmean(scores[key][0] for scores in subjects.values())
+             for key in mean_scores(results)}
+    print(f"{task}, mean of {len(subjects)} subjects: "
+          f"{', '.join(f'{key} {mean:.2%}' for key, mean in means.items())}")
+    return {"subjects": {subject: as_json(scores) for subject, scores in subjects.items()},
+            "mean_of_subjects": means}
+
+
+def as_json(scores):
+    return {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}
 
 
 def in_words(scores):
@@ -194,22 +254,31 @@ def page(title, results):
 # ----------------------------------------------------------------------------------------------------------
 # The command
 
+def weights_of(folders):
+    """The weights that lie in folders, by name, size and time: what tells a model from another in its
+    place."""
+    files = [f for folder in folders if folder for f in sorted(Path(folder).rglob("*.safetensors"))]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = flag_adder(parser)
     add_run(arg)
     arg("--task", choices=SCORED, required=True, help="what the file is")
-    arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV")
-    arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions")
+    arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV; "
+        "or a folder of such files")
+    arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions (of each file)")
     arg("--batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
     arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
     arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/base/NAME)")
     args = parser.parse_args(argv)
+    name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
     with before_work():
         if not (args.model or args.adapter):
             raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
-        if not Path(args.data).is_file():
-            raise ValueError(f"{args.data!r} is not a file: expected the questions of {args.task}")
+        if not Path(args.data).exists():
+            raise ValueError(f"{args.data!r} is not there: expected the questions of {args.task}")
         bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
         template = about.get("template", "paper")
         stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
@@ -220,27 +289,41 @@ def main(argv=None):
         bare = Path("runs/base") / Path(args.model or "").resolve().name
         out = Path(args.out or args.adapter or (args.model if about else bare))
         out.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256(repr(questions).encode()).hexdigest()
+        weights = weights_of([args.model or base_of(Path(args.adapter)), args.adapter])
+        of = [args.task, digest, template, sorted(stop_ids), args.batch_size, args.max_new_tokens,
+              str(bitune.device), str(next(bitune.model.parameters()).dtype), weights]
+        kept = Kept(out / f"{name}.part", of)
 
     begun = time.monotonic()
+    if kept:
+        print(f"{len(kept)} of {len(questions)} questions are from an earlier try")
     try:
         results, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
-                                   args.max_new_tokens, Progress())
-    except (FloatingPointError, torch.OutOfMemoryError) as problem:
+                                   args.max_new_tokens, Progress(), kept)
+    except (FloatingPointError, torch.OutOfMemoryError, OSError) as problem:
         hint = ": try a smaller --batch-size" if isinstance(problem, torch.OutOfMemoryError) else ""
         print(f"error: {problem}{hint}", file=sys.stderr)
         sys.exit(1)
-    name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
+    except KeyboardInterrupt:
+        print(f"error: stopped at {len(kept)} of {len(questions)}: the same command goes on there",
+              file=sys.stderr)
+        sys.exit(130)
     summary = {**vars(args), "method": bitune.method if about else None, "template": template,
-               "questions": len(results), "left_out": left_out,
-               "seconds": round(time.monotonic() - begun, 1),
-               "scores": {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}}
+               "questions": len(results), "left_out": len(left_out),
+               "seconds": round(time.monotonic() - begun, 1), "scores": as_json(scores)}
+    summary |= by_subject(args.task, questions, results)
     files = {f"{name}.jsonl": "".join(json.dumps(result) + "\n" for result in results).encode(),
              f"{name}.json": json_bytes(summary)}
     if args.samples:
         title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(results)}"
         files[f"{name}.md"] = page(title, results[:args.samples]).encode()
     write_files(out, files)
-    beyond = f", {left_out} longer than {longest} tokens left out" if left_out else ""
+    kept.file.close()
+    (out / f"{name}.part").unlink()
+    beyond = ""
+    if left_out:
+        beyond = f", {len(left_out)} longer than {longest} tokens left out, first: {left_out[0]}"
     print(f"{args.task}: {in_words(scores)} ({len(results)} questions{beyond}, {clock(summary['seconds'])})")
     print(f"wrote {', '.join(str(out / file) for file in files)}")
 

@@ -256,7 +256,7 @@ def test_written_answers_make_a_page(tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "gsm8k", "--out", tmp_path, "--samples", "2"]
     evaluate.main([str(a) for a in [*argv, "--max-new-tokens", "9"]])
-    assert "(6 questions, 1 longer than 256 tokens left out, " in capsys.readouterr().out
+    assert "(6 questions, 1 longer than 256 tokens left out, first: line 7, " in capsys.readouterr().out
     page = (tmp_path / "gsm8k-test.md").read_text()
     assert page.count("\n## ") == 2 and "strict-match ✗, flexible-extract ✗" in page and "#### 2" in page
     alone = [*argv, "--max-new-tokens", "9", "--batch-size", "1", "--out", tmp_path / "alone"]
@@ -268,6 +268,60 @@ def test_written_answers_make_a_page(tmp_path, capsys):
     rows = [*argv[:4], "--task", "rows", *argv[6:8], "--limit", "1", "--max-new-tokens", "9"]
     evaluate.main([str(a) for a in rows])
     assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, capsys):
+    base = write_checkpoint(tmp_path / "base")
+    rows = [{"question": "x" * n, "choices": ["a", "bc"], "answer": 1} for n in (5, 9, 2, 7, 7, 30, 1)]
+    data = write_rows(tmp_path / "q.jsonl", rows)
+    argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", "2"]
+    evaluate.main([str(a) for a in [*argv, "--out", tmp_path / "whole"]])
+    real, asked = evaluate.log_probs, []
+
+    def log_probs(bitune, prompts, choices):
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(bitune, prompts, choices)
+
+    monkeypatch.setattr(evaluate, "log_probs", log_probs)
+    out, part = tmp_path / "out", tmp_path / "out/rows-q.part"
+    line = exits(130, evaluate.main, [*argv, "--out", out], capsys)
+    assert line == "error: stopped at 4 of 7: the same command goes on there"
+    if torn:
+        part.write_text(part.read_text()[:-20])
+    evaluate.main([str(a) for a in [*argv, "--out", out]])
+    assert len(asked) == (6 if torn else 5) and f"{4 - torn} of 7 questions are from" in capsys.readouterr().out
+    assert (out / "rows-q.jsonl").read_bytes() == (tmp_path / "whole/rows-q.jsonl").read_bytes()
+    assert not part.exists()
+    asked.clear()
+    exits(130, evaluate.main, [*argv, "--out", out], capsys)
+    monkeypatch.setattr(evaluate, "log_probs", real)        # another model, other questions: all anew
+    evaluate.main([str(a) for a in [*argv, "--out", out, "--limit", "3"]])
+    (base / "model.safetensors").touch()
+    evaluate.main([str(a) for a in [*argv, "--out", out]])
+    assert "earlier try" not in capsys.readouterr().out
+
+
+def test_mmlu_has_a_line_for_each_subject_and_both_means(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base")
+    (tmp_path / "test").mkdir()
+    for subject, n in (("law", 1), ("logic", 3)):
+        (tmp_path / f"test/{subject}_test.csv").write_text("Why?,a,b,c,d,B\n" * n)
+    hub = [PUBLISHED["mmlu"][0][0] | {"subject": subject} for subject in ("law", "logic", "logic")]
+    write_rows(tmp_path / "hub.jsonl", hub)
+    for data, n in (("test", 4), ("hub.jsonl", 3)):
+        argv = ["--model", base, "--task", "mmlu", "--data", tmp_path / data, "--out", tmp_path / "out"]
+        evaluate.main([str(a) for a in argv])
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split(": acc")[0] for line in said[-5:-1]] == [
+            "mmlu law", "mmlu logic", "mmlu, mean of 2 subjects", "mmlu"]
+        summary = json.loads((tmp_path / f"out/mmlu-{data.split('.')[0]}.json").read_text())
+        assert summary["questions"] == n and summary["subjects"].keys() == {"law", "logic"}
+        acc = [summary["subjects"][subject]["acc"]["mean"] for subject in ("law", "logic")]
+        assert summary["mean_of_subjects"]["acc"] == sum(acc) / 2
+        assert summary["scores"]["acc"]["mean"] == pytest.approx((acc[0] + (n - 1) * acc[1]) / n)
 
 
 def test_a_model_that_gives_no_numbers_gets_no_score(tmp_path, capsys):
@@ -285,7 +339,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
     data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
     wrong = {
         "neither --model nor --adapter": ["--task", "arc", "--data", data],
-        "is not a file": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
+        "is not there": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
         "a row of piqa has 'goal'": ["--model", base, "--task", "piqa", "--data", data],
         "are chosen, not written": ["--model", base, "--task", "arc", "--data", data, "--samples", "1"],
         "invalid choice: 'ultrafeedback'": ["--task", "ultrafeedback"],
@@ -300,7 +354,7 @@ def test_ids_of_choices_are_those_of_training(tokenizer, tmp_path):
     file = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
     questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512)
     examples, _ = load_examples(file, tokenizer, "paper", 512, "arc")
-    assert left_out == 0
+    assert left_out == []
     for question, example in zip(questions, examples):
         assert question.prompt == example.prompt
         assert question.choices[question.answer] == example.answer[:-1]  # the stop token is not scored
