@@ -9,12 +9,11 @@ answer goes to standard output, everything else to standard error.
 """
 
 import sys
-import time
 from pathlib import Path
 
 from cli.process import before_work, run_main
 from cli.settings import DEMO, add_run, add_sampling, flag_adder, new_parser
-from cli.terminal import bars, prompts, say
+from cli.terminal import Stream, bars, prompts, say, whole_prompt
 from files.disk import read_json
 from files.run import load_run
 from text.examples import encode_prompt, stop_id
@@ -31,37 +30,32 @@ def last_demonstration():
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):
-    """Stream one answer to standard output, then say how fast it came."""
-    ids, shown, start, first = [], "", time.perf_counter(), None
-    options = (args.max_new_tokens, stop_ids, args.temperature, args.top_k, args.top_p, args.seed)
+    """Stream one answer to standard output; then say how fast it came, and whether the limit cut it."""
+    limit = min(args.max_new_tokens, bitune.model.config.max_length - len(prompt))
+    shown = Stream(tokenizer, args.stop)
     try:
-        for (token,) in bitune.answer([prompt], *options):
-            first = first or time.perf_counter()
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):             # else the rest of a character is still to come
-                print(text[len(shown):], end="", flush=True)
-                shown = text
+        for (token,) in bitune.answer([prompt], limit, stop_ids, args.temperature, args.top_k, args.top_p,
+                                      args.seed):
+            if shown.add(token):
+                break
     except KeyboardInterrupt:                           # enough of this answer
-        pass
-    end = time.perf_counter()
-    print(tokenizer.decode(ids)[len(shown):], flush=True)
-    speed = f"prompt: {len(prompt)} tokens, {len(prompt) / ((first or end) - start):,.0f} tokens/s"
-    if len(ids) > 1:
-        speed += f"; answer: {len(ids)} tokens, {(len(ids) - 1) / (end - first):,.0f} tokens/s"
-    say(f"[{speed}]")
+        shown.ended = True
+    say(shown.finish(len(prompt), limit))
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = flag_adder(parser)
     add_run(arg)
-    arg("--prompt", metavar="TEXT", help="what to ask")
+    arg("--prompt", metavar="TEXT", help="what to ask; -: all of standard input, as one prompt")
+    arg("--prompt-file", metavar="FILE", help="a file with the prompt, which may have several lines")
+    arg("--stop", metavar="TEXT", action="append", default=[], help="ends an answer, too; may be repeated")
     arg("--show-mixing", action="store_true", help="show the mixing coefficients of the run, layer by layer")
     add_sampling(arg)
     args = parser.parse_args(argv)
     demonstrates = not (args.model or args.adapter)
     with before_work():
+        args.prompt = whole_prompt(args.prompt, args.prompt_file)
         args.adapter = last_demonstration() if demonstrates else args.adapter
         bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
         template = about.get("template", "plain")

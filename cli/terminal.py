@@ -4,6 +4,7 @@ import shutil
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 from files.checkpoint import DTYPES
 from files.run import alpha_by_layer
@@ -100,6 +101,61 @@ def bars(bitune):
 def say(text):
     """To standard error: standard output is for answers."""
     print(text, file=sys.stderr, flush=True)
+
+
+def whole_prompt(text, file):
+    """The one prompt that is asked for: the text itself, all of standard input (-), or a file; or None."""
+    if file is not None and text is not None:
+        raise ValueError("both --prompt and --prompt-file given: expected one")
+    if file is None and text != "-":
+        return text
+    try:
+        said = sys.stdin.read() if file is None else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file or 'standard input'} is not UTF-8 text") from None
+    return said.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+
+
+class Stream:
+    """An answer that goes to standard output as its tokens come, up to one of the texts `stops`."""
+
+    def __init__(self, tokenizer, stops):
+        self.tokenizer, self.stops, self.ids, self.shown, self.ended = tokenizer, stops, [], "", False
+        self.start, self.first = time.perf_counter(), None
+
+    def add(self, token):
+        """Show what the token adds; returns whether the answer has come to one of the stops."""
+        self.first = self.first or time.perf_counter()
+        self.ids.append(token)
+        text, self.ended = settled(self.tokenizer.decode(self.ids), self.stops)
+        self.show(text)
+        return self.ended
+
+    def show(self, text):
+        print(text[len(self.shown):], end="", flush=True)
+        self.shown += text[len(self.shown):]
+
+    def finish(self, prompt, limit):
+        """Show what was held back; returns in words how long a prompt of so many tokens and the answer took,
+        and whether it was cut by its limit of tokens."""
+        end = time.perf_counter()
+        self.show(self.shown if self.ended else self.tokenizer.decode(self.ids))
+        print(flush=True)
+        n, first = len(self.ids), self.first or end
+        said = f"prompt: {prompt} tokens, {prompt / (first - self.start):,.0f} tokens/s"
+        if n > 1:
+            said += f"; answer: {n} tokens, {(n - 1) / (end - first):,.0f} tokens/s"
+        return f"[{said}{'' if self.ended or n < limit else f'; cut by the limit of {limit} tokens'}]"
+
+
+def settled(text, stops):
+    """As much of a growing text as will stay, and whether one of the texts `stops` has ended it."""
+    ends = [text.index(stop) for stop in stops if stop in text]
+    if ends:
+        return text[:min(ends)], True
+    text = text.rstrip("\ufffd")                        # the rest of a character is still to come
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return text[:len(text) - max(begun, default=0)], False
 
 
 def prompts():

@@ -292,7 +292,7 @@ def main(argv=None):
         digest = hashlib.sha256(repr(questions).encode()).hexdigest()
         weights = weights_of([args.model or base_of(Path(args.adapter)), args.adapter])
         of = [args.task, digest, template, sorted(stop_ids), args.batch_size, args.max_new_tokens,
-              str(bitune.device), str(next(bitune.model.parameters()).dtype), weights]
+              args.dtype, str(bitune.device), weights]
         kept = Kept(out / f"{name}.part", of)
 
     begun = time.monotonic()

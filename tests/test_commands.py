@@ -497,6 +497,39 @@ def test_lines_of_standard_input_are_prompts(tmp_path):
     assert "error: 302 tokens are more than the model's max_position_embeddings of 256" in done.stderr
 
 
+def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch):
+    folder = write_checkpoint(tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [0, 257]}')
+    (tmp_path / "prompt.txt").write_bytes("\ufeffab\r\nc\n\nd\r\n".encode())
+    asked = []
+
+    def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        asked.append(bytes(prompts[0][1:]).decode())
+        yield from ([i] for i in "One, é two. Three".encode()[:max_new_tokens])
+
+    monkeypatch.setattr(Bitune, "answer", answer)
+    for argv, said, cut in (
+        (["--max-new-tokens", "20"], "One, é two. Three", ""),
+        (["--max-new-tokens", "5"], "One, ", "; cut by the limit of 5 tokens]"),
+        (["--max-new-tokens", "6"], "One, \ufffd", "; cut by the limit of 6 tokens]"),
+        (["--stop", "two", "--stop", "Three"], "One, é ", ""),
+        (["--stop", " tw, "], "One, é two. Three", ""),         # begun, and not ended
+        (["--stop", "One", "--max-new-tokens", "3"], "", ""),
+    ):
+        file = tmp_path / "prompt.txt"
+        for prompt in (["--prompt", "ab\nc\n\nd"], ["--prompt", "-"], ["--prompt-file", file]):
+            monkeypatch.setattr("sys.stdin", file.open(encoding="utf-8"))
+            sample.main([str(a) for a in ["--model", folder, *prompt, *argv]])
+            out, err = capsys.readouterr()
+            assert out == said + "\n" and asked.pop() == "ab\nc\n\nd"
+            assert (err.strip().endswith(cut) if cut else "cut by" not in err), (argv, err)
+    bad = lambda *argv: exits(2, sample.main, ["--model", folder, *argv], capsys)
+    assert "nowhere" in bad("--prompt-file", tmp_path / "nowhere")
+    assert "both --prompt and --prompt-file given" in bad("--prompt", "a", "--prompt-file", "b")
+    (tmp_path / "prompt.txt").write_bytes(b"\xe9")
+    assert "prompt.txt is not UTF-8 text" in bad("--prompt-file", tmp_path / "prompt.txt")
+
+
 def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
     train.main(flags())
     capsys.readouterr()
