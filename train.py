@@ -6,10 +6,13 @@ The defaults are the paper's (2405.14862). Without --model and --data it is the 
 the base and data in experiments/demo. A killed run loses nothing that was saved, and continues with:
 
     python train.py --resume RUN
+
+Another stage starts from what a run, or a PEFT adapter, has learned: --adapter RUN.
 """
 
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,8 +21,8 @@ from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
 from cli.terminal import Progress, announce
 from files.checkpoint import load_base
-from files.disk import finish_writing
-from files.run import Run, alpha_by_layer
+from files.disk import finish_writing, hold
+from files.run import Run, alpha_by_layer, start_from
 from lora import KINDS, add_adapter
 from text.examples import batches, draw, load_examples
 
@@ -109,7 +112,8 @@ def train(run, progress, stop):
     due = lambda every: run.at == s.steps or run.at % every == 0
 
     def validation():
-        model = bitune if run.at else Bitune(bitune.model, "causal")    # adapters start at the base model
+        started = run.at or s.adapter
+        model = bitune if started else Bitune(bitune.model, "causal")   # new adapters are the base model
         with stop.at_once():
             result = validate(model, run.val, s.micro_batch_size, progress.update)
         progress.validated(run, result)
@@ -151,7 +155,9 @@ def prepare(s):
     """The Run that settings stand for, new or resumed, ready to be trained. ValueError says what is wrong
     with them: all that can be wrong shows here, before the work begins."""
     check(s)
-    finish_writing(s.out)
+    if Path(s.out).exists():
+        hold(s.out)
+        finish_writing(s.out)
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
     model, tokenizer = load_base(s.model, s.device, dtype)
     s.max_length = s.max_length or min(512, model.config.max_length)
@@ -166,9 +172,12 @@ def prepare(s):
         examples, val = examples[:len(examples) - n], examples[len(examples) - n:]
 
     torch.manual_seed(s.seed)
-    for name in adapter_sets(s.method):
-        add_adapter(model, name, s.peft, s.targets or (), **options(s))
-    bitune = Bitune(model, s.method, s.c)
+    if s.adapter and not (s.resume and KINDS[s.peft].trains_base):
+        bitune = start_from(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
+    else:
+        for name in adapter_sets(s.method):
+            add_adapter(model, name, s.peft, s.targets or (), **options(s))
+        bitune = Bitune(model, s.method, s.c)
     optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped)
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from files.disk import let_go
+
 
 def fail(message):
     """End with one line and exit status 2."""
@@ -87,3 +89,4 @@ def guarded(run, progress):
             signal.signal(s, handler)
         with suppress(OSError):                 # a disk that is full has been reported
             run.file.close()
+        let_go(run.folder)

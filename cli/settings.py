@@ -13,9 +13,10 @@ from pathlib import Path
 
 from bitune import METHODS, Bitune
 from cli.process import fail
+from files.adapters import read_options
 from files.checkpoint import DTYPES
 from files.disk import finish_writing, read_json
-from files.run import finished, modern, read_settings
+from files.run import base_of, finished, modern, read_about, read_settings
 from lora import KINDS, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS
@@ -111,6 +112,8 @@ def train_parser(description=None):
     arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
     arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list, see docs/data.md")
     arg("--out", metavar="RUN", help="folder to write the run to")
+    arg("--adapter", metavar="RUN", help="start from what this run, or PEFT adapter, has learned: its base, "
+        "adapters and template, its method and mixing; a set that --method needs more starts as its first")
     arg("--resume", metavar="RUN", help="continue RUN from its last save, with its own settings; only "
         "these flags may be given with it: " + " ".join(f"--{k}" for k in MAY_CHANGE))
 
@@ -172,6 +175,8 @@ def read_flags(argv, description=None):
     s = parser.parse_args(argv)
     if s.resume:
         s = resumed(parser, argv, s.resume)
+    elif s.adapter:
+        s = adapted(parser, argv, s)
     elif not s.model and not s.data:
         parser.set_defaults(**DEMO, out=free_name("runs/demo"))
         s = parser.parse_args(argv)
@@ -198,15 +203,38 @@ def options(s):
 def resumed(parser, argv, folder):
     """The settings of the run in `folder`, with what was given of MAY_CHANGE. ValueError for other flags."""
     flags = given(argv)
+    finish_writing(folder)
+    before, _ = read_settings(folder)
+    if (steps := flags.pop("steps", before["steps"])) != before["steps"]:
+        raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on "
+                         f"their number, {before['steps']}. For another stage, start from what it has "
+                         f"learned: --adapter {folder} --steps {steps}, and another --out")
     if more := {name.replace("_", "-") for name in flags} - {"resume", *MAY_CHANGE}:
         raise ValueError(f"--resume continues a run with its own settings, which "
                          f"--{' --'.join(sorted(more))} would change")
-    finish_writing(folder)
-    before, _ = read_settings(folder)
+    if not (Path(folder) / "state.safetensors").exists():
+        raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
     if finished(folder):
         raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
     newer = vars(parser.parse_args([]))                             # flags that the run does not know
     return argparse.Namespace(**newer | before | flags | {"out": folder})
+
+
+def adapted(parser, argv, s):
+    """Settings that start from the run or PEFT adapter s.adapter: what was not given is as it was there. Its
+    adapters are what they are: ValueError for flags that would have them otherwise."""
+    folder, flags = Path(s.adapter), given(argv)
+    finish_writing(folder)
+    about = read_about(folder)
+    if odd := flags.keys() & {"peft", "targets", *kind_options()}:
+        raise ValueError(f"--{sorted(odd)[0].replace('_', '-')}: the adapters are those of {folder}")
+    if (folder / "config.json").exists():
+        kind, own = next(kind for kind in KINDS if KINDS[kind].trains_base), {}
+    else:
+        kind, own, _ = read_options(folder)
+    there = {key: about[key] for key in ("method", "template", "c") if key in about}
+    return argparse.Namespace(**vars(s) | own | {"peft": kind, "model": s.model or str(base_of(folder))}
+                              | there | {key: flags[key] for key in there if key in flags})
 
 
 def free_name(path):
@@ -226,7 +254,7 @@ def check(s):
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
     made = Path(s.model) / "bitune.json"
-    if made.exists() and modern(read_json(made)).get("method") != "causal":
+    if made.exists() and s.model != s.adapter and modern(read_json(made)).get("method") != "causal":
         raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
                          "expected a base model, or a run of method causal")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):

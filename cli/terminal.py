@@ -52,7 +52,7 @@ class Progress:
                     f"{record['tokens_per_s']:,} tokens/s", last=run.at == last)
 
     def validated(self, run, result):
-        what = f"step {run.at}" if run.at else "base model"
+        what = f"step {run.at}" if run.at else run.settings.adapter or "base model"
         self.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
                   f"answer-token accuracy {result['accuracy']:.1%}  exact match {result['exact_match']:.1%}")
 

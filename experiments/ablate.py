@@ -30,7 +30,7 @@ from text.examples import stop_id
 from text.tokenizer import Tokenizer
 from train import prepare, train
 
-OWN = ("method", "peft", "c", "lr", "seed", "out", "resume")     # set by the grid
+OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
 
 

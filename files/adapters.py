@@ -20,7 +20,8 @@ NEUTRAL = set("""
     exclude_modules layers_to_transform layers_pattern fan_in_fan_out init_lora_weights init_ia3_weights
     loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size ensure_weight_tying
 """.split())
-STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")    # init_lora_weights that change the base as well
+EMPTY = ("modules_to_save",)                                # an empty list of them stands for none
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")       # others change the base as well
 
 
 def peft_type(maker):
@@ -69,8 +70,9 @@ def read_options(folder):
     known, refused = KINDS[kind].options, [field for field in odd[kind] if field != "use_rslora"]
     fields = {"peft_type", *KINDS[kind].peft, *(o.field for o in known.values()),
               *(o.pattern for o in known.values() if o.pattern)}
-    refused += [field for field, value in c.items() if value and field not in fields | NEUTRAL]
-    if str(c.get("init_lora_weights")).startswith(STARTS):
+    refused += [field for field, value in c.items() if value not in (None, False)
+                and field not in fields | NEUTRAL and not (field in EMPTY and not value)]
+    if c.get("init_lora_weights") not in STARTS:
         refused.append("init_lora_weights")
     if refused:
         raise ValueError(f"{folder} uses {listed(sorted(refused))}, which is not supported: expected plain "
@@ -104,6 +106,25 @@ def read_options(folder):
     return kind, options, of
 
 
+def targeted(c, path):
+    """Whether an adapter_config.json's fields name the layer at a path, as PEFT has it."""
+    def ends(names):
+        return path in names or any(path.endswith(f".{name}") for name in names)
+
+    targets, excluded, layers = c["target_modules"], c.get("exclude_modules"), c.get("layers_to_transform")
+    if excluded and (re.fullmatch(excluded, path) if isinstance(excluded, str) else ends(excluded)):
+        return False
+    if isinstance(targets, str):
+        return targets == "all-linear" or bool(re.fullmatch(targets, path))
+    if path in targets or not ends(targets) or layers in (None, []):
+        return ends(targets)
+    patterns = c.get("layers_pattern") or r"[^.]*"
+    found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
+             for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
+    index = next((int(match[1]) for match in found if match), None)
+    return index in (layers if isinstance(layers, list) else [layers])
+
+
 def check_value(folder, value, option):
     if isinstance(option.default, tuple):
         fits = isinstance(value, list) and all(isinstance(n, str) for n in value)
@@ -124,6 +145,7 @@ def load_adapter(model, name, folder):
     """
     folder = Path(folder)
     kind, options, of = read_options(folder)
+    c = read_json(folder / "adapter_config.json", "target_modules")
     if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
         raise ValueError(f"{folder} has adapter_model.bin, a pickle, which is not read: convert it to "
                          "adapter_model.safetensors")
@@ -131,6 +153,14 @@ def load_adapter(model, name, folder):
     paths = [p for p in linears(model) if any(n.startswith(f"{PREFIX}model.{p}.") for n in have)]
     if not paths:
         raise ValueError(f"{folder} does not fit the model: no tensors of its layers")
+    try:
+        others = [p for p in paths if not targeted(c, p)]
+    except (TypeError, re.error, IndexError, ValueError):
+        raise ValueError(f"{folder}: target_modules, exclude_modules or layers_to_transform of its "
+                         "adapter_config.json are not what they should be") from None
+    if others:
+        raise ValueError(f"{folder} has tensors of layers that its adapter_config.json does not name, and "
+                         f"PEFT would drop them: {listed(others)}")
     alike, new = {}, {}                         # layers by their options
     for path in paths:
         alike.setdefault(tuple(of(path).items()), []).append(path)
@@ -156,6 +186,8 @@ def settle_names(model, want, have, folder):
         parts = name.split(".")
         shorter = [".".join(parts[:i] + parts[i + 1:]) for i in range(len(parts))]
         own = name.removeprefix(f"{PREFIX}model.")
+        if own == "lm_head.weight" and own not in base:             # of a tied base: it is the embedding
+            own = "model.embed_tokens.weight"
         if name not in want and own in base:
             theirs = base[own].cpu()
             if theirs.shape != tensor.shape or not torch.equal(theirs, tensor.to(theirs.dtype)):

@@ -59,7 +59,8 @@ NEUTRAL = set("""
     architectures auto_map transformers_version dtype torch_dtype transformers.js_config unsloth_version
     unsloth_fixed is_llama_config model_name name_or_path initializer_range use_cache pretraining_tp
     attention_dropout embd_pdrop resid_pdrop hidden_dropout attn_pdrop layer_types max_window_layers
-    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class
+    hidden_activation bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id
+    decoder_start_token_id tokenizer_class
     id2label label2id num_labels problem_type finetuning_task task_specific_params chunk_size_feed_forward
     return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss
     gradient_checkpointing use_flash_attention attn_implementation max_length min_length do_sample
@@ -163,6 +164,8 @@ def parse_rope(rope, c):
     if lacking := [k for k in ROPE_TYPES[kind] if k not in rope]:
         raise ValueError(f"RoPE type {kind!r} needs {', '.join(lacking)} in config.json")
     own = {k: rope[k] for k in ROPE_TYPES[kind]}
+    if kind == "llama3" and own["low_freq_factor"] >= own["high_freq_factor"]:
+        raise ValueError("of RoPE, low_freq_factor is not below high_freq_factor")
     return {"rope_type": kind, "rope_theta": float(rope["rope_theta"])} | own
 
 

@@ -4,8 +4,40 @@ import json
 import os
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:         # Windows
+    fcntl = None
+
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+
+
+HELD = {}               # the folders that this process holds, and the open file that does it
+
+
+def hold(folder):
+    """Keep other processes from writing into a folder as long as this one lives, or until `let_go`.
+    ValueError if another holds it. (Where the file system knows no locks, nothing is kept off.)"""
+    folder = Path(folder).resolve()
+    if fcntl is None or folder in HELD:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{folder} is in use: another process trains there. Wait for it, or take another "
+                         "folder") from None
+    except OSError:
+        pass
+    HELD[folder] = file
+
+
+def let_go(folder):
+    if file := HELD.pop(Path(folder).resolve(), None):
+        file.close()
 
 
 def write_files(folder, files):
@@ -35,11 +67,24 @@ def write_files(folder, files):
 def finish_writing(folder):
     """Give the files of a complete `write_files` their names, if it died before it had."""
     folder = Path(folder)
-    if (folder / "renaming.json").exists():
+    if (folder / "renaming.json").exists() and not held_elsewhere(folder):
         for name in read_json(folder / "renaming.json", kind=list):
             if (folder / f"{name}.part").exists():
                 os.replace(folder / f"{name}.part", folder / name)
         (folder / "renaming.json").unlink()
+
+
+def held_elsewhere(folder):
+    """Whether another process holds a folder: then it is alive, and does its own renaming."""
+    folder = Path(folder).resolve()
+    if folder in HELD or not (folder / ".lock").exists():
+        return False
+    try:
+        hold(folder)
+    except ValueError:
+        return True
+    let_go(folder)
+    return False
 
 
 def json_bytes(value):

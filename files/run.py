@@ -23,7 +23,7 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, differences, listed, load_base
-from files.disk import finish_writing, json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from files.disk import finish_writing, hold, json_bytes, read_json, read_tensors, tensor_bytes, write_files
 from lora import KINDS, add_adapter, merge
 from text.examples import TEMPLATES
 
@@ -141,6 +141,29 @@ def load_bitune(model, folder, base=""):
             n += load_adapter(model, name, folder / FOLDERS.get(name, name))
     bitune = Bitune(model, method, about["c"]) if about else Bitune(model, method)
     return bitune, n + load_own(bitune, folder, about), about
+
+
+def start_from(model, folder, base, method, c):
+    """A Bitune of `method` that starts as the run, or the PEFT adapter, in `folder`: with its sets and, if
+    both mix, its mixing. A set that it lacks starts as its set "answer": in a new run, too, all start alike.
+    """
+    folder = Path(folder)
+    finish_writing(folder)
+    about = read_about(folder)
+    if about.get("method") == method:
+        return load_bitune(model, folder, base)[0]
+    check_base(folder, about, model, base)
+    there = adapter_sets(about.get("method", "causal"))
+    for name in adapter_sets(method):
+        if (folder / "config.json").exists():               # fully finetuned: the model is its set "answer"
+            add_adapter(model, name, next(kind for kind in KINDS if KINDS[kind].trains_base))
+        else:
+            source = name if name in there else "answer"
+            load_adapter(model, name, folder / FOLDERS.get(source, source))
+    bitune = Bitune(model, method, c)
+    if len(METHODS[about.get("method", "causal")]) > 1:
+        load_own(bitune, folder, about)
+    return bitune
 
 
 def check_base(folder, about, model, base):
@@ -265,6 +288,7 @@ class Run:
     def __init__(self, settings, tokenizer, bitune, optimizer, examples, val, dropped):
         self.settings, self.tokenizer, self.bitune, self.optimizer = settings, tokenizer, bitune, optimizer
         self.examples, self.val, self.folder = examples, val, Path(settings.out)
+        hold(self.folder)
         self.derived, self.saved = self.derive(dropped), 0
         if settings.resume:
             _, before = read_settings(self.folder)

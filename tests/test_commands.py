@@ -16,11 +16,13 @@ import sample
 import train
 from bitune import METHODS, Bitune, adapter_sets
 from experiments import merge
+from files.adapters import adapter_bytes
 from files.checkpoint import load_base
-from files.disk import write_files
+from files.disk import finish_writing, write_files
 from files.run import alpha_by_layer, load_bitune, load_run, run_bytes
+from lora import adapters, add_adapter
 from text.examples import Example
-from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
+from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint, write_data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -471,6 +473,101 @@ def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatc
         in line
     )
     assert all(t.isfinite().all() for name, t in files(tmp_path / "run").items() if torch.is_tensor(t))
+
+
+# ---- going on --------------------------------------------------------------------------------------------
+
+
+def logits(run, prompts=RAGGED[:2]):
+    bitune, _, _, _ = load_run(run)
+    with torch.inference_mode():
+        return bitune(prompts, ANSWERS[:2])[0]
+
+
+@pytest.mark.parametrize("method, peft", [("bitune", "dora"), ("causal", "lora"), ("bitune", "full")])
+def test_a_second_stage_starts_where_the_first_ended(method, peft, flags, tmp_path, monkeypatch, capsys):
+    train.main(flags("--method", method, "--peft", peft, "--template", "plain"))
+    first, second = tmp_path / "run", ["--adapter", tmp_path / "run", "--data", tmp_path / "data.jsonl"]
+    common = [*second, "--batch-size", 4, "--eval-every", 3, "--save-every", 2]
+    train.main([str(a) for a in [*common, "--out", tmp_path / "still", "--steps", 1, "--lr", 0]])
+    assert torch.equal(logits(first), logits(tmp_path / "still"))
+    assert log(tmp_path / "still", "val_loss") == [log(first, "val_loss")[-1]] * 2
+    about = json.loads((tmp_path / "still/bitune.json").read_text())
+    assert (about["method"], about["template"], about["step"]) == (method, "plain", 1)
+    assert f"{first}: validation loss" in capsys.readouterr().out
+
+    common += ["--steps", 6, "--lr", 0.01]                  # killed and resumed, it ends in the same bytes
+    train.main([str(a) for a in [*common, "--out", tmp_path / "whole"]])
+    real, calls = train.train_step, []
+
+    def train_step(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(SystemExit):
+        train.main([str(a) for a in [*common, "--out", tmp_path / "killed"]])
+    train.main(["--resume", str(tmp_path / "killed")])
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert not torch.equal(logits(first), logits(tmp_path / "whole"))
+
+
+def test_bitune_starts_from_a_peft_adapter_whose_ranks_differ(flags, tmp_path, capsys):
+    model = tiny_model()
+    for target, rank in (("q_proj", 2), ("up_proj", 3)):
+        add_adapter(model, "answer", "lora", [target], rank=rank, lora_alpha=4.0)
+    scatter(model)
+    adapter = tmp_path / "adapter"
+    write_files(adapter, adapter_bytes(model, "answer", str(tmp_path / "model")))
+    argv = flags("--adapter", adapter, "--lr", 0, "--steps", 2)
+    train.main(argv[2:])                                    # the adapter names its base
+    bitune, _, _, about = load_run(tmp_path / "run")
+    given = adapters(model, "answer")
+    for path, one in adapters(bitune.model, "answer").items():
+        two = adapters(bitune.model, "prompt")[path]
+        assert torch.equal(one.lora_A, given[path].lora_A) and torch.equal(one.lora_A, two.lora_A)
+    settings = json.loads((tmp_path / "run/settings.json").read_text())["settings"]
+    assert (about["method"], settings["peft"]) == ("bitune", "lora")
+    assert settings["model"] == str(tmp_path / "model")
+    assert settings["rank"] == 3 and {a.made_with["rank"] for a in given.values()} == {2, 3}
+
+
+def test_what_cannot_go_on_says_why(flags, tmp_path, capsys):
+    train.main(flags("--method", "causal"))
+    capsys.readouterr()
+    run, bad = tmp_path / "run", lambda *argv: exits(2, train.main, argv, capsys)
+    line = bad("--resume", run, "--steps", 9)
+    assert "each step's learning rate hangs on their number, 6. For another stage" in line
+    assert f"--adapter {run} --steps 9" in line
+    assert "all of its 6 steps are done" in bad("--resume", run, "--steps", 6)
+    assert "all of its 6 steps are done" in bad("--resume", run)
+    assert "--rank: the adapters are those of" in bad(*flags("--adapter", run, "--rank", 3))
+    other = write_checkpoint(tmp_path / "other", rope_theta=5e5)
+    argv = [*flags("--adapter", run, "--model", other), "--out", tmp_path / "new"]
+    assert f"{run} was finetuned from {tmp_path / 'model'}, which {other} is not" in bad(*argv)
+    assert "nowhere has no adapter_config.json" in bad("--adapter", tmp_path / "nowhere", "--out", "x")
+
+
+def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    code = f"from files.disk import hold; hold({str(tmp_path / 'run')!r}); print(1, flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    other.stdout.readline()
+    assert "run is in use: another process trains there" in exits(2, train.main, flags(), capsys)
+    assert not (tmp_path / "run/settings.json").exists()
+    (tmp_path / "run/renaming.json").write_text("[]")       # it is about to do this itself
+    finish_writing(tmp_path / "run")
+    assert (tmp_path / "run/renaming.json").exists()
+    other.kill()                                            # the lock dies with it
+    other.wait()
+    train.main(flags())
+    assert not (tmp_path / "run/renaming.json").exists()
+    train.main(flags("--out", tmp_path / "two"))            # and a run that has ended lets go
+    code = f"from files.disk import hold; hold({str(tmp_path / 'run')!r})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 # ---- asking ----------------------------------------------------------------------------------------------

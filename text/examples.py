@@ -119,7 +119,7 @@ class Ambiguous(ValueError):
 
 
 def parse_row(row):
-    """A row in any of the known forms as a Row. The answer is "" where there is none; else Unusable, or Ambiguous."""
+    """A row in any of the known forms as a Row, its answer "" if it has none; or Unusable, Ambiguous."""
     if not isinstance(row, dict):
         raise Unusable(f"expected an object, got {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}       # null is absent
@@ -186,8 +186,8 @@ def right_choice(row):
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
     """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and the rows that
-    cannot be used: reason -> [how many, where the first is]. ValueError if the file is broken, with the line,
-    or if no example is left."""
+    cannot be used: reason -> [how many, where the first is]. ValueError if the file is broken, with the
+    line, or if no example is left."""
     examples, dropped = [], {}
     for place, row in read_rows(path, task):
         try:
