@@ -204,7 +204,7 @@ def resumed(parser, argv, folder):
     """The settings of the run in `folder`, with what was given of MAY_CHANGE. ValueError for other flags."""
     flags = given(argv)
     finish_writing(folder)
-    before, _ = read_settings(folder)
+    before = checked(parser, read_settings(folder)[0], Path(folder) / "settings.json")
     if (steps := flags.pop("steps", before["steps"])) != before["steps"]:
         raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on "
                          f"their number, {before['steps']}. For another stage, start from what it has "
@@ -216,8 +216,26 @@ def resumed(parser, argv, folder):
         raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
     if finished(folder):
         raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
-    newer = vars(parser.parse_args([]))                             # flags that the run does not know
-    return argparse.Namespace(**newer | before | flags | {"out": folder})
+    return argparse.Namespace(**before | flags | {"out": folder})
+
+
+def checked(parser, settings, file):
+    """Settings that were written down, as the flags that they stand for are read: ValueError for what no
+    flag can be. Flags that came later have their defaults."""
+    if unknown := sorted(settings.keys() - vars(parser.parse_args([])).keys()):
+        raise ValueError(f"{file} has {', '.join(unknown)}, which this version does not know")
+    argv = []
+    for name, value in settings.items():
+        flag, listed = f"--{name.replace('_', '-')}", isinstance(value, list)
+        argv += [] if value is None else [flag, *map(str, value)] if listed else [f"{flag}={value}"]
+
+    def refuse(problem):
+        raise ValueError(f"{file}: {problem}")
+    fail, parser.error = parser.error, refuse
+    try:
+        return vars(parser.parse_args(argv))
+    finally:
+        parser.error = fail
 
 
 def adapted(parser, argv, s):

@@ -111,6 +111,13 @@ def read_json(path, *needs, kind=dict):
     return value
 
 
+def check_types(value, where, **types):
+    """ValueError for a field that is there and not of its type, or not of one of its types."""
+    for name, kinds in types.items():
+        if name in value and type(value[name]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
+            raise ValueError(f"{where}: {name} is {value[name]!r:.60}, which it cannot be")
+
+
 def read_tensors(path):
     try:
         return load_file(path)

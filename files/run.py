@@ -23,7 +23,8 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, differences, listed, load_base
-from files.disk import finish_writing, hold, json_bytes, read_json, read_tensors, tensor_bytes, write_files
+from files.disk import check_types, finish_writing, hold, json_bytes, read_json, read_tensors, tensor_bytes
+from files.disk import write_files
 from lora import KINDS, add_adapter, merge
 from text.examples import TEMPLATES
 
@@ -62,7 +63,12 @@ def modern_tensors(tensors):
 
 def read_settings(folder):
     """The settings of the run in a folder, and its derived numbers."""
-    saved = read_json(Path(folder) / "settings.json", "derived")
+    file = Path(folder) / "settings.json"
+    saved = read_json(file, "derived")
+    check_types(saved, file, settings=dict, args=dict, derived=dict)
+    check_types(saved["derived"], file, data_hash=str, dtype=str, val_examples=int)
+    if lacking := {"data_hash", "dtype", "val_examples"} - saved["derived"].keys():
+        raise ValueError(f"{file} lacks {', '.join(sorted(lacking))}")
     return modern(saved.get("settings") or saved.get("args") or {}), saved["derived"]
 
 
@@ -129,8 +135,8 @@ def load_bitune(model, folder, base=""):
                          "base, give no other")
     check_base(folder, about, model, base)
     n, method = 0, about.get("method", "causal")
-    passes = [tuple(p) for p in about.get("passes", METHODS.get(method, []))]
-    if passes != METHODS.get(method, passes):
+    ours = [list(p) for p in METHODS.get(method, [])]
+    if (passes := about.get("passes", ours)) != ours and method in METHODS:
         raise ValueError(f"{folder} was trained by {method} with the passes {passes}: here METHODS has "
                          f"{METHODS[method]}")
     for name in adapter_sets(method):
@@ -178,9 +184,12 @@ def check_base(folder, about, model, base):
 def read_about(folder):
     """A run's bitune.json, {} for a bare PEFT adapter."""
     if (folder / "bitune.json").exists():
-        about = modern(read_json(folder / "bitune.json", "method", "base", "base_config"))
+        file = folder / "bitune.json"
+        about = modern(read_json(file, "method", "base", "base_config"))
+        check_types(about, file, method=str, base=str, base_config=dict, c=(int, float), template=str,
+                    mixing=str, passes=list, fingerprint=list, step=int)
         if "c" not in about:
-            raise ValueError(f"{folder / 'bitune.json'} lacks c")
+            raise ValueError(f"{file} lacks c")
         return about
     if (folder / "mixing.safetensors").exists() or (folder / FOLDERS["prompt"]).exists():
         raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
@@ -201,7 +210,10 @@ def load_own(bitune, folder, about):
         raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {listed(wrong)}")
     for n, t in own.items():
         t.copy_(tensors[n])
-    here, there = (torch.tensor(f) for f in (fingerprint(bitune), about.get("fingerprint", [])))
+    try:
+        here, there = (torch.tensor(f) for f in (fingerprint(bitune), about.get("fingerprint", [])))
+    except (TypeError, ValueError):
+        raise ValueError(f"{folder / 'bitune.json'}: fingerprint is not a list of numbers") from None
     if there.numel() and (here.shape != there.shape or (here - there).abs().max() > 1e-3):
         raise ValueError(f"{folder}: in training, other keys and values were mixed from the same parameters:"
                          " have Bitune.alpha or Bitune.mix, in bitune.py, been edited since?")
@@ -264,14 +276,22 @@ def load_state(path, bitune, optimizer):
     tensors = modern_tensors(read_tensors(path))
     trained = {f"param.{n}": p for n, p in bitune.named_parameters() if p.requires_grad}
     want = trained | {f"buffer.{n}": b for n, b in bitune.named_buffers()}
-    have = {n: t for n, t in tensors.items() if n.startswith(("param.", "buffer."))}
+    moments = {f"{key}.{n.removeprefix('param.')}": p for key in ("exp_avg", "exp_avg_sq")
+               for n, p in trained.items() if f"{key}.{n.removeprefix('param.')}" in tensors}
+    counts = {n: torch.zeros(()) for n in tensors if n == "step" or n.startswith("step.")} | \
+        {"step": torch.zeros(())}
+    want |= moments | counts
+    have = {n: t for n, t in tensors.items() if not n.startswith("rng")}
     if wrong := differences(*({n: tuple(t.shape) for n, t in side.items()} for side in (want, have))):
         raise ValueError(f"{path} does not fit the model: {listed(wrong)}")
-    torch.set_rng_state(tensors["rng"])
-    if "rng.cuda" in tensors and bitune.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng.cuda"], bitune.device)
-    for name, t in want.items():
-        t.data.copy_(tensors[name])
+    try:
+        torch.set_rng_state(tensors["rng"])
+        if "rng.cuda" in tensors and bitune.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng.cuda"], bitune.device)
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} lacks the state of the random numbers, or holds another") from None
+    for name in want.keys() - moments.keys() - counts.keys():
+        want[name].data.copy_(tensors[name])
     for name, p in trained.items():
         name = name.removeprefix("param.")
         keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in tensors]
@@ -352,8 +372,11 @@ def logged(path, step):
     """What a log says up to a step: later lines, of which the last may be torn, are of steps that were
     lost."""
     lines = path.read_text().splitlines() if step and path.exists() else []
-    whole = map(json.loads, takewhile(lambda line: line.endswith("}"), lines))
-    return list(takewhile(lambda record: record["step"] <= step, whole))
+    try:
+        whole = map(json.loads, takewhile(lambda line: line.endswith("}"), lines))
+        return list(takewhile(lambda record: record["step"] <= step, whole))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise ValueError(f"{path} is damaged: expected a JSON object with a step on each line") from None
 
 
 def finished(folder):

@@ -10,6 +10,7 @@ and tokenizers are tested too.
 
 import json
 import os
+import struct
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,19 @@ def pytest_addoption(parser):
 
 
 def pytest_runtestloop(session):
-    """Run every second test in a process of its own, if there are many: each is one thread, and most
-    machines have two cores. Its reports are shown when both are through."""
+    """Run the tests in two processes, if there are many: each is one thread, and most machines have two
+    cores. Each takes the next test when it is through with one; the child's reports are shown at the end."""
     config, items = session.config, session.items
     if len(items) < 50 or config.option.collectonly or config.option.usepdb or not hasattr(os, "fork"):
         return None
+    tests, fill = os.pipe()                     # the tests that nobody has taken, by number
+    os.write(fill, struct.pack(f"{len(items)}H", *range(len(items))))
+    os.close(fill)
+
+    def take():
+        n = os.read(tests, 2)
+        return items[struct.unpack("H", n)[0]] if n else None
+
     with tempfile.TemporaryFile("w+") as reports:
         child = os.fork()
         if not child:
@@ -48,9 +57,11 @@ def pytest_runtestloop(session):
             capture.start_global_capturing()
             config.pluginmanager.unregister(name="terminalreporter")
             config.pluginmanager.register(Reports(config, reports))
-        mine = items[bool(child)::2]
-        for item, following in zip(mine, [*mine[1:], None]):
+        item, mine = take(), 0
+        while item:
+            following = take()
             config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item, mine = following, mine + 1
         if not child:
             reports.flush()
             os._exit(0)
@@ -62,7 +73,7 @@ def pytest_runtestloop(session):
             if isinstance(report.longrepr, list):       # of a skipped test; JSON knows no tuples
                 report.longrepr = tuple(report.longrepr)
             config.hook.pytest_runtest_logreport(report=report)
-        if len({report.nodeid for report in theirs}) != len(items[::2]):
+        if len({report.nodeid for report in theirs}) + mine != len(items):
             raise pytest.UsageError("the second process of the tests died before it was through")
     return True
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -300,31 +299,3 @@ def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
     tokenizer.eos_id = 0
     examples, dropped = load_examples(tmp_path / "data.jsonl", tokenizer, "plain", 500)
     assert len(examples) == 1 and dropped == {"too long": [1, "line 2"]}
-
-
-@pytest.mark.parametrize("case", ["tokenizer-added-lstrip", "tokenizer-added-normalized"])
-def test_added_tokens_as_the_tokenizers_library_has_them(case, tmp_path, request):
-    """Random flags, random texts: byte-level, and with a normalizer that prepends."""
-    library = pytest.importorskip("tokenizers")
-    n, rng = request.config.getoption("--fuzz"), random.Random(case)
-    spec = json.loads((CASES / case / "tokenizer.json").read_text())
-    vocab = spec["model"]["vocab"]
-    parts = ["the", "all", "a", " ", "  ", "\n", "<tool>", "<t", "yes", "!", "_", "é", "ab", "b", "<s>", "x"]
-    for _ in range(n):
-        names = rng.sample(["<tool>", "<t", "ab", "yes", " x", "a ", "!", "<tool>b"], rng.randint(1, 4))
-        flags = [{f: rng.random() < 0.4 for f in ("single_word", "lstrip", "rstrip", "normalized")}
-                 for _ in names]
-        here = [t for t in spec["added_tokens"] if t["special"]]
-        top = 1 + max([*vocab.values(), *(t["id"] for t in here)])
-        ids = {c: vocab[c] if c in vocab else top + sum(b not in vocab for b in names[:i])
-               for i, c in enumerate(names)}
-        added = [{"id": ids[c], "content": c, "special": rng.random() < 0.2, **f}
-                 for c, f in zip(names, flags)]
-        here += added
-        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": here}))
-        theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-        theirs.encode_special_tokens = True
-        ours = Tokenizer.from_pretrained(tmp_path)
-        for _ in range(5):
-            text = "".join(rng.choices(parts, k=rng.randint(1, 9)))
-            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, (text, added)

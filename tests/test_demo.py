@@ -81,7 +81,7 @@ def anywhere(tmp_path, monkeypatch):
 
 def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
     """The demonstration, cut short."""
-    few = open(DEMO["val_data"], encoding="utf-8").readlines()[:120]
+    few = open(DEMO["val_data"], encoding="utf-8").readlines()[:60]
     (anywhere / "val.jsonl").write_text("".join(few), encoding="utf-8")
     (anywhere / "test.jsonl").write_text("".join(few), encoding="utf-8")
     for key, value in (("steps", 55), ("eval_every", 55), ("val_data", str(anywhere / "val.jsonl"))):

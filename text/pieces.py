@@ -9,6 +9,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
+import numpy as np
 import tiktoken
 
 from text.bpe import BYTES, to_letters
@@ -65,24 +66,26 @@ def steps(part, where):
 def characters(escape):
     r"""The characters of a class such as \p{L}, in order: by tiktoken, whose tables are Oniguruma's, while
     Python's own are older, and its \s and \w have others."""
-    every = "".join(chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000)
+    codes = np.arange(0x110000, dtype="<u4")
+    every = codes[(codes < 0xD800) | (codes > 0xDFFF)].tobytes().decode("utf-32-le")
     try:
         find = tiktoken.Encoding("", pat_str=escape, special_tokens={},
                                  mergeable_ranks={bytes([b]): b for b in range(256)})
     except ValueError:
         raise ValueError(f"its pattern has {escape!r}, which is not known here") from None
-    return dict.fromkeys(bytes(find.encode_ordinary(every)).decode()).keys()
+    return bytes(find.encode_ordinary(every)).decode()
 
 
 @lru_cache
 def ranges(escape):
     """The characters of a class as ranges, to stand within [ ]."""
-    codes = [ord(c) for c in characters(escape)]
-    starts = [c for c, before in zip(codes, [-2, *codes]) if c != before + 1]
-    ends = [c for c, after in zip(codes, [*codes[1:], -2]) if c != after - 1]
-    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(starts, ends))
+    codes = np.frombuffer(characters(escape).encode("utf-32-le"), "<u4").astype(int)
+    last = np.flatnonzero(np.diff(codes, append=-2) != 1)
+    first = np.concatenate([[0], last[:-1] + 1])
+    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(codes[first], codes[last]))
 
 
+@lru_cache
 def regular(pattern):
     """A regular expression of Oniguruma's, in Python's words and compiled; ValueError where Python would
     read it otherwise, or where it may fit between two characters."""

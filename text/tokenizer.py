@@ -14,6 +14,7 @@ text: a special token such as </s> is never made from a string.
 import base64
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,17 +55,22 @@ class Cutter:
         for match in self.pattern.finditer(text):
             token, (start, end) = self.tokens[match.group()], match.span()
             beside = {*text[max(0, start - 1):start], *text[end:end + 1]}
-            if token.special or token.single_word and beside & characters(r"\w"):
+            if token.special or token.single_word and beside & word_characters():
                 continue
             if token.lstrip:
-                start = max(at, len(text[:start].rstrip("".join(characters(r"\s")))))
+                start = max(at, len(text[:start].rstrip(characters(r"\s"))))
             if token.rstrip:
-                end = len(text) - len(text[end:].lstrip("".join(characters(r"\s"))))
+                end = len(text) - len(text[end:].lstrip(characters(r"\s")))
             if start >= end:                    # the token before, rstrip, has taken this one in
                 continue
             pieces += [text[at:start], token] if start > at else [token]
             at = end
         return pieces + [text[at:]] if at < len(text) else pieces
+
+
+@lru_cache
+def word_characters():
+    return frozenset(characters(r"\w"))
 
 
 class Parts(NamedTuple):
@@ -255,8 +261,8 @@ def read_tokenizer_json(file, config):
 
 
 def check_vocab(vocab):
-    ids = set(vocab.values())
-    if not all(type(i) is int and i >= 0 for i in ids) or len(ids) < len(vocab) or not vocab:
+    whole = all(type(i) is int and i >= 0 for i in vocab.values())
+    if not whole or len(set(vocab.values())) < len(vocab) or not vocab:
         raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
 
 
@@ -310,6 +316,6 @@ def read_bos(part, ids):
             bos += [i for ids in here[:here.index("A")] for i in ids]
         except (KeyError, TypeError, ValueError):
             here = []
-        if here.count("A") != 1 or len(bos) > 1 or not set(bos) <= ids:
+        if here.count("A") != 1 or len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
             raise ValueError(f"its post_processor makes {single!r:.100} of a text, which is not supported")
     return bos[0] if bos else None
