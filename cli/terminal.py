@@ -4,6 +4,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from pathlib import Path
 
 from files.checkpoint import DTYPES
@@ -66,8 +67,12 @@ class Progress:
 
 def announce(run):
     """Before the first step: every setting and derived number, the memory it takes, the first example."""
-    for title, values in (("settings", vars(run.settings)), ("derived", run.derived)):
-        words = [f"{k} {v}" for k, v in values.items() if v is not None and k != "dropped"]
+    dropped = Counter()
+    for reasons in run.derived["dropped"].values():
+        dropped.update({reason: n for reason, (n, _) in reasons.items()})
+    derived = run.derived | {"dropped": dict(dropped)}
+    for title, values in (("settings", vars(run.settings)), ("derived", derived)):
+        words = [f"{k} {v}" for k, v in values.items() if v is not None]
         print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
     for file, rows in run.derived["dropped"].items():
         if rows:

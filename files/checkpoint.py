@@ -39,8 +39,8 @@ FIELDS = {
     **dict.fromkeys((*SIZES, "max_position_embeddings"), ("a whole number above 0", [int])),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"),
                     ("a whole number above 0, or null", [int, type(None)])),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "rope_theta", "partial_rotary_factor"),
-                    ("a number above 0", [int, float])),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "rope_theta", "partial_rotary_factor",
+                     "original_max_position_embeddings"), ("a number above 0", [int, float])),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
                      "qk_layernorm", "use_bidirectional_attention"),
                     ("true, false or null", [bool, type(None)])),
@@ -159,8 +159,9 @@ def parse_rope(rope, c):
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"RoPE type {kind!r} is not supported: expected {' or '.join(ROPE_TYPES)}")
-    length = c["max_position_embeddings"]
-    rope = {"rope_theta": c["rope_theta"], "original_max_position_embeddings": length} | rope
+    length = "original_max_position_embeddings"         # in the config itself, it comes first
+    rope = {"rope_theta": c["rope_theta"], length: c["max_position_embeddings"]} | rope
+    rope |= {length: c[length]} if length in c else {}
     if lacking := [k for k in ROPE_TYPES[kind] if k not in rope]:
         raise ValueError(f"RoPE type {kind!r} needs {', '.join(lacking)} in config.json")
     own = {k: rope[k] for k in ROPE_TYPES[kind]}
