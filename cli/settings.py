@@ -19,7 +19,7 @@ from files.disk import finish_writing, read_json
 from files.run import base_of, finished, modern, read_about, read_settings
 from lora import KINDS, add_adapter
 from text.examples import TEMPLATES
-from text.rows import TASKS
+from text.rows import TASKS, listed
 
 MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # when a run is resumed
 
@@ -223,11 +223,11 @@ def checked(parser, settings, file):
     """Settings that were written down, as the flags that they stand for are read: ValueError for what no
     flag can be. Flags that came later have their defaults."""
     if unknown := sorted(settings.keys() - vars(parser.parse_args([])).keys()):
-        raise ValueError(f"{file} has {', '.join(unknown)}, which this version does not know")
+        raise ValueError(f"{file} has {listed(unknown, ', ')}, which this version does not know")
     argv = []
     for name, value in settings.items():
-        flag, listed = f"--{name.replace('_', '-')}", isinstance(value, list)
-        argv += [] if value is None else [flag, *map(str, value)] if listed else [f"{flag}={value}"]
+        flag, several = f"--{name.replace('_', '-')}", isinstance(value, list)
+        argv += [] if value is None else [flag, *map(str, value)] if several else [f"{flag}={value}"]
 
     def refuse(problem):
         raise ValueError(f"{file}: {problem}")
@@ -244,8 +244,9 @@ def adapted(parser, argv, s):
     folder, flags = Path(s.adapter), given(argv)
     finish_writing(folder)
     about = read_about(folder)
-    if odd := flags.keys() & {"peft", "targets", *kind_options()}:
-        raise ValueError(f"--{sorted(odd)[0].replace('_', '-')}: the adapters are those of {folder}")
+    own = {"c"} if (folder / "mixing.safetensors").exists() else set()
+    if odd := flags.keys() & {"peft", "targets", *kind_options(), *own}:
+        raise ValueError(f"--{sorted(odd)[0].replace('_', '-')}: adapters and mixing are those of {folder}")
     if (folder / "config.json").exists():
         kind, own = next(kind for kind in KINDS if KINDS[kind].trains_base), {}
     else:

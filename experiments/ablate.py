@@ -27,6 +27,7 @@ from files.disk import finish_writing, json_bytes, read_json, write_files
 from files.run import finished, load_run, modern, read_settings
 from lora import KINDS, add_adapter
 from text.examples import stop_id
+from text.rows import listed
 from text.tokenizer import Tokenizer
 from train import prepare, train
 
@@ -254,8 +255,8 @@ def claim(out, grid):
         newer = vars(train_parser().parse_args([]))             # flags that the grid does not know
         before = vars(complete(argparse.Namespace(**newer | modern(read_json(out / "grid.json")))))
         if differ := [k for k in grid if before.get(k) != grid[k]]:
-            raise ValueError(f"{out} holds a grid with other settings: " + ", ".join(
-                f"{k} was {before.get(k)} and is {grid[k]}" for k in differ))
+            raise ValueError(f"{out} holds a grid with other settings: " + listed(
+                [f"{k} was {before.get(k)} and is {grid[k]}" for k in differ]))
     write_files(out, {"grid.json": json_bytes(grid)})
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from files.checkpoint import differences, listed
+from files.checkpoint import differences
 from files.disk import json_bytes, read_json, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
+from text.rows import listed
 
 PREFIX = "base_model."          # PEFT's model around the base
 # Fields of adapter_config.json that change nothing once the tensors are there: who wrote it, where it goes,
@@ -75,8 +76,8 @@ def read_options(folder):
     if c.get("init_lora_weights") not in STARTS:
         refused.append("init_lora_weights")
     if refused:
-        raise ValueError(f"{folder} uses {listed(sorted(refused))}, which is not supported: expected plain "
-                         f"{KINDS[kind].__name__}")
+        raise ValueError(f"{folder} uses {listed(sorted(refused), ', ')}, which is not supported: expected "
+                         f"plain {KINDS[kind].__name__}")
     read_json(folder / "adapter_config.json", *(o.field for o in known.values() if o.default))     # else 0
     for option in known.values():
         check_value(folder, c.get(option.field, option.default), option)

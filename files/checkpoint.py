@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from files.disk import json_bytes, read_json, tensor_bytes
 from model import ACTIVATIONS, Config, Llama
+from text.rows import listed
 from text.tokenizer import Tokenizer
 
 # The model types that are read, and what their config classes in transformers 5.24 have for a field that a
@@ -149,8 +150,8 @@ def check_fields(c, fields, where=""):
             raise ValueError(f"{where}{name} is {value!r:.60}: expected {expected}")
     known = fields if where else fields.keys() | NEUTRAL
     if odd := [name for name, value in c.items() if value and name not in known and name[:1] != "_"]:
-        raise ValueError(f"{where}{listed(odd)} is not known here: if transformers ignores it in a model of "
-                         "this type, leave it out")
+        raise ValueError(f"{where}{listed(odd, ', ')} is not known here: if transformers ignores it in a model "
+                         "of this type, leave it out")
 
 
 def parse_rope(rope, c):
@@ -312,12 +313,6 @@ def differences(want, have):
     wrong += [f"unexpected {n} {have[n]}" for n in have.keys() - want.keys()]
     both = want.keys() & have.keys()
     return sorted(wrong + [f"{n} is {have[n]}, expected {want[n]}" for n in both if have[n] != want[n]])
-
-
-def listed(names, most=5):
-    """Names or findings in words: the first few, and how many more there are."""
-    more = f"; and {len(names) - most} more" if len(names) > most else ""
-    return "; ".join(names[:most]) + more
 
 
 def checkpoint_files(folder):

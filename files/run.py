@@ -22,11 +22,12 @@ import torch
 
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
-from files.checkpoint import checkpoint_bytes, differences, listed, load_base
+from files.checkpoint import checkpoint_bytes, differences, load_base
 from files.disk import check_types, finish_writing, hold, json_bytes, read_json, read_tensors, tensor_bytes
 from files.disk import write_files
 from lora import KINDS, add_adapter, merge
 from text.examples import TEMPLATES
+from text.rows import listed
 
 FOLDERS = {"answer": ".", "prompt": "bidirectional"}        # where a run's sets are, since its first version
 
@@ -178,7 +179,7 @@ def check_base(folder, about, model, base):
     there = about.get("base_config", here)
     if differ := [k for k in here if k in there and there[k] != here[k]]:
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
-                         ", ".join(f"{k} is {there[k]} there and {here[k]} here" for k in differ))
+                         listed([f"{k} is {there[k]} there and {here[k]} here" for k in differ]))
 
 
 def read_about(folder):

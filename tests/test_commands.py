@@ -554,7 +554,7 @@ def test_what_cannot_go_on_says_why(flags, tmp_path, capsys):
     assert f"--adapter {run} --steps 9" in line
     assert "all of its 6 steps are done" in bad("--resume", run, "--steps", 6)
     assert "all of its 6 steps are done" in bad("--resume", run)
-    assert "--rank: the adapters are those of" in bad(*flags("--adapter", run, "--rank", 3))
+    assert "--rank: adapters and mixing are those of" in bad(*flags("--adapter", run, "--rank", 3))
     other = write_checkpoint(tmp_path / "other", rope_theta=5e5)
     argv = [*flags("--adapter", run, "--model", other), "--out", tmp_path / "new"]
     assert f"{run} was finetuned from {tmp_path / 'model'}, which {other} is not" in bad(*argv)

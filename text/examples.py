@@ -9,7 +9,7 @@ import random
 from functools import lru_cache
 from typing import NamedTuple
 
-from text.rows import read_rows
+from text.rows import listed, read_rows
 from text.bpe import TooLong
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
@@ -147,7 +147,7 @@ def parse_row(row):
         return parse_row({"messages": messages})
     prompt, answer = one_of(PROMPT_KEYS), one_of(ANSWER_KEYS)
     if prompt is None:
-        raise Unusable(f"it has {', '.join(row) or 'nothing'}: expected messages, or one of "
+        raise Unusable(f"it has {listed(list(row), ', ') or 'nothing'}: expected messages, or one of "
                          f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)} (or a --task)")
     if isinstance(row[prompt], list) and isinstance(row.get(answer), list):     # TRL's prompt and completion
         return parse_row({"messages": row[prompt] + row[answer]})
@@ -216,7 +216,7 @@ def encode_row(row, tokenizer, template, max_length):
 
 
 def dropped_in_words(dropped):
-    return "; ".join(f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items())
+    return listed([f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items()])
 
 
 # ----------------------------------------------------------------------------------------------------------

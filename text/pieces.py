@@ -13,6 +13,7 @@ import numpy as np
 import tiktoken
 
 from text.bpe import BYTES, to_letters
+from text.rows import listed
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut off one by one before GPT-2's pattern sees the text: to it, a text ends before each digit.
@@ -32,7 +33,7 @@ def take(part, where, **forms):
     if not isinstance(part, dict):
         raise ValueError(f"its {where} is {part!r:.60}, expected an object")
     if odd := part.keys() - {"type", *forms}:
-        raise ValueError(f"its {where} has {', '.join(sorted(odd))}, which is not known here")
+        raise ValueError(f"its {where} has {listed(sorted(odd), ', ')}, which is not known here")
     values = []
     for name, (form, default) in forms.items():
         value = part.get(name, default)

@@ -85,7 +85,7 @@ def read_rows(path, task="rows"):
             except UnicodeEncodeError:
                 raise ValueError(f"{path}, {place}: it has half of a character (a lone surrogate)") from None
             except KeyError as error:
-                has = ", ".join(map(str, row)) or "nothing"
+                has = listed(list(row), ", ") or "nothing"
                 lacks_labels = error.args[0] == "label"
                 beside = f" and no {path.stem}-labels.lst lies beside it" if lacks_labels else ""
                 raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has {has}{beside}"
@@ -95,6 +95,12 @@ def read_rows(path, task="rows"):
             yield place, row
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
+
+
+def listed(names, between="; ", most=5):
+    """Names or findings in words: the first few, and how many more there are."""
+    more = f"{between}and {len(names) - most} more" if len(names) > most else ""
+    return between.join(map(str, names[:most])) + more
 
 
 # What a file of another form begins with: what it is, and what makes rows of it.
