@@ -150,8 +150,8 @@ def check_fields(c, fields, where=""):
             raise ValueError(f"{where}{name} is {value!r:.60}: expected {expected}")
     known = fields if where else fields.keys() | NEUTRAL
     if odd := [name for name, value in c.items() if value and name not in known and name[:1] != "_"]:
-        raise ValueError(f"{where}{listed(odd, ', ')} is not known here: if transformers ignores it in a model "
-                         "of this type, leave it out")
+        raise ValueError(f"{where}{listed(odd, ', ')} is not known here; if transformers ignores it, "
+                         "leave it out")
 
 
 def parse_rope(rope, c):

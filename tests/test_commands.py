@@ -495,7 +495,7 @@ def logits(run, prompts=RAGGED[:2]):
         return bitune(prompts, ANSWERS[:2])[0]
 
 
-@pytest.mark.parametrize("method, peft", [("bitune", "dora"), ("causal", "full")])
+@pytest.mark.parametrize("method, peft", [("bitune", "lora"), ("causal", "full")])
 def test_a_second_stage_starts_where_the_first_ended(method, peft, flags, tmp_path, monkeypatch, capsys):
     train.main(flags("--method", method, "--peft", peft, "--template", "plain"))
     first, second = tmp_path / "run", ["--adapter", tmp_path / "run", "--data", tmp_path / "data.jsonl"]
@@ -507,13 +507,13 @@ def test_a_second_stage_starts_where_the_first_ended(method, peft, flags, tmp_pa
     assert (about["method"], about["template"], about["step"]) == (method, "plain", 1)
     assert f"{first}: validation loss" in capsys.readouterr().out
 
-    common += ["--steps", 6, "--lr", 0.01]                  # killed and resumed, it ends in the same bytes
+    common += ["--steps", 4, "--lr", 0.01]                  # killed and resumed, it ends in the same bytes
     train.main([str(a) for a in [*common, "--out", tmp_path / "whole"]])
     real, calls = train.train_step, []
 
     def train_step(*args):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(*args)
 

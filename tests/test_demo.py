@@ -84,10 +84,10 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     few = open(DEMO["val_data"], encoding="utf-8").readlines()[:60]
     (anywhere / "val.jsonl").write_text("".join(few), encoding="utf-8")
     (anywhere / "test.jsonl").write_text("".join(few), encoding="utf-8")
-    for key, value in (("steps", 55), ("eval_every", 55), ("val_data", str(anywhere / "val.jsonl"))):
+    for key, value in (("steps", 42), ("eval_every", 42), ("val_data", str(anywhere / "val.jsonl"))):
         monkeypatch.setitem(DEMO, key, value)
     train.main([])
-    monkeypatch.setitem(DEMO, "steps", 25)
+    monkeypatch.setitem(DEMO, "steps", 20)
     train.main(["--method", "causal"])
     assert "saved runs/demo-2 after" in capsys.readouterr().out
     last = lambda run: json.loads((anywhere / run / "log.jsonl").read_text().splitlines()[-1])
