@@ -49,6 +49,7 @@ def pytest_runtestloop(session):
         n = os.read(tests, 2)
         return items[struct.unpack("H", n)[0]] if n else None
 
+    import torch._dynamo        # noqa: F401  AdamW would, in each of the two
     with tempfile.TemporaryFile("w+") as reports:
         child = os.fork()
         if not child:

@@ -574,7 +574,8 @@ def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, ca
     os.kill(other, signal.SIGKILL)                          # the lock dies with it
     os.waitpid(other, 0)
     train.main(flags())
-    assert not (run / "renaming.json").exists() and not HELD        # and a run that has ended lets go
+    assert not (run / "renaming.json").exists()
+    assert run.resolve() not in HELD                        # a run that has ended lets go
 
 
 # ---- asking ----------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     few = open(DEMO["val_data"], encoding="utf-8").readlines()[:60]
     (anywhere / "val.jsonl").write_text("".join(few), encoding="utf-8")
     (anywhere / "test.jsonl").write_text("".join(few), encoding="utf-8")
-    for key, value in (("steps", 42), ("eval_every", 42), ("val_data", str(anywhere / "val.jsonl"))):
+    for key, value in (("steps", 46), ("eval_every", 46), ("val_data", str(anywhere / "val.jsonl"))):
         monkeypatch.setitem(DEMO, key, value)
     train.main([])
     monkeypatch.setitem(DEMO, "steps", 20)
@@ -104,7 +104,8 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
 
 
 def test_the_command_compares_the_models(anywhere, monkeypatch, capsys):
-    monkeypatch.setitem(DEMO, "steps", 4)
+    for key, value in (("steps", 4), ("batch_size", 4), ("micro_batch_size", 4)):
+        monkeypatch.setitem(DEMO, key, value)
     monkeypatch.setattr(language, "SIZES", {"train": 80, "val": 20, "test": 20})
     monkeypatch.setattr(demo, "ABLATIONS", [])
     argv = "--all --tasks front --seeds 2 --out runs/all".split()
