@@ -90,6 +90,25 @@ def test_configs(kind, changes, want):
     assert {name: getattr(config, name) for name in want} == want
 
 
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"logit_scale": 0.5, "use_cache": True}, "logit_scale is not known here"),
+    ({f"new_{i}": 1 for i in range(9)}, "new_0, new_1, new_2, new_3, new_4, and 4 more is not known here"),
+    ({"rope_scaling": ROPE}, "low_freq_factor is not below high_freq_factor"),
+    ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "of RoPE, mscale is not known here"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': expected a number above 0"),
+    ({"num_key_value_heads": 3}, "and 3 key/value heads do not go together"),
+    ({"attention_bias": 1}, "attention_bias is 1: expected true, false or null"),
+    ({"vocab_size": True}, "vocab_size is True: expected a whole number above 0"),
+])
+def test_what_a_config_says_and_is_not_understood_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        parse_config(CONFIG | changes)
+    parse_config(CONFIG | {"logit_scale": None, "made_up": False, "_name_or_path": "x"})
+
+
 def test_defaults_are_those_of_the_config_classes():
     transformers = pytest.importorskip("transformers")
     bare = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -134,6 +153,43 @@ def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ValueError, match="has adapter_model.bin, a pickle, which is not read: convert it"):
         load_adapter(load_model(folder / "base"), "answer", folder)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"made_up": 1, "also": False}, "uses made_up, which is not supported"),
+    ({"kasa_config": {}}, "uses kasa_config, which is not supported"),
+    ({"init_lora_weights": "OLoRA"}, "uses init_lora_weights, which is not supported"),
+    ({"exclude_modules": ["q_proj"]}, "tensors of layers that its adapter_config.json does not name"),
+    ({"target_modules": r".*\.1\..*"}, "name, and PEFT would drop them: model.layers.0.self_attn.q_proj"),
+    ({"layers_to_transform": [1]}, "name, and PEFT would drop them: model.layers.0.self_attn.q_proj"),
+    ({"r": 2.0}, "r is 2.0, expected a whole number from 1 to 65536"),
+    ({"rank_pattern": {"[": 2}}, "rank_pattern has '\\['"),
+    ({"modules_to_save": [], "layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, None),
+])
+def test_what_an_adapter_says_and_is_not_understood_is_refused(fields, message, tmp_path):
+    model = tiny_model()
+    add_adapter(model, "answer", targets=["q_proj"], rank=2)
+    write_files(tmp_path, adapter_bytes(model, "answer"))
+    change(tmp_path / "adapter_config.json", **fields)
+    if message is None:
+        return load_adapter(tiny_model(), "answer", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(tiny_model(), "answer", tmp_path)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("org/model", "org/model is not a folder here. If it is a hub's: hf download org/model --local-dir NEW"),
+    ("nowhere", "nowhere is not a folder here: expected a Hugging Face checkpoint"),
+    ("adapter", "adapter is an adapter, not a checkpoint: type --adapter .*adapter, and its base as --mo"),
+    ("lone", "lone lacks model.safetensors. It has pytorch.safetensors: if that is all of it, mv .*lone"),
+])
+def test_other_things_given_as_a_model_say_what_to_type(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (write_checkpoint(tmp_path / "lone") / "model.safetensors").rename("lone/pytorch.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load_base(name, "cpu")
 
 
 def change(path, **fields):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from text.bpe import LETTERS
 from text.examples import (
     batches,
     draw,
@@ -61,6 +62,21 @@ def test_ids_need_not_follow_the_merge_order(tmp_path):
 def test_ignore_merges_takes_a_whole_word_that_no_merge_builds(tmp_path):
     assert Tokenizer.from_pretrained(tokenizer_json(tmp_path)).encode("whole") == [BYTES[c] for c in "whole"]
     assert Tokenizer.from_pretrained(tokenizer_json(tmp_path, ignore_merges=True)).encode("whole") == [97]
+
+
+@pytest.mark.parametrize("merges, text, pieces", [
+    ("a b, ab c", "abc", "abc"),
+    ("b c, a b, ab c", "abc", "a bc"),                      # its bytes are never merged to the token abc,
+    ("b c, a b, c d, ab cd", "abcd", "a bc d"),             # nor to abcd
+    ("b c, a b", "abc", "a bc"),                            # a pair that is not listed makes a token
+    ("a b, a bc, c d, ab c, b c", "abcd", "ab cd"),         # one token by two pairs: each has its place
+])
+def test_only_listed_pairs_are_merged_in_their_order(merges, text, pieces, tmp_path):
+    """As tokenizers 0.23.3 has it. tiktoken alone would make one token of each but the last."""
+    tokens = [*LETTERS.values(), "ab", "abc", "bc", "cd", "abcd"]        # all bytes: tiktoken could run it
+    change = {"vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges.split(", ")}
+    tokenizer = Tokenizer.from_pretrained(tokenizer_json(tmp_path, added_tokens=[], **change))
+    assert [tokenizer.names[i] for i in tokenizer.encode(text)] == pieces.split()
 
 
 def test_digits_are_cut_off_before_the_pattern_sees_the_spaces(tmp_path):
