@@ -14,6 +14,7 @@ from pathlib import Path
 from cli.process import before_work, run_main
 from cli.settings import DEMO, add_run, add_sampling, flag_adder, new_parser
 from cli.terminal import Stream, bars, prompts, say, whole_prompt
+from fast.decoding import quick
 from files.disk import read_json
 from files.run import load_run
 from text.examples import encode_prompt, stop_id
@@ -51,6 +52,7 @@ def main(argv=None):
     arg("--prompt-file", metavar="FILE", help="a file with the prompt, which may have several lines")
     arg("--stop", metavar="TEXT", action="append", default=[], help="ends an answer, too; may be repeated")
     arg("--show-mixing", action="store_true", help="show the mixing coefficients of the run, layer by layer")
+    arg("--unmerged", action="store_true", help="keep the set \"answer\" apart from the weights: slower")
     add_sampling(arg)
     args = parser.parse_args(argv)
     demonstrates = not (args.model or args.adapter)
@@ -67,6 +69,7 @@ def main(argv=None):
             bitune.model.config.check_length(len(encode(args.prompt)) + 1)
             if not encode(args.prompt):
                 raise ValueError("--prompt is empty: expected some text")
+        bitune = bitune if args.unmerged else quick(bitune)
     if about:
         steps = f", trained for {about['step']} steps" if "step" in about else ""
         name = args.adapter or args.model

@@ -3,9 +3,9 @@
     python -m experiments.benchmark [--size small|1b] [--device cuda] [--against transformers]
 
 Training: a Bitune step over a LoRA step of the same code, beside the ratio of the tokens the two must
-process, (2(P-1) + A) / (P + A - 1). Decoding: tokens per second at batch 1, beside the bound of reading
-every weight once per token at the measured memory bandwidth, and beside transformers' `generate` on the
-same weights if asked for.
+process, (2(P-1) + A) / (P + A - 1). Decoding: tokens per second at batch 1, as sample.py asks and with the
+set "answer" apart (unmerged), beside the bound of reading every weight once per token at the measured memory
+bandwidth, and beside transformers' `generate` on the same weights if asked for.
 """
 
 import statistics
@@ -16,6 +16,7 @@ import torch
 from bitune import Bitune, adapter_sets
 from cli.process import before_work, run_main
 from cli.settings import flag_adder, new_parser, number
+from fast.decoding import quick
 from files.checkpoint import DTYPES, check_device, default_device, default_dtype, parse_config
 from lora import add_adapter
 from model import Llama
@@ -95,8 +96,8 @@ def bench_training(model, device, repeats, P, A):
 
 def bench_decoding(model, device, repeats, P, new, against):
     prompt = [torch.randint(model.config.vocab_size, (P,)).tolist()]
-    tasks = {"base": Bitune(model, "causal"), "lora": finetunable(model, "causal"),
-             "bitune": finetunable(model, "bitune")}
+    tasks = {"unmerged": finetunable(model, "bitune"), "bitune": quick(finetunable(model, "bitune")),
+             "lora": quick(finetunable(model, "causal")), "base": quick(Bitune(model, "causal"))}
     # One long and one short answer: their difference is decoding alone, without the prompt.
     calls = {f"{m} {n}": lambda b=b, n=n: b.generate(prompt, n) for m, b in tasks.items() for n in (1, new)}
     if against:

@@ -81,7 +81,8 @@ ROOMS = {
     "model": [], "lora": ["model"], "bitune": ["model"], "text": ["text"],
     "files": ["model", "lora", "bitune", "text", "files"],
     "cli": ["model", "lora", "bitune", "text", "files", "cli"],
-    "train": ["lora", "bitune", "text", "files", "cli"], "sample": ["text", "files", "cli"],
+    "fast": ["model", "lora", "bitune", "fast"],
+    "train": ["lora", "bitune", "text", "files", "cli", "fast"], "sample": ["text", "files", "cli", "fast"],
 }
 
 
