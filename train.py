@@ -20,6 +20,7 @@ from bitune import Bitune, adapter_sets, nll
 from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
 from cli.terminal import Progress, announce
+from fast.memory import checkpointing, lean
 from files.checkpoint import load_base
 from files.disk import finish_writing, hold
 from files.run import Run, alpha_by_layer, start_from
@@ -178,6 +179,9 @@ def prepare(s):
         for name in adapter_sets(s.method):
             add_adapter(model, name, s.peft, s.targets or (), **options(s))
         bitune = Bitune(model, s.method, s.c)
+    lean(model)
+    if s.checkpointing:
+        checkpointing(model)
     optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped)
 

@@ -21,7 +21,8 @@ from lora import KINDS, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS, listed
 
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "device")        # when a run is resumed
+# when a run is resumed
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "checkpointing", "device")
 
 # Without --model and --data: the demonstration. Its files come with this repository.
 HERE = os.path.relpath(Path(__file__).parent.parent / "experiments/demo")
@@ -149,6 +150,8 @@ def train_parser(description=None):
     arg("--micro-batch-size", default=1, type=number(int, 1), help="examples at a time (same result)")
     arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
     arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps in which the rate rises")
+    arg("--checkpointing", action="store_true", help="compute each block twice, and keep its input alone: "
+        "less memory, half more time (same result)")
     arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
     arg("--eps", default=1e-6, type=number(float, 1e-12), help="AdamW's epsilon")
     arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
@@ -227,7 +230,10 @@ def checked(parser, settings, file):
     argv = []
     for name, value in settings.items():
         flag, several = f"--{name.replace('_', '-')}", isinstance(value, list)
-        argv += [] if value is None else [flag, *map(str, value)] if several else [f"{flag}={value}"]
+        if value is True:
+            argv.append(flag)
+        elif value is not None and value is not False:
+            argv += [flag, *map(str, value)] if several else [f"{flag}={value}"]
 
     def refuse(problem):
         raise ValueError(f"{file}: {problem}")

@@ -95,7 +95,8 @@ def finetune(flags, folder, progress):
         argv = [*flags, f"--out={folder}"]
         if (folder / "bitune.json").exists():
             now = {k.replace("_", "-"): v for k, v in given(flags).items()}
-            argv = [f"--resume={folder}", *(f"--{k}={now[k]}" for k in MAY_CHANGE if k in now)]
+            argv = [f"--resume={folder}", *(f"--{k}" if now[k] is True else f"--{k}={now[k]}"
+                                              for k in MAY_CHANGE if k in now)]
         run = prepare(read_flags(argv))
         with guarded(run, progress) as stop:
             train(run, progress, stop)
@@ -288,7 +289,8 @@ def main(argv=None):
         lrs = args.lrs or [common.lr]
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
-        free = (*OWN, "micro-batch-size", "save-every", "device")       # no result hangs on these
+        # No result hangs on these.
+        free = (*OWN, "micro-batch-size", "checkpointing", "save-every", "device")
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.cs, given(rest))

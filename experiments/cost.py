@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitune import Bitune, adapter_sets
 from cli.process import run_main
 from cli.settings import default, flag_adder, new_parser, number
+from fast.memory import checkpointing, lean
 from files.checkpoint import parse_config
 from lora import KINDS, add_adapter
 from model import Llama
@@ -50,7 +51,8 @@ class FusedAttention(torch.autograd.Function):
 
 
 def kept(bitune, loss):
-    """How many bytes autograd keeps of a forward pass, which loss() makes, parameters aside."""
+    """How many bytes autograd keeps of a forward pass, which loss() makes, parameters aside; of blocks that
+    are computed a second time, their inputs."""
     storages = {}                                       # held here, so that none is counted twice
 
     def keep(tensor):
@@ -58,14 +60,20 @@ def kept(bitune, loss):
         storages[storage._cdata] = storage
         return tensor
 
+    def keep_input(x):
+        keep(x)
+    hooks = [block.register_forward_pre_hook(lambda _, args: keep_input(args[0]))
+             for block in bitune.model.model.layers] if hasattr(bitune, "model") else []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss()
+    for hook in hooks:
+        hook.remove()
     for p in bitune.parameters():
         storages.pop(p.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def cost(shape, method, kind, options, P, A):
+def cost(shape, method, kind, options, P, A, checkpointed=False):
     """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
     with torch.device("meta"):
         model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
@@ -73,6 +81,9 @@ def cost(shape, method, kind, options, P, A):
     for name in adapter_sets(method):
         add_adapter(model, name, kind, **options)
     bitune = Bitune(model, method)
+    lean(model)
+    if checkpointed:
+        checkpointing(model)
     loss = lambda: bitune.losses([[0] * P], [[0] * A]).sum()
     with FlopCounterMode(display=False) as counter:
         loss().backward()
@@ -94,6 +105,7 @@ def main(argv=None):
     arg("--prompt", type=number(int, 1), default=256, help="tokens of the prompt")
     arg("--answer", type=number(int, 1), default=256, help="tokens of the answer")
     arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second")
+    arg("--checkpointing", action="store_true", help="with train.py's flag of this name")
     args = parser.parse_args(argv)
     rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
     variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
@@ -102,7 +114,8 @@ def main(argv=None):
     print("|---" * 10 + "|")
     for name in args.models:
         for method, own in variants:
-            n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, own, args.prompt, args.answer)
+            n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, own, args.prompt, args.answer,
+                                              args.checkpointing)
             sizes.insert(1, 16 * trained)
             label = f"{method}, rank {own.get('rank', rank.default)}" if rank else method
             cells = [name, f"{n:,}", label, f"{trained:,}",

@@ -11,6 +11,7 @@ import torch
 
 from bitune import Bitune
 from lora import linears, merge
+from model import may_attend
 
 
 def quick(bitune):
@@ -18,9 +19,25 @@ def quick(bitune):
     passes read the prompt as they are, the answer is written by weights with the set "answer" merged in. If
     the memory has no room for a second copy of the weights, that set stays apart."""
     if bitune.answer_set and fits(bitune.model):
-        bitune = merged(bitune)
+        apart, bitune = bitune, merged(bitune)
+        check(apart, bitune)
     lay_out(bitune.model)
     return bitune
+
+
+@torch.inference_mode()
+def check(apart, bitune):
+    """ValueError if the merged weights compute something else on a few tokens: then an edit has changed how
+    adapters run, and not how they are merged."""
+    ids = torch.arange(8, device=apart.device)[None] % apart.model.config.vocab_size
+    at = torch.arange(8, device=apart.device)[None]
+    want, got = (b.model(ids, at, may_attend(at, at), adapter=b.answer_set)[0] for b in (apart, bitune))
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(want.dtype, 0.1)
+    if (want - got).abs().max() > tolerance * max(1, want.abs().max()):
+        kind, _ = apart.model.sets[apart.answer_set]
+        raise ValueError(f"merged into the weights, the set {apart.answer_set!r} computes something else: "
+                         f"do forward and merged of the kind {kind}, in lora.py, go together? (--unmerged "
+                         "asks it as it is)")
 
 
 def merged(bitune):
