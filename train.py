@@ -156,7 +156,7 @@ def prepare(s):
     """The Run that settings stand for, new or resumed, ready to be trained. ValueError says what is wrong
     with them: all that can be wrong shows here, before the work begins."""
     check(s)
-    if Path(s.out).exists():
+    if Path(s.out).exists():                # if another process trains there, it shows before any loading
         hold(s.out)
         finish_writing(s.out)
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype

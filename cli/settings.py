@@ -15,13 +15,14 @@ from bitune import METHODS, Bitune
 from cli.process import fail
 from files.adapters import read_options
 from files.checkpoint import DTYPES
-from files.disk import finish_writing, read_json
-from files.run import base_of, finished, modern, read_about, read_settings
+from files.disk import finish_writing
+from files.run import FULL, base_of, finished, modern, read_about, read_settings
 from lora import KINDS, add_adapter
 from text.examples import TEMPLATES
-from text.rows import TASKS, listed
+from text.rows import TASKS
+from text.words import listed, read_json
 
-# when a run is resumed
+# What may be given anew when a run is resumed.
 MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "checkpointing", "device")
 
 # Without --model and --data: the demonstration. Its files come with this repository.
@@ -254,9 +255,9 @@ def adapted(parser, argv, s):
     if odd := flags.keys() & {"peft", "targets", *kind_options(), *own}:
         raise ValueError(f"--{sorted(odd)[0].replace('_', '-')}: adapters and mixing are those of {folder}")
     if (folder / "config.json").exists():
-        kind, own = next(kind for kind in KINDS if KINDS[kind].trains_base), {}
+        kind, own = FULL, {}
     else:
-        kind, own, _ = read_options(folder)
+        kind, own, *_ = read_options(folder)
     there = {key: about[key] for key in ("method", "template", "c") if key in about}
     return argparse.Namespace(**vars(s) | own | {"peft": kind, "model": s.model or str(base_of(folder))}
                               | there | {key: flags[key] for key in there if key in flags})

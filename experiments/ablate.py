@@ -23,12 +23,12 @@ from cli.settings import read_flags, train_parser
 from cli.terminal import Progress
 from experiments.evaluate import BATCH_SIZE, SCORED, evaluate, load_questions
 from files.checkpoint import load_base, read_config
-from files.disk import finish_writing, json_bytes, read_json, write_files
+from files.disk import finish_writing, json_bytes, write_files
 from files.run import finished, load_run, modern, read_settings
 from lora import KINDS, add_adapter
 from text.examples import stop_id
-from text.rows import listed
 from text.tokenizer import Tokenizer
+from text.words import listed, read_json
 from train import prepare, train
 
 OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid

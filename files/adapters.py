@@ -4,14 +4,15 @@ What is particular to a kind of adapters, its fields and its tensors' names, sta
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from files.checkpoint import differences
-from files.disk import json_bytes, read_json, read_tensors, tensor_bytes
+from files.disk import json_bytes, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
-from text.rows import listed
+from text.words import check_has, listed, read_json
 
 PREFIX = "base_model."          # PEFT's model around the base
 # Fields of adapter_config.json that change nothing once the tensors are there: who wrote it, where it goes,
@@ -58,9 +59,10 @@ def adapter_bytes(model, name, base=""):
 
 
 def read_options(folder):
-    """The kind of the adapters in a folder, their options, and a function, path -> the options of the layer
-    there, which may be others. ValueError for what no kind of lora.KINDS does."""
-    c = read_json(folder / "adapter_config.json", "peft_type")
+    """The kind of the adapters in a folder, their options, and two functions of a layer's path: its options,
+    which may be others, and whether the file names it. ValueError for what no kind of lora.KINDS does."""
+    file = folder / "adapter_config.json"
+    c = read_json(file, "peft_type")
     odd = {kind: [field for field, value in maker.peft.items() if c.get(field, value) not in (value, None)]
            for kind, maker in KINDS.items() if peft_type(maker) == c["peft_type"]}
     if not odd:
@@ -78,7 +80,7 @@ def read_options(folder):
     if refused:
         raise ValueError(f"{folder} uses {listed(sorted(refused), ', ')}, which is not supported: expected "
                          f"plain {KINDS[kind].__name__}")
-    read_json(folder / "adapter_config.json", *(o.field for o in known.values() if o.default))     # else 0
+    check_has(c, file, "target_modules", *(o.field for o in known.values() if o.default))      # else 0
     for option in known.values():
         check_value(folder, c.get(option.field, option.default), option)
         patterns = c.get(option.pattern) or {}
@@ -104,7 +106,7 @@ def read_options(folder):
             own["lora_alpha"] *= own["rank"] ** 0.5
         return own
 
-    return kind, options, of
+    return kind, options, of, partial(targeted, c)
 
 
 def targeted(c, path):
@@ -145,8 +147,7 @@ def load_adapter(model, name, folder):
     ValueError that lists them, and so is an adapter of a kind that is not of lora.KINDS.
     """
     folder = Path(folder)
-    kind, options, of = read_options(folder)
-    c = read_json(folder / "adapter_config.json", "target_modules")
+    kind, options, of, names = read_options(folder)
     if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
         raise ValueError(f"{folder} has adapter_model.bin, a pickle, which is not read: convert it to "
                          "adapter_model.safetensors")
@@ -155,7 +156,7 @@ def load_adapter(model, name, folder):
     if not paths:
         raise ValueError(f"{folder} does not fit the model: no tensors of its layers")
     try:
-        others = [p for p in paths if not targeted(c, p)]
+        others = [p for p in paths if not names(p)]
     except (TypeError, re.error, IndexError, ValueError):
         raise ValueError(f"{folder}: target_modules, exclude_modules or layers_to_transform of its "
                          "adapter_config.json are not what they should be") from None

@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from files.disk import json_bytes, read_json, tensor_bytes
+from files.disk import json_bytes, tensor_bytes
 from model import ACTIVATIONS, Config, Llama
-from text.rows import listed
 from text.tokenizer import Tokenizer
+from text.words import listed, read_json
 
 # The model types that are read, and what their config classes in transformers 5.24 have for a field that a
 # config.json leaves out. (Where it is null: as many key/value heads as heads, the width shared among them.)

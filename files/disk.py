@@ -1,4 +1,4 @@
-"""Bytes on disk: written all or none; JSON and safetensors, read with errors that say what is wrong."""
+"""Bytes on disk: written all or none, by one process at a time; safetensors, read with clear errors."""
 
 import json
 import os
@@ -12,6 +12,7 @@ except ImportError:         # Windows
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from text.words import read_json
 
 HELD = {}               # the folders that this process holds, and the open file that does it
 
@@ -93,22 +94,6 @@ def json_bytes(value):
 
 def tensor_bytes(tensors):
     return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
-
-
-def read_json(path, *needs, kind=dict):
-    """The contents of a JSON file. ValueError if it is absent, not of the kind, or lacks a key it needs."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, kind):
-        expected = "object" if kind is dict else "list"
-        raise ValueError(f"{path} is not what it should be: expected a JSON {expected}")
-    if lacking := [k for k in needs if value.get(k) is None]:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}")
-    return value
 
 
 def check_types(value, where, **types):

@@ -23,12 +23,13 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, differences, load_base
-from files.disk import check_types, finish_writing, hold, json_bytes, read_json, read_tensors, tensor_bytes
+from files.disk import check_types, finish_writing, hold, json_bytes, read_tensors, tensor_bytes
 from files.disk import write_files
 from lora import KINDS, add_adapter, merge
 from text.examples import TEMPLATES
-from text.rows import listed
+from text.words import listed, read_json
 
+FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 FOLDERS = {"answer": ".", "prompt": "bidirectional"}        # where a run's sets are, since its first version
 
 
@@ -142,7 +143,7 @@ def load_bitune(model, folder, base=""):
                          f"{METHODS[method]}")
     for name in adapter_sets(method):
         if whole and not model.sets:
-            add_adapter(model, name, next(kind for kind in KINDS if KINDS[kind].trains_base))
+            add_adapter(model, name, FULL)
             n += len(model.state_dict())
         else:
             n += load_adapter(model, name, folder / FOLDERS.get(name, name))
@@ -163,7 +164,7 @@ def start_from(model, folder, base, method, c):
     there = adapter_sets(about.get("method", "causal"))
     for name in adapter_sets(method):
         if (folder / "config.json").exists():               # fully finetuned: the model is its set "answer"
-            add_adapter(model, name, next(kind for kind in KINDS if KINDS[kind].trains_base))
+            add_adapter(model, name, FULL)
         else:
             source = name if name in there else "answer"
             load_adapter(model, name, folder / FOLDERS.get(source, source))

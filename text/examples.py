@@ -9,8 +9,9 @@ import random
 from functools import lru_cache
 from typing import NamedTuple
 
-from text.rows import listed, read_rows
+from text.rows import read_rows
 from text.bpe import TooLong
+from text.words import listed
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 ANSWER_KEYS = ("completion", "answer", "response", "output")

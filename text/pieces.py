@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 from text.bpe import BYTES, to_letters
-from text.rows import listed
+from text.words import listed
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Digits are cut off one by one before GPT-2's pattern sees the text: to it, a text ends before each digit.

@@ -15,6 +15,8 @@ import json
 import re
 from pathlib import Path
 
+from text.words import listed
+
 
 def with_choices(question, choices, answer):
     """The choices' own texts are the answers."""
@@ -95,12 +97,6 @@ def read_rows(path, task="rows"):
             yield place, row
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
-
-
-def listed(names, between="; ", most=5):
-    """Names or findings in words: the first few, and how many more there are."""
-    more = f"{between}and {len(names) - most} more" if len(names) > most else ""
-    return between.join(map(str, names[:most])) + more
 
 
 # What a file of another form begins with: what it is, and what makes rows of it.

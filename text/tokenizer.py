@@ -12,7 +12,6 @@ text: a special token such as </s> is never made from a string.
 """
 
 import base64
-import json
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import NamedTuple
 from text.bpe import BPE, BYTES, Tiktoken, merge_order, to_letters
 from text.pieces import LLAMA3_PATTERN, characters, decoder, normalizer, one_pattern, pre_tokenizer
 from text.pieces import steps, take
+from text.words import read_json
 
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
@@ -185,17 +185,6 @@ def later_added(config, known):
     return [t for t in tokens if t.content not in known]
 
 
-def read_json(path):
-    """The JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not what it should be: expected a JSON object")
-    return value
-
-
 def read_beside(path):
     """The JSON object in a file beside the tokenizer, if it is there."""
     return read_json(path) if path.is_file() else {}
@@ -226,6 +215,7 @@ def read_tiktoken(file, config):
 
 
 def read_tokenizer_json(file, config):
+    """A tokenizer.json of the model BPE: by tiktoken, where that computes the same, else merge by merge."""
     spec = read_json(file)
     model, listed, before, pre, behind, back, *_ = take(
         spec, "top level", model=(dict, ...), added_tokens=(list, []), normalizer=(object, None),
