@@ -187,14 +187,17 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), cos[:, :, keep], sin[:, :, keep])
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)
-        mask = None if mask is None else mask[:, :, keep]                                 # (B, 1, T', S + T)
-        grouped = self.n_q != self.n_kv
-        if grouped and mask is not None and x.is_cuda:      # no fused kernel takes both: spell the heads out
-            k_all, v_all = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k_all, v_all))
-            grouped = False
-        y = F.scaled_dot_product_attention(q, k_all, v_all, mask, enable_gqa=grouped)     # (B, H, T', D)
+        y = self.attend(q, k_all, v_all, mask, keep)                                      # (B, H, T', D)
         y = y.transpose(1, 2).flatten(-2)                                                 # (B, T', H D)
         return getattr(self, self.out)(y, adapter), (k, v)                                # (B, T', C)
+
+    def attend(self, q, k, v, mask, keep):
+        mask = None if mask is None else mask[:, :, keep]                                 # (B, 1, T', S + T)
+        grouped = self.n_q != self.n_kv
+        if grouped and mask is not None and q.is_cuda:      # no fused kernel takes both: spell the heads out
+            k, v = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k, v))
+            grouped = False
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
 
 
 class MLP(nn.Module):

@@ -20,8 +20,9 @@ from bitune import Bitune, adapter_sets, nll
 from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
 from cli.terminal import Progress, announce
-from fast.memory import checkpointing, lean
-from files.checkpoint import load_base
+from fast.linear import eight_bits
+from fast.training import checkpointing, hasten
+from files.checkpoint import default_device, load_base
 from files.disk import finish_writing, hold
 from files.run import Run, alpha_by_layer, start_from
 from lora import KINDS, add_adapter
@@ -160,7 +161,10 @@ def prepare(s):
         hold(s.out)
         finish_writing(s.out)
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
-    model, tokenizer = load_base(s.model, s.device, dtype)
+    model, tokenizer = load_base(s.model, "cpu" if s.base_bits else s.device, dtype)
+    if s.base_bits:
+        eight_bits(model)
+        model.to(s.device or default_device())
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
     load = lambda file: load_examples(file, tokenizer, s.template, s.max_length, s.task)
@@ -179,9 +183,9 @@ def prepare(s):
         for name in adapter_sets(s.method):
             add_adapter(model, name, s.peft, s.targets or (), **options(s))
         bitune = Bitune(model, s.method, s.c)
-    lean(model)
+    s.plain = s.plain or not hasten(bitune)
     if s.checkpointing:
-        checkpointing(model)
+        checkpointing(bitune)
     optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped)
 

@@ -17,13 +17,13 @@ from files.adapters import read_options
 from files.checkpoint import DTYPES
 from files.disk import finish_writing
 from files.run import FULL, base_of, finished, modern, read_about, read_settings
-from lora import KINDS, add_adapter
+from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS
 from text.words import listed, read_json
 
 # What may be given anew when a run is resumed.
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "checkpointing", "device")
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "checkpointing", "plain", "device")
 
 # Without --model and --data: the demonstration. Its files come with this repository.
 HERE = os.path.relpath(Path(__file__).parent.parent / "experiments/demo")
@@ -153,6 +153,10 @@ def train_parser(description=None):
     arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps in which the rate rises")
     arg("--checkpointing", action="store_true", help="compute each block twice, and keep its input alone: "
         "less memory, half more time (same result)")
+    arg("--base-bits", type=int, choices=[8], help="the linears' frozen weights in 8 bits, with lora or "
+        "dora: half the memory of bfloat16, slower, a little off (default: as --dtype has them)")
+    arg("--plain", action="store_true", help="pass by pass, as bitune.py has it, instead of in one "
+        "traversal of the layers: slower (same result)")
     arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
     arg("--eps", default=1e-6, type=number(float, 1e-12), help="AdamW's epsilon")
     arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
@@ -283,5 +287,9 @@ def check(s):
     if made.exists() and s.model != s.adapter and modern(read_json(made)).get("method") != "causal":
         raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
                          "expected a base model, or a run of method causal")
+    if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
+        raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
+    if s.base_bits and s.plain:
+        raise ValueError("--plain would keep the expanded weights of --base-bits: expected one of them")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")

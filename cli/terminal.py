@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from files.checkpoint import DTYPES
 from files.run import alpha_by_layer
 from text.examples import dropped_in_words
 
@@ -87,7 +86,7 @@ def announce(run):
 def memory(derived):
     """What a run needs before any activations, in words."""
     frozen, trained = derived["frozen_parameters"], derived["trainable_parameters"]
-    size = frozen * DTYPES[derived["dtype"]].itemsize + 16 * trained
+    size = derived["frozen_bytes"] + 16 * trained
     size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
     return (f"{size} for {frozen:,} frozen parameters and {trained:,} that train, these 16 bytes each "
             "(float32, gradient, AdamW's moments); activations come on top")

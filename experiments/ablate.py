@@ -290,7 +290,7 @@ def main(argv=None):
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
         # No result hangs on these.
-        free = (*OWN, "micro-batch-size", "checkpointing", "save-every", "device")
+        free = (*OWN, "micro-batch-size", "checkpointing", "plain", "save-every", "device")
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.cs, given(rest))

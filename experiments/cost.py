@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitune import Bitune, adapter_sets
 from cli.process import run_main
 from cli.settings import default, flag_adder, new_parser, number
-from fast.memory import checkpointing, lean
+from fast.linear import eight_bits
+from fast.training import checkpointing, hasten
 from files.checkpoint import parse_config
 from lora import KINDS, add_adapter
 from model import Llama
@@ -27,6 +28,12 @@ SHAPES = {
                      num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16, head_dim=256),
     "llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
                        num_hidden_layers=32, num_attention_heads=32),
+    "llama-3.2-1b": dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
+                         num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+                         tie_word_embeddings=True),
+    "llama-3.2-3b": dict(model_type="llama", vocab_size=128256, hidden_size=3072, intermediate_size=8192,
+                         num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+                         tie_word_embeddings=True),
     "llama-3-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
                        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
     "phi-2": dict(model_type="phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240,
@@ -41,11 +48,12 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask):
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        ctx.save_for_backward(q, k, v, mask.to(q.dtype), out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        mask = None if mask is None else mask.to(q.dtype)
+        ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
 
     @staticmethod
-    def apply_to(q, k, v, mask, enable_gqa):
+    def apply_to(q, k, v, mask=None, is_causal=False, enable_gqa=False):
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         return FusedAttention.apply(q, k, v, mask)
 
@@ -73,17 +81,19 @@ def kept(bitune, loss):
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def cost(shape, method, kind, options, P, A, checkpointed=False):
+def cost(shape, method, kind, options, P, A, checkpointed=False, bits=None):
     """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
     with torch.device("meta"):
         model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
     parameters = sum(p.numel() for p in model.parameters())
+    if bits:
+        eight_bits(model)
     for name in adapter_sets(method):
         add_adapter(model, name, kind, **options)
     bitune = Bitune(model, method)
-    lean(model)
+    hasten(bitune)
     if checkpointed:
-        checkpointing(model)
+        checkpointing(bitune)
     loss = lambda: bitune.losses([[0] * P], [[0] * A]).sum()
     with FlopCounterMode(display=False) as counter:
         loss().backward()
@@ -106,6 +116,7 @@ def main(argv=None):
     arg("--answer", type=number(int, 1), default=256, help="tokens of the answer")
     arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second")
     arg("--checkpointing", action="store_true", help="with train.py's flag of this name")
+    arg("--base-bits", type=int, choices=[8], help="with train.py's flag of this name")
     args = parser.parse_args(argv)
     rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
     variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
@@ -115,7 +126,7 @@ def main(argv=None):
     for name in args.models:
         for method, own in variants:
             n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, own, args.prompt, args.answer,
-                                              args.checkpointing)
+                                              args.checkpointing, args.base_bits)
             sizes.insert(1, 16 * trained)
             label = f"{method}, rank {own.get('rank', rank.default)}" if rank else method
             cells = [name, f"{n:,}", label, f"{trained:,}",

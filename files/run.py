@@ -336,10 +336,12 @@ class Run:
         """The numbers that follow from the settings and the data."""
         s, bitune, examples = self.settings, self.bitune, self.examples
         trainable = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
+        frozen = [p for p in bitune.parameters() if not p.requires_grad]
         return {
             "device": str(bitune.device),
             "dtype": str(bitune.model.model.embed_tokens.weight.dtype).removeprefix("torch."),
-            "frozen_parameters": sum(p.numel() for p in bitune.parameters()) - trainable,
+            "frozen_parameters": sum(p.numel() for p in frozen),
+            "frozen_bytes": sum(p.numel() * p.element_size() for p in frozen),
             "trainable_parameters": trainable,
             "train_examples": len(examples), "val_examples": len(self.val), "dropped": dropped,
             "prompt_tokens": sum(len(e.prompt) for e in examples),

@@ -16,6 +16,7 @@ import sample
 import train
 from bitune import METHODS, Bitune, adapter_sets
 from experiments import merge
+from fast import training
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import HELD, finish_writing, hold, write_files
@@ -261,7 +262,7 @@ def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp
 
 
 def test_the_longest_micro_batch_is_tried_before_the_first_step(flags, tmp_path, monkeypatch, capsys):
-    losses, seen = Bitune.losses, []
+    losses, seen = training.losses, []
 
     def limited(self, prompts, answers):
         seen.append(max(len(p) + len(a) for p, a in zip(prompts, answers)))
@@ -269,7 +270,8 @@ def test_the_longest_micro_batch_is_tried_before_the_first_step(flags, tmp_path,
             raise torch.OutOfMemoryError("out of memory")
         return losses(self, prompts, answers)
 
-    monkeypatch.setattr(Bitune, "losses", limited)
+    monkeypatch.setattr(training, "losses", limited)
+    monkeypatch.setattr(training, "agrees", lambda bitune: True)
     assert "step 0: out of memory: try a smaller --micro-batch-size. Nothing was saved yet." in exits(
         1, train.main, flags(), capsys
     )

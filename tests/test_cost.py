@@ -22,6 +22,8 @@ def test_parameters_are_the_published_models():
         "gemma-2b": 2_506_172_416,
         "gemma-7b": 8_537_680_896,
         "llama-2-7b": 6_738_415_616,
+        "llama-3.2-1b": 1_235_814_400,
+        "llama-3.2-3b": 3_212_749_824,
         "llama-3-8b": 8_030_261_248,
         "phi-2": 2_779_683_840,
     }

@@ -1,13 +1,16 @@
 """What is in fast/ gives the same numbers as the plain forms in the five files."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from bitune import METHODS, Bitune
-from fast import decoding, memory
-from lora import KINDS, LoRA
+from fast import decoding, linear, training, traversal
 from experiments.cost import kept
-from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model
+from lora import KINDS, LoRA, linears
+from model import Linear
+from tiny import ANSWERS, RAGGED, fresh_bitune, tiny_bitune, tiny_model
 
 F64 = torch.float64
 
@@ -33,17 +36,10 @@ def test_without_room_the_set_stays_apart(monkeypatch):
     assert decoding.fits(bitune.model) is False
 
 
-def test_an_edit_of_lora_is_not_passed_over(monkeypatch):
-    """One of what merging does is refused, one of the low-rank part is left as it is."""
+def test_an_edit_of_merging_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(LoRA, "merged", lambda self, linear: (linear.weight.detach(), linear.bias))
     with pytest.raises(ValueError, match="do forward and merged of the kind lora, in lora.py, go together"):
         decoding.quick(tiny_bitune().eval())
-    plain = LoRA.low_rank
-    monkeypatch.setattr(LoRA, "low_rank", lambda self, x: plain(self, x).tanh())
-    want = gradients(tiny_bitune())
-    bitune = tiny_bitune()
-    memory.lean(bitune.model)
-    assert all(map(torch.equal, gradients(bitune), want))
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"model_type": "phi"}])
@@ -64,64 +60,153 @@ def test_laid_out_anew_weights_are_the_same(config):
     assert all(p.is_contiguous() for p in model.parameters())
 
 
-# ---- memory ----------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------
 
-def gradients(bitune):
-    losses = bitune.losses(RAGGED, ANSWERS)
-    losses.sum().backward()
-    return [losses, *(p.grad for p in bitune.parameters() if p.grad is not None)]
-
-
-def test_the_low_rank_part_s_gradient():
-    torch.manual_seed(0)
-    x, A, B = (torch.randn(*shape, dtype=F64, requires_grad=True) for shape in ((2, 3, 5), (4, 5), (6, 4)))
-    assert torch.autograd.gradcheck(memory.LowRank.apply, (x, A, B))
-    assert torch.autograd.gradcheck(memory.LowRank.apply, (x.detach(), A, B))
-
-
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("method", ["bitune", "shared-weights", "causal"])
-def test_lean_adapters_have_the_same_gradients(method, kind):
-    want = gradients(tiny_bitune(method, kind, dtype=F64))
-    bitune = tiny_bitune(method, kind, dtype=F64)
-    memory.lean(bitune.model)
-    for one, other in zip(gradients(bitune), want, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
-
-
-def test_lean_adapters_leave_dropout_alone():
-    bitune = tiny_bitune(adapters={"dropout": 0.5})
-    torch.manual_seed(1)
-    want = gradients(bitune)
+def gradients(bitune, losses, prompts=RAGGED, answers=ANSWERS):
+    """Losses and gradients; no gradient is one of zero."""
     bitune.zero_grad()
-    memory.lean(bitune.model)
+    values = losses(prompts, answers)
+    values.sum().backward()
+    return [values.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                               for p in bitune.parameters() if p.requires_grad)]
+
+
+def exact(bitune):
+    """`Bitune.losses` in float64 throughout."""
+    def losses(prompts, answers):
+        logits, labels = bitune(prompts, answers)
+        nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return nll.sum(1) / (labels >= 0).sum(1)
+    return losses
+
+
+def assert_alike(ours, theirs, tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+FORMS = [("lora", {}), ("dora", {}), ("ia3", {}), ("lora", {"model_type": "gemma"}),
+         ("dora", {"model_type": "phi"}), ("lora", {"model_type": "qwen3"}),
+         ("lora", {"model_type": "mistral", "sliding_window": 20})]
+
+
+@pytest.mark.parametrize("kind, config", FORMS, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_one_traversal_equals_the_passes(method, kind, config):
+    """Of ragged prompts, prompts of one length, and one that has no context."""
+    plain, fast = (tiny_bitune(method, kind, config=config, dtype=F64) for _ in range(2))
+    training.hasten(fast)
+    for prompts, answers in ((RAGGED, ANSWERS), ([[1, 2, 3, 4]] * 2, [[5, 6], [7, 8]]), ([[3]], [[4, 5]])):
+        assert_alike(gradients(fast, partial(traversal.losses, fast), prompts, answers),
+                     gradients(plain, exact(plain), prompts, answers), 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_what_trains(method, kind):
+    """In float32 as in bfloat16, with the adapters as they start; nothing is moved by finding out."""
+    for dtype in (torch.float32, torch.bfloat16)[:1 if kind == "full" else 2]:
+        plain, fast = (with_base_in(dtype, fresh_bitune(method, kind)) for _ in range(2))
+        assert training.hasten(fast) and fast.losses.func is traversal.losses and fast.training
+        assert all(map(torch.equal, fast.state_dict().values(), plain.state_dict().values()))
+        if dtype == torch.float32:
+            assert_alike(gradients(fast, fast.losses), gradients(plain, plain.losses), 1e-4)
+
+
+def with_base_in(dtype, bitune):
+    for name, p in bitune.model.named_parameters():
+        p.data = p.data if ".sets." in name else p.data.to(dtype)
+    return bitune
+
+
+EDITS = {
+    "mix": lambda old: lambda self, read, at: old(self, [pairs[::-1] for pairs in read], at),
+    "encode": lambda old: lambda self, context: old(self, (context.ids, context.positions * 2)),
+    "losses": lambda old: lambda self, prompts, answers: old(self, prompts, answers) * 2,
+    "forward": lambda old: lambda self, *batch: (old(self, *batch)[0].tanh(), old(self, *batch)[1]),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_trains_by_the_passes(name, monkeypatch):
+    """What the traversal would pass over in silence. (An edit of alpha, or of mix by layer, it goes along
+    with.)"""
+    monkeypatch.setattr(Bitune, name, EDITS[name](getattr(Bitune, name)))
+    bitune = fresh_bitune()
+    assert not training.hasten(bitune) and bitune.losses.__func__ is Bitune.losses
+
+
+def test_an_edit_of_the_adapters_trains_as_it_is(monkeypatch):
+    plain = LoRA.low_rank
+    monkeypatch.setattr(LoRA, "low_rank", lambda self, x: plain(self, x).tanh())
+    want = gradients(bitune := tiny_bitune(), bitune.losses)
+    assert training.hasten(bitune)
+    assert_alike(gradients(bitune, bitune.losses), want, 1e-4)
+
+
+def test_the_gradients_of_its_own_functions(monkeypatch):
+    torch.manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, dtype=F64, requires_grad=True)
+    x, halves = randn(5, 4), (randn(2, 4), randn(6, 2), None, None, randn(3, 4), randn(6, 3))
+    layer = Linear(4, 6, bias=True).double().requires_grad_(False)
+    parts = [(2, 0.5), (1, 1), (2, 2.0)]
+    adapted = lambda x, *halves: linear.Adapted.apply(x, layer, layer.bias, False, parts, *halves)
+    assert torch.autograd.gradcheck(adapted, (x, *halves))
+    assert torch.autograd.gradcheck(adapted, (x.detach(), *halves))
+    monkeypatch.setattr(traversal.NLL, "ELEMENTS", 20)                  # two rows of logits at a time
+    head, bias, labels = randn(10, 4).detach(), randn(10).detach(), torch.tensor([3, 0, 9, 3, 1])
+    nll = lambda x: traversal.NLL.apply(x, head, bias, labels)
+    assert torch.autograd.gradcheck(nll, (x,))
+    want = torch.nn.functional.cross_entropy(x @ head.t() + bias, labels, reduction="none")
+    torch.testing.assert_close(nll(x), want)
+
+
+def test_dropout_is_left_alone():
+    bitune = tiny_bitune("causal", adapters={"dropout": 0.5})
     torch.manual_seed(1)
-    assert all(map(torch.equal, gradients(bitune), want))
+    want = gradients(bitune, bitune.losses, [[1, 2, 3]], [[4, 5]])
+    training.hasten(bitune)
+    torch.manual_seed(1)
+    assert_alike(gradients(bitune, bitune.losses, [[1, 2, 3]], [[4, 5]]), want, 1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["bitune", "causal"])
 def test_checkpointing_changes_no_bit(method, kind):
     more = {"dropout": 0.1} if kind == "lora" else {}
-    plain, short = (tiny_bitune(method, kind, adapters=more, dtype=F64) for _ in range(2))
-    memory.checkpointing(short.model)
     results = []
-    for bitune in (plain, short):
+    for steps in ([], [training.checkpointing], [training.hasten],
+                  [training.hasten, training.checkpointing]):
+        bitune = tiny_bitune(method, kind, adapters=more, dtype=F64)
+        for step in steps:
+            step(bitune)
         torch.manual_seed(1)
-        results.append(gradients(bitune))
-    assert len(results[0]) == len(results[1]) and all(map(torch.equal, *results))
+        results.append(gradients(bitune, bitune.losses))
+    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[2], results[3]))
 
 
-def test_what_they_keep():
-    """Of a bfloat16 base: the float32 copies go, then all but the blocks' inputs, K and V."""
+def test_eight_bits():
+    """The weights expanded where they are used, forward and backward, and kept nowhere else."""
+    bitune = tiny_bitune("bitune", "dora")
+    weights = {path: layer.weight.clone() for path, layer in linears(bitune.model).items()}
+    linear.eight_bits(bitune.model)
+    for path, layer in linears(bitune.model).items():
+        step = weights[path].abs().amax(1, keepdim=True) / 127
+        assert ((layer.weight - weights[path]).abs() <= step / 2 + 1e-6).all() and linear.frozen(layer)
+    assert training.hasten(bitune)
+    rounded = tiny_bitune("bitune", "dora")
+    for path, layer in linears(rounded.model).items():
+        layer.weight.data = linears(bitune.model)[path].weight
+    assert_alike(gradients(bitune, bitune.losses), gradients(rounded, rounded.losses), 1e-4)
+    assert all(layer.weight_int8.dtype == torch.int8 for layer in linears(bitune.model).values())
+
+
+def test_what_is_kept():
+    """Of a bfloat16 base: float32 copies and logits go, then all but the blocks' inputs, K and V."""
     sizes = []
-    for step in (None, memory.lean, memory.checkpointing):
-        bitune = tiny_bitune("bitune", dtype=torch.float32)
-        for name, p in bitune.model.named_parameters():
-            p.data = p.data if ".sets." in name else p.data.bfloat16()
-        if step:
-            memory.lean(bitune.model)
-        if step == memory.checkpointing:
-            memory.checkpointing(bitune.model)
+    for steps in ([], [training.hasten], [training.hasten, training.checkpointing]):
+        bitune = with_base_in(torch.bfloat16, fresh_bitune())
+        for step in steps:
+            step(bitune)
         sizes.append(kept(bitune, lambda: bitune.losses([[5] * 90], [[7] * 60]).sum()))
     assert sizes[1] < 0.8 * sizes[0] and sizes[2] < sizes[1] / 3, sizes
