@@ -181,17 +181,23 @@ class Bitune(nn.Module):
 
         ragged = len({*map(len, prompts)}) > 1  # else the cache has no padding, and nothing is masked
         positions = torch.tensor([[len(p)] for p in prompts], device=self.device)             # (B, 1)
-        live = [True] * len(prompts)
+        rows = list(range(len(prompts)))        # the prompts whose answers have not ended
         for step in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)                # (B,)
-            ids = token.tolist()
-            live = [alive and i not in stop_ids for alive, i in zip(live, ids)]
-            if not any(live):
+            stay = [b for b, i in enumerate(token.tolist()) if i not in stop_ids]
+            if len(stay) < len(rows):           # what has ended leaves the batch
+                rows = [rows[b] for b in stay]
+                token, positions, keys = token[stay], positions[stay], keys[stay]
+                cache.keep(stay)
+            if not rows:
                 return
-            yield [i if alive else None for alive, i in zip(live, ids)]
+            ids = dict(zip(rows, token.tolist()))
+            yield [ids.get(row) for row in range(len(prompts))]
             if step + 1 < max_new_tokens:
-                keys = torch.cat((keys, positions), dim=1)
-                mask = may_attend(positions, keys) if ragged else None
+                mask = None
+                if ragged:
+                    keys = torch.cat((keys, positions), dim=1)
+                    mask = may_attend(positions, keys)
                 logits = self.model(token[:, None], positions, mask, cache, self.answer_set)[0][:, -1]
                 positions = positions + 1
 

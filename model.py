@@ -134,6 +134,10 @@ class KVCache:
             self.length = end
         return k_all[:, :, :end], v_all[:, :, :end]
 
+    def keep(self, rows):
+        """Go on with these rows of the batch."""
+        self.buffers = [(k[rows], v[rows]) for k, v in self.buffers]
+
 
 # ----------------------------------------------------------------------------------------------------------
 # The decoder, from the smallest part up

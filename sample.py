@@ -13,8 +13,8 @@ from pathlib import Path
 
 from cli.process import before_work, run_main
 from cli.settings import DEMO, add_run, add_sampling, flag_adder, new_parser
+from cli.speed import quick
 from cli.terminal import Stream, bars, prompts, say, whole_prompt
-from fast.decoding import quick
 from files.run import load_run
 from text.examples import encode_prompt, stop_id
 from text.rows import read_rows

@@ -19,9 +19,8 @@ import torch
 from bitune import Bitune, adapter_sets, nll
 from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
+from cli.speed import eight_bits, hasten
 from cli.terminal import Progress, announce
-from fast.linear import eight_bits
-from fast.training import checkpointing, hasten
 from files.checkpoint import default_device, load_base
 from files.disk import finish_writing, hold
 from files.run import Run, alpha_by_layer, start_from
@@ -183,9 +182,7 @@ def prepare(s):
         for name in adapter_sets(s.method):
             add_adapter(model, name, s.peft, s.targets or (), **options(s))
         bitune = Bitune(model, s.method, s.c)
-    s.plain = s.plain or not hasten(bitune)
-    if s.checkpointing:
-        checkpointing(bitune)
+    s.plain = not hasten(bitune, s.plain, s.checkpointing)
     optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped)
 

@@ -16,7 +16,7 @@ from bitune import Bitune, adapter_sets
 from cli.process import run_main
 from cli.settings import default, flag_adder, new_parser, number
 from fast.linear import eight_bits
-from fast.training import checkpointing, hasten
+from fast.training import hasten
 from files.checkpoint import parse_config
 from lora import KINDS, add_adapter
 from model import Llama
@@ -91,9 +91,7 @@ def cost(shape, method, kind, options, P, A, checkpointed=False, bits=None):
     for name in adapter_sets(method):
         add_adapter(model, name, kind, **options)
     bitune = Bitune(model, method)
-    hasten(bitune)
-    if checkpointed:
-        checkpointing(bitune)
+    hasten(bitune, checkpointing=checkpointed)
     loss = lambda: bitune.losses([[0] * P], [[0] * A]).sum()
     with FlopCounterMode(display=False) as counter:
         loss().backward()

@@ -8,36 +8,59 @@ import copy
 import os
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from bitune import Bitune
-from lora import linears, merge
-from model import may_attend
+from lora import DoRA, linears, merge
+from model import ALL, Block, KVCache, may_attend, rotate
 
 
 def quick(bitune):
     """A Bitune that answers as `bitune` does, up to the rounding of merged weights to their dtype: its
     passes read the prompt as they are, the answer is written by weights with the set "answer" merged in. If
     the memory has no room for a second copy of the weights, that set stays apart."""
+    apart = bitune
+    norms_once(bitune.model)
     if bitune.answer_set and fits(bitune.model):
-        apart, bitune = bitune, merged(bitune)
-        check(apart, bitune)
+        bitune = merged(bitune)
+        if not alike(logits(apart), logits(bitune)):
+            kind, _ = apart.model.sets[apart.answer_set]
+            raise ValueError(f"merged into the weights, the set {apart.answer_set!r} computes something "
+                             f"else: do forward and merged of the kind {kind}, in lora.py, go together? "
+                             "(--unmerged asks it as it is)")
     lay_out(bitune.model)
+    if not bitune.answer_set:
+        hasten(bitune)
     return bitune
 
 
+def norms_once(model):
+    """Keep the gains of DoRA as they are now, for as long as nothing trains any more."""
+    for linear in linears(model).values():
+        for adapter in linear.sets.values():
+            if isinstance(adapter, DoRA):
+                adapter.gain = lambda linear, gain=adapter.gain(linear).detach(): gain
+
+
 @torch.inference_mode()
-def check(apart, bitune):
-    """ValueError if the merged weights compute something else on a few tokens: then an edit has changed how
-    adapters run, and not how they are merged."""
-    ids = torch.arange(8, device=apart.device)[None] % apart.model.config.vocab_size
-    at = torch.arange(8, device=apart.device)[None]
-    want, got = (b.model(ids, at, may_attend(at, at), adapter=b.answer_set)[0] for b in (apart, bitune))
+def logits(bitune, cached=0):
+    """Of a few tokens, the last ones of which come one by one."""
+    ids = torch.arange(8, device=bitune.device)[None] % bitune.model.config.vocab_size
+    at, cut = torch.arange(8, device=bitune.device)[None], 8 - cached
+    mask = may_attend(at, at)
+    rows, new = bitune.model(ids[:, :cut], at[:, :cut], mask[:, :, :cut, :cut], adapter=bitune.answer_set)
+    cache = KVCache(new, 8)
+    for i in range(cut, 8):
+        one = slice(i, i + 1)
+        row, _ = bitune.model(ids[:, one], at[:, one], None, cache, bitune.answer_set)
+        rows = torch.cat((rows, row), dim=1)
+    return rows
+
+
+def alike(want, got):
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(want.dtype, 0.1)
-    if (want - got).abs().max() > tolerance * max(1, want.abs().max()):
-        kind, _ = apart.model.sets[apart.answer_set]
-        raise ValueError(f"merged into the weights, the set {apart.answer_set!r} computes something else: "
-                         f"do forward and merged of the kind {kind}, in lora.py, go together? (--unmerged "
-                         "asks it as it is)")
+    return bool((want - got).abs().max() <= tolerance * max(1, want.abs().max()))
 
 
 def merged(bitune):
@@ -62,11 +85,58 @@ def fits(model):
 
 @torch.no_grad()
 def lay_out(model):
-    """On a CPU, store the float32 weights that are at least as wide out as in column by column: shape and
-    values stay, and a single token is multiplied by them up to twice as fast. (bfloat16 would be slower.)"""
+    """On a CPU, store the float32 weights that are wider out than in column by column: shape and values
+    stay, and a single token is multiplied by them up to twice as fast. (bfloat16 would be slower.)"""
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     for layer in [*linears(model).values(), head]:
-        weight = layer.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and \
-                weight.shape[0] >= weight.shape[1]:
-            weight.data = weight.t().contiguous().t()
+        layer.weight.data = by_columns(layer.weight)
+
+
+def by_columns(weight):
+    out, inner = weight.shape
+    pays = weight.device.type == "cpu" and weight.dtype == torch.float32 and out > inner
+    return weight.t().contiguous().t() if pays else weight
+
+
+@torch.no_grad()
+def hasten(bitune):
+    """Let the blocks take single tokens as `QuickBlock` does, unless an edit of model.py has made them
+    compute something else."""
+    blocks = [block for block in bitune.model.model.layers if type(block) is Block]
+    want = logits(bitune, cached=2)
+    for block in blocks:
+        a, m = block.self_attn, block.mlp
+        block.__class__, block.qkv, block.gate_up = QuickBlock, as_one(a.q_proj, a.k_proj, a.v_proj), \
+            as_one(m.gate_proj, m.up_proj)
+    if not alike(want, logits(bitune, cached=2)):
+        for block in blocks:
+            block.__class__ = Block
+
+
+def as_one(*linears):
+    """The weights and biases of linears with the same input as one (out, in) and (out,), of which theirs
+    become parts."""
+    weight = by_columns(torch.cat([linear.weight for linear in linears]))
+    for linear, part in zip(linears, weight.split([linear.out_features for linear in linears])):
+        linear.weight.data = part
+    return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+
+
+class QuickBlock(Block):
+    """A Block of plain linears that takes a single token through fewer and larger operations."""
+
+    def forward(self, x, rope, mask, past, layer, adapter, keep):
+        if x.shape[1] > 1 or not isinstance(past, KVCache):
+            return super().forward(x, rope, mask, past, layer, adapter, keep)
+        a, m = self.self_attn, self.mlp
+        heads = F.linear(self.input_layernorm(x), *self.qkv).view(len(x), -1, 1, a.D)   # (B, H + 2 G, 1, D)
+        if isinstance(a.q_norm, nn.Identity):
+            q, k = rotate(heads[:, :a.n_q + a.n_kv], *rope).split([a.n_q, a.n_kv], dim=1)
+        else:
+            q, k = (rotate(norm(t), *rope) for norm, t in ((a.q_norm, heads[:, :a.n_q]),
+                                                           (a.k_norm, heads[:, a.n_q:-a.n_kv])))
+        k_all, v_all = past.join(layer, k, heads[:, -a.n_kv:])
+        y = a.attend(q, k_all, v_all, mask, ALL)                                            # (B, H, 1, D)
+        x = x + a.o_proj(y.view(len(x), 1, -1))
+        gate, up = F.linear(self.post_attention_layernorm(x), *self.gate_up).chunk(2, dim=-1)
+        return x + m.down_proj(m.activation(gate) * up), None

@@ -1,9 +1,8 @@
 """What train.py switches on: the same numbers sooner, or in less memory.
 
-`hasten` trains by one traversal (fast/traversal.py) of linears that run together (fast/linear.py). What a
-step keeps for its backward pass grows with the tokens: `checkpointing` keeps of each block its input alone,
-and computes the rest a second time when the backward pass comes to it. `compiled` has the parts of the
-blocks between their attentions compiled.
+One traversal (fast/traversal.py) of linears that run together (fast/linear.py) instead of the passes one by
+one. And what a step keeps for its backward pass grows with the tokens: with checkpointing, each block keeps
+its input alone, and computes the rest a second time when the backward pass comes to it.
 """
 
 import ctypes
@@ -18,16 +17,26 @@ from fast.traversal import FastAttention, losses
 from model import Attention, Linear
 
 
-def hasten(bitune):
-    """Let `bitune` train by one traversal; returns whether it does. It does not if that gives other losses
-    or gradients than the plain passes: then an edit of the five files has changed what they compute."""
-    plain = {module: type(module) for module in bitune.model.modules() if type(module) in (Linear, Attention)}
+def hasten(bitune, plain=False, checkpointing=False):
+    """Let `bitune` train by one traversal, unless `plain`; returns whether it does. It does not if that
+    gives other losses or gradients than the plain passes: then an edit of the five files has changed what
+    they compute. checkpointing: each block keeps its input alone, and a step takes half more time."""
+    fast = not plain and traverses(bitune)
+    if checkpointing:
+        for block in bitune.model.model.layers:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return fast
+
+
+def traverses(bitune):
+    """Change the classes of linears and attentions, and `losses`, if the numbers stay."""
+    plain = {m: type(m) for m in bitune.model.modules() if type(m) in (Linear, Attention)}
     linear.hasten(bitune.model)
-    for module, kind in plain.items():
-        module.__class__ = FastAttention if kind == Attention else module.__class__
+    for m in plain:
+        m.__class__ = FastAttention if type(m) is Attention else type(m)
     if not agrees(bitune):
-        for module, kind in plain.items():
-            module.__class__ = kind
+        for m, kind in plain.items():
+            m.__class__ = kind
         return False
     if bitune.device.type == "cpu":
         keep_memory()
@@ -79,9 +88,3 @@ def keep_memory():
         trim_threshold, mmap_threshold = -1, -3             # glibc's malloc.h
         for what in (trim_threshold, mmap_threshold):
             ctypes.CDLL(None).mallopt(what, 2 ** 31 - 1)
-
-
-def checkpointing(bitune):
-    """Let each block keep its input alone: with a frozen base, a step takes half more time."""
-    for block in bitune.model.model.layers:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

@@ -80,9 +80,9 @@ def test_the_house_keeps_its_sizes():
 ROOMS = {
     "model": [], "lora": ["model"], "bitune": ["model"], "text": ["text"],
     "files": ["model", "lora", "bitune", "text", "files"],
-    "cli": ["model", "lora", "bitune", "text", "files", "cli"],
+    "cli": ["model", "lora", "bitune", "text", "files", "cli", "fast"],
     "fast": ["model", "lora", "bitune", "fast"],
-    "train": ["lora", "bitune", "text", "files", "cli", "fast"], "sample": ["text", "files", "cli", "fast"],
+    "train": ["lora", "bitune", "text", "files", "cli"], "sample": ["text", "files", "cli"],
 }
 
 

@@ -4,13 +4,16 @@ a slip in them they do not."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edits import ROOT, copy_project, edits, imported_from
 from tiny import write_checkpoint, write_data
@@ -67,6 +70,24 @@ def failures(folder, tmp_path, name, *only):
         make = partial(module("tiny").tiny_bitune, **USED_BY.get(name, ([], {}))[1])
         identities = module("identities")
         return identities.failures(make, tmp_path / "identities", only or identities.IDENTITIES)
+
+
+def test_without_fast_the_program_still_runs(tmp_path, capsys):
+    """Only slower, and by the same numbers."""
+    base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
+    folder, saved = copy_project(tmp_path / "copy", "heads"), []
+    for name in ("with", "without"):
+        with imported_from(folder) as module:
+            flags = ["--model", base, "--data", data, "--steps", 3, "--lr", 0.01, "--out", tmp_path / name]
+            module("train").main(list(map(str, flags)))
+            module("sample").main(["--adapter", str(tmp_path / name), "--prompt", "What?"])
+            with pytest.raises(SystemExit) if name == "without" else nullcontext():
+                module("train").main([*map(str, flags[:-1]), f"{tmp_path / name}2", "--checkpointing"])
+        saved.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+        shutil.rmtree(folder / "fast", ignore_errors=True)
+    assert "--checkpointing needs the folder fast/" in capsys.readouterr().err
+    for key, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][key], tensor, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", edits())

@@ -8,8 +8,8 @@ import torch
 from bitune import METHODS, Bitune
 from fast import decoding, linear, training, traversal
 from experiments.cost import kept
-from lora import KINDS, LoRA, linears
-from model import Linear
+from lora import KINDS, DoRA, LoRA, linears
+from model import MLP, Block, Linear, Llama
 from tiny import ANSWERS, RAGGED, fresh_bitune, tiny_bitune, tiny_model
 
 F64 = torch.float64
@@ -40,6 +40,43 @@ def test_an_edit_of_merging_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(LoRA, "merged", lambda self, linear: (linear.weight.detach(), linear.bias))
     with pytest.raises(ValueError, match="do forward and merged of the kind lora, in lora.py, go together"):
         decoding.quick(tiny_bitune().eval())
+
+
+def test_a_set_of_which_the_memory_holds_no_copy_decodes_dora_s_norms_once(monkeypatch):
+    monkeypatch.setattr(decoding, "fits", lambda model: False)
+    bitune = tiny_bitune(kind="dora").eval()
+    want = bitune.generate(RAGGED, 5)
+    quick = decoding.quick(bitune)
+    monkeypatch.setattr(DoRA, "weight", None)               # what the norm is of
+    assert quick.generate(RAGGED, 5) == want
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "qwen2"}, {"model_type": "qwen3"},
+                                    {"model_type": "gemma"}])
+def test_single_tokens_go_through_fewer_operations(config, monkeypatch):
+    """And give the same, unless model.py has been edited."""
+    bitune = Bitune(tiny_model(F64, **config), "causal").eval()
+    want = bitune.generate(RAGGED, 8)
+    steps = decoding.logits(bitune, cached=8 - 1)
+    quick = decoding.quick(bitune)
+    assert {type(block) for block in quick.model.model.layers} == {decoding.QuickBlock}
+    torch.testing.assert_close(decoding.logits(quick, cached=8 - 1), steps, atol=1e-10, rtol=1e-10)
+    assert quick.generate(RAGGED, 8) == want
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x, adapter: forward(self, x, adapter).tanh())
+    edited = decoding.quick(Bitune(tiny_model(F64, **config), "causal").eval())
+    assert {type(block) for block in edited.model.model.layers} == {Block}
+
+
+def test_an_answer_that_has_ended_leaves_the_batch(monkeypatch):
+    bitune = tiny_bitune().eval()
+    ends = [ids[2 + i] for i, ids in enumerate(bitune.generate(RAGGED, 8))]
+    want = [ids[:min([*(ids.index(e) for e in ends if e in ids), 8])] for ids in bitune.generate(RAGGED, 8)]
+    seen, forward = [], Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda self, tokens, *more, **named: seen.append(len(tokens)) or
+                        forward(self, tokens, *more, **named))
+    assert bitune.generate(RAGGED, 8, stop_ids=set(ends)) == want
+    assert seen == sorted(seen, reverse=True) and len(set(seen)) > 2
 
 
 @pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"model_type": "phi"}])
@@ -174,15 +211,14 @@ def test_dropout_is_left_alone():
 @pytest.mark.parametrize("method", ["bitune", "causal"])
 def test_checkpointing_changes_no_bit(method, kind):
     more = {"dropout": 0.1} if kind == "lora" else {}
-    results = []
-    for steps in ([], [training.checkpointing], [training.hasten],
-                  [training.hasten, training.checkpointing]):
-        bitune = tiny_bitune(method, kind, adapters=more, dtype=F64)
-        for step in steps:
-            step(bitune)
-        torch.manual_seed(1)
-        results.append(gradients(bitune, bitune.losses))
-    assert all(map(torch.equal, results[0], results[1])) and all(map(torch.equal, results[2], results[3]))
+    for plain in (True, False):
+        results = []
+        for checkpointing in (False, True):
+            bitune = tiny_bitune(method, kind, adapters=more, dtype=F64)
+            training.hasten(bitune, plain, checkpointing)
+            torch.manual_seed(1)
+            results.append(gradients(bitune, bitune.losses))
+        assert all(map(torch.equal, *results))
 
 
 def test_eight_bits():
@@ -204,9 +240,8 @@ def test_eight_bits():
 def test_what_is_kept():
     """Of a bfloat16 base: float32 copies and logits go, then all but the blocks' inputs, K and V."""
     sizes = []
-    for steps in ([], [training.hasten], [training.hasten, training.checkpointing]):
+    for how in ({"plain": True}, {}, {"checkpointing": True}):
         bitune = with_base_in(torch.bfloat16, fresh_bitune())
-        for step in steps:
-            step(bitune)
+        training.hasten(bitune, **how)
         sizes.append(kept(bitune, lambda: bitune.losses([[5] * 90], [[7] * 60]).sum()))
     assert sizes[1] < 0.8 * sizes[0] and sizes[2] < sizes[1] / 3, sizes
