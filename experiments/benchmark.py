@@ -1,41 +1,61 @@
-"""Speed on random weights, as ratios within one run: what Bitune costs beside what it must cost.
+"""Speed and memory on random weights, as ratios within one process: what Bitune costs beside what it must.
 
-    python -m experiments.benchmark [--size small|1b] [--device cuda] [--against transformers]
+    python -m experiments.benchmark [--preset 56M] [--against hf] [--device cuda]
 
 Training: a Bitune step over a LoRA step of the same code, beside the ratio of the tokens the two must
-process, (2(P-1) + A) / (P + A - 1). Decoding: tokens per second at batch 1, as sample.py asks and with the
-set "answer" apart (unmerged), beside the bound of reading every weight once per token at the measured memory
-bandwidth, and beside transformers' `generate` on the same weights if asked for.
+process, (2(P-1) + A) / (P + A - 1). Answering at batch 1, as sample.py does: the time to the first token,
+then tokens a second, beside the bound of reading every weight once a token at the measured memory bandwidth.
+With --against hf also transformers' `generate`, and a step of peft's LoRA, where they are installed. What is
+timed is called in turn, so that a busy machine slows all alike; figures are medians. All of it is printed
+and, with the environment, written to a JSON file.
 """
 
+import json
+import os
+import platform
 import statistics
+import tempfile
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch.profiler import profile
 
 from bitune import Bitune, adapter_sets
 from cli.process import before_work, run_main
 from cli.settings import flag_adder, new_parser, number
+from experiments.cost import kept
 from fast.decoding import quick
+from fast.training import hasten
 from files.checkpoint import DTYPES, check_device, default_device, default_dtype, parse_config
 from lora import add_adapter
 from model import Llama
 from text.examples import Example
 from train import make_optimizer, train_step
 
-SIZES = {
-    "small": dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-                  num_key_value_heads=8, vocab_size=32000),
-    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-               num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True),
+
+def preset(width, inner, layers, heads, groups, vocabulary, tied=False):
+    return {"model_type": "llama", "max_position_embeddings": 4096, "hidden_size": width,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": groups, "vocab_size": vocabulary, "tie_word_embeddings": tied}
+
+
+PRESETS = {
+    "tiny": preset(64, 176, 4, 4, 4, 512),
+    "56M": preset(512, 1408, 8, 8, 8, 32000),
+    "135M": preset(576, 1536, 30, 9, 3, 49152, tied=True),
+    "1B": preset(2048, 8192, 16, 32, 8, 128256, tied=True),
+    "8B": preset(4096, 14336, 32, 32, 8, 128256),
 }
 
 
-def random_model(size, device, dtype):
+def random_model(name, device, dtype):
     torch.manual_seed(0)
-    config = parse_config({"model_type": "llama", "max_position_embeddings": 2048, **SIZES[size]})
-    with torch.device(device):
-        model = Llama(config).to(dtype)
+    with torch.device("meta"):
+        model = Llama(parse_config(PRESETS[name])).to(dtype)
+    model.to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
@@ -57,77 +77,127 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def medians(device, repeats, **functions):
-    """Median seconds of each function, called in turn, so that a busy machine slows them all alike."""
+def medians(device, repeats, functions):
+    """Median seconds of each function, by name, called in turn; the first calls warm up."""
     times = {name: [] for name in functions}
-    for i in range(repeats + 2):
+    for i in range(repeats + 1):
         for name, f in functions.items():
             synchronize(device)
             start = time.perf_counter()
             f()
             synchronize(device)
-            if i >= 2:                          # the first two warm up
+            if i:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
-
-
-def bench_training(model, device, repeats, P, A):
-    vocab = model.config.vocab_size
-    tasks = {"lora": finetunable(model, "causal"), "bitune": finetunable(model, "bitune")}
-    optimizers = {m: make_optimizer(b, eps=1e-6, weight_decay=0.0) for m, b in tasks.items()}
-    bound = (2 * (P - 1) + A) / (P + A - 1)
-    for B in (1, 8):
-        ids = torch.randint(vocab, (B, P + A)).tolist()
-        examples = [Example(tokens[:P], tokens[P:]) for tokens in ids]
-        step = lambda m: lambda: train_step(tasks[m], optimizers[m], examples, B, 1e-4, 1.0)
-        t = medians(device, repeats, lora=step("lora"), bitune=step("bitune"))
-        peak = {}
-        if device.startswith("cuda"):
-            for m in tasks:
-                torch.cuda.reset_peak_memory_stats()
-                step(m)()
-                peak[m] = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        ratio = t["bitune"] / t["lora"]
-        print(f"training step, P {P}, A {A}, batch {B}:  bitune / lora {ratio:.2f}  bound {bound:.2f}  "
-              f"ratio over bound {ratio / bound:.2f}")
-        for m in t:
-            print(f"    {m:<7} {t[m] * 1e3:8.1f} ms  {B * (P + A) / t[m]:8,.0f} tokens/s{peak.get(m, '')}")
-
-
-def bench_decoding(model, device, repeats, P, new, against):
-    prompt = [torch.randint(model.config.vocab_size, (P,)).tolist()]
-    tasks = {"unmerged": finetunable(model, "bitune"), "bitune": quick(finetunable(model, "bitune")),
-             "lora": quick(finetunable(model, "causal")), "base": quick(Bitune(model, "causal"))}
-    # One long and one short answer: their difference is decoding alone, without the prompt.
-    calls = {f"{m} {n}": lambda b=b, n=n: b.generate(prompt, n) for m, b in tasks.items() for n in (1, new)}
-    if against:
-        theirs, ids = hugging_face(model), torch.tensor(prompt, device=device)
-        options = dict(attention_mask=torch.ones_like(ids), do_sample=False)
-        calls |= {f"transformers {n}": lambda n=n: theirs.generate(
-            ids, max_new_tokens=n, min_new_tokens=n, **options) for n in (1, new)}
-    t = medians(device, repeats, **calls)
-    read = [p for name, p in model.named_parameters()
-            if model.config.tie_word_embeddings or "embed_tokens" not in name]
-    weights = sum(p.numel() * p.element_size() for p in read)
-    bound = bandwidth(device) / weights
-    print(f"decoding, P {P}, batch 1: bound {bound:,.0f} tokens/s, {weights / 1e6:,.0f} MB a token")
-    models = [*tasks, "transformers"] if against else [*tasks]
-    rates = {m: (new - 1) / (t[f"{m} {new}"] - t[f"{m} 1"]) for m in models}
-    for m, rate in rates.items():
-        beside = f"  over transformers {rate / rates['transformers']:.2f}" if against else ""
-        print(f"    {m:<12} {rate:8,.1f} tokens/s  of the bound {rate / bound:.2f}"
-              f"  prompt {t[f'{m} 1'] * 1e3:.1f} ms{beside}")
 
 
 def bandwidth(device):
     """Bytes per second of reading memory: a matrix-vector product far larger than any cache."""
     w = torch.ones(2 ** 14, 2 ** 13, device=device)
     x = torch.ones(2 ** 13, device=device)
-    return w.numel() * w.element_size() / medians(device, 8, read=lambda: w @ x)["read"]
+    return w.numel() * w.element_size() / medians(device, 8, {"read": lambda: w @ x})["read"]
 
+
+# ----------------------------------------------------------------------------------------------------------
+# What is measured: each function returns rows, of names and numbers
+
+def training(model, args, device):
+    tasks = {"lora": finetunable(model, "causal"), "bitune": finetunable(model, "bitune")}
+    for name, bitune in tasks.items():
+        hasten(bitune, args.plain, args.checkpointing)
+    optimizers = {name: make_optimizer(b, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
+    theirs = peft_step(model) if args.against and not args.checkpointing else None
+    rows, A = [], args.answer
+    for B in args.batches:
+        for P in args.prompts:
+            ids = torch.randint(model.config.vocab_size, (B, P + A))
+            examples = [Example(t[:P], t[P:]) for t in ids.tolist()]
+            step = lambda m: train_step(tasks[m], optimizers[m], examples, B, 1e-4, 1.0)
+            steps = {name: partial(step, name) for name in tasks}
+            if theirs:
+                steps["peft"] = lambda: theirs(ids.to(device), P)
+            seconds = medians(device, args.repeats, steps)
+            row = {"P": P, "A": A, "batch": B, "bound": (2 * (P - 1) + A) / (P + A - 1)}
+            row |= {f"{name}_ms": 1e3 * t for name, t in seconds.items()}
+            row["bitune_over_lora"] = seconds["bitune"] / seconds["lora"]
+            if theirs:
+                row["bitune_over_peft_lora"] = seconds["bitune"] / seconds["peft"]
+            for name, bitune in tasks.items():
+                row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
+                loss = lambda: bitune.losses(*zip(*examples)).sum()
+                row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss)) / 1e6
+            rows.append(row)
+    return rows
+
+
+def parts(bitune):
+    """Bytes of weights, of the adapters with their gradients, and of AdamW's moments."""
+    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in bitune.parameters())
+
+
+def peak(step, device, bitune):
+    """Most bytes of tensors at once in a step: what it takes, on a GPU by its allocator's account, on a CPU
+    by the profiler's, beside the weights, adapters and moments that are there."""
+    bitune.zero_grad()
+    gradients = sum(p.numel() * p.element_size() for p in bitune.parameters() if p.requires_grad)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before + parts(bitune) - gradients
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    with profile(profile_memory=True) as measured:
+        step()
+    now = most = 0
+    events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most + parts(bitune) - gradients
+
+
+def answering(model, args, device):
+    theirs = hugging_face(model) if args.against else None
+    tasks = {"unmerged": finetunable(model, "bitune"), "bitune": quick(finetunable(model, "bitune")),
+             "lora": quick(finetunable(model, "causal")), "base": quick(Bitune(model, "causal"))}
+    read = [p for name, p in model.named_parameters()
+            if model.config.tie_word_embeddings or "embed_tokens" not in name]
+    weights, rows, new = sum(p.numel() * p.element_size() for p in read), [], args.answer
+    bound = bandwidth(device) / weights
+    for P in args.prompts:
+        prompt = torch.randint(model.config.vocab_size, (P,)).tolist()
+        ask = {name: lambda n, b=b: b.generate([prompt], n) for name, b in tasks.items()}
+        if theirs:
+            ids = torch.tensor([prompt], device=device)
+            options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+            ask["transformers"] = lambda n: theirs.generate(ids, max_new_tokens=n, min_new_tokens=n,
+                                                            **options)
+        # One long and one short answer: their difference is decoding alone, without the prompt.
+        calls = {(name, n): lambda f=f, n=n: f(n) for name, f in ask.items() for n in (1, new)}
+        seconds = medians(device, args.repeats, calls)
+        for name in ask:
+            first, rate = seconds[name, 1], (new - 1) / (seconds[name, new] - seconds[name, 1])
+            row = {"P": P, "what": name, "first_token_ms": 1e3 * first, "prompt_tokens_per_s": P / first,
+                   "tokens_per_s": rate, "of_bound": rate / bound}
+            if theirs:
+                other = seconds["transformers", new] - seconds["transformers", 1]
+                row["over_generate"] = rate * other / (new - 1)
+            rows.append(row)
+    return rows, {"bandwidth_GB_per_s": bound * weights / 1e9, "bound_tokens_per_s": bound}
+
+
+def loading(model, name, device, dtype):
+    """Seconds to load a checkpoint of the same weights, which the system has just written."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(PRESETS[name]))
+        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, f"{folder}/model.safetensors")
+        return medians(device, 3, {"load": lambda: Llama.from_pretrained(folder, dtype, device)})["load"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The same weights in transformers, and peft's LoRA on them
 
 def hugging_face(model):
-    """The same weights in transformers' model."""
     import transformers
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
               "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings")
@@ -135,36 +205,98 @@ def hugging_face(model):
     config = transformers.LlamaConfig(**shape, rms_norm_eps=model.config.norm_eps, eos_token_id=None)
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
-    theirs.load_state_dict(model.state_dict(), strict=False, assign=True)
+    own = {name: t.clone() for name, t in model.state_dict().items()}       # quick() lays ours out anew
+    theirs.load_state_dict(own, strict=False, assign=True)
     theirs.tie_weights()
-    device = theirs.model.embed_tokens.weight.device
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its buffers were on meta
-    return theirs.eval()
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)         # its buffers were on meta
+    return theirs.to(model.model.embed_tokens.weight.device).eval()
+
+
+def peft_step(model):
+    """A step of peft's LoRA as train_step takes one: rank 8 on the same linears, AdamW, clipping."""
+    import peft
+    from model import Linear
+    names = sorted({path.split(".")[-1] for path, m in model.named_modules() if isinstance(m, Linear)})
+    config = peft.LoraConfig(r=8, lora_alpha=1, target_modules=names)
+    theirs = peft.get_peft_model(hugging_face(model), config)
+    trained = [p for p in theirs.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, eps=1e-6, fused=True)
+
+    def step(ids, P):
+        optimizer.zero_grad()
+        labels = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < P, -100)
+        loss = theirs(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.stack([loss.detach(), norm]).tolist()
+        optimizer.step()
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+
+def table(rows):
+    names = [name.replace("_", " ") for name in rows[0]]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for row in rows:
+        cells = [v if isinstance(v, (str, int)) else f"{v:,.2f}" if v < 10 else f"{v:,.0f}" if v >= 1000 else
+                 f"{v:.1f}" for v in row.values()]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def environment(device, dtype, against):
+    known = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
+             "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+             "threads": torch.get_num_threads(), "dtype": str(dtype).removeprefix("torch.")}
+    if against:
+        import peft
+        import transformers
+        known |= {"transformers": transformers.__version__, "peft": peft.__version__}
+    return known
 
 
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = flag_adder(parser)
-    arg("--size", choices=SIZES, default="small", help="shape of the random model")
+    arg("--preset", choices=PRESETS, default="56M", help="shape of the random model")
     arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     arg("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    arg("--prompt-length", type=number(int, 1, 1024), default=128, help="P")
-    arg("--answer-length", type=number(int, 2, 1024), default=64, help="A")
-    arg("--repeats", type=number(int, 1), default=10, help="timed calls of each")
-    arg("--against", choices=["transformers"], help="also time this library, which must be installed")
+    arg("--prompts", type=number(int, 1, 2048), nargs="+", default=[32, 128, 512], help="lengths of prompts")
+    arg("--answer", type=number(int, 2, 2048), default=64, help="length of the answers")
+    arg("--batches", type=number(int, 1), nargs="+", default=[1, 8], help="examples of a training step")
+    arg("--repeats", type=number(int, 1), default=5, help="timed calls of each")
+    arg("--parts", choices=["training", "answering"], nargs="+", default=["training", "answering"],
+        help="what is measured")
+    arg("--plain", action="store_true", help="train with train.py's flag of this name")
+    arg("--checkpointing", action="store_true", help="train with train.py's flag of this name")
+    arg("--against", choices=["hf"], help="also time transformers and peft, which must be installed")
+    arg("--out", default="benchmark.json", metavar="FILE", help="where the figures go")
     args = parser.parse_args(argv)
     device = args.device or default_device()
     with before_work():
         check_device(device)
+        if not Path(args.out).parent.is_dir():
+            raise ValueError(f"--out {args.out}: its folder is not there")
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
-    model = random_model(args.size, device, dtype)
-    on_gpu = device.startswith("cuda")
-    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    n = sum(p.numel() for p in model.parameters())
-    print(f"{args.size}: {n / 1e6:,.0f}M parameters, {dtype}, {where}, torch {torch.__version__}, "
-          f"median of {args.repeats}")
-    bench_training(model, device, args.repeats, args.prompt_length, args.answer_length)
-    bench_decoding(model, device, args.repeats, args.prompt_length, args.answer_length, args.against)
+    model = random_model(args.preset, device, dtype)
+    figures = {"settings": vars(args), "environment": environment(device, dtype, args.against),
+               "parameters": sum(p.numel() for p in model.parameters())}
+    for name in ("environment", "settings"):
+        print(f"{name}: {', '.join(f'{k} {v}' for k, v in figures[name].items() if v is not None)}")
+    figures["load_s"] = loading(model, args.preset, device, dtype)
+    print(f"parameters {figures['parameters']:,}, loaded in {figures['load_s']:.2f} s")
+    if "training" in args.parts:
+        figures["training"] = training(model, args, device)
+        print(f"\n{table(figures['training'])}")
+    if "answering" in args.parts:
+        figures["answering"], bound = answering(model, args, device)
+        figures |= bound
+        print(f"\n{table(figures['answering'])}\n\nbound {bound['bound_tokens_per_s']:,.1f} tokens/s, at "
+              f"{bound['bandwidth_GB_per_s']:.1f} GB/s")
+    Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
