@@ -10,6 +10,10 @@ the base and data in experiments/demo. A killed run loses nothing that was saved
 Another stage starts from what a run, or a PEFT adapter, has learned: --adapter RUN.
 """
 
+from cli.early import answer_flags
+
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import math
 import time
 from pathlib import Path

@@ -8,6 +8,10 @@ set "answer" apart (unmerged), beside the bound of reading every weight once per
 bandwidth, and beside transformers' `generate` on the same weights if asked for.
 """
 
+from cli.early import answer_flags
+
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import statistics
 import time
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("cli", "files", "text", "experiments", "tests")
+FOLDERS = ("cli", "fast", "files", "text", "experiments", "tests")
 BLOCK = re.compile(r"In\s+`(\w+\.py)`(?:,\s+class\s+`(\w+)`)?:\n\n```python\n(.*?)```", re.S)
 
 
