@@ -25,6 +25,7 @@ from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
 from cli.terminal import Progress, announce
 from fast.memory import checkpointing, lean
+from fast.optimizer import AdamW
 from files.checkpoint import load_base
 from files.disk import finish_writing, hold
 from files.run import Run, alpha_by_layer, start_from
@@ -51,7 +52,7 @@ def make_optimizer(bitune, eps, weight_decay):
             matrix = name.startswith("model.") and p.dim() > 1 and min(p.shape) > 1
             (decayed if matrix else others).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=eps, fused=True)
+    return AdamW(groups, betas=(0.9, 0.999), eps=eps, fused=True)
 
 
 def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):

@@ -1,10 +1,13 @@
 """What is in fast/ gives the same numbers as the plain forms in the five files."""
 
+import sys
+
 import pytest
 import torch
 
 from bitune import METHODS, Bitune
 from fast import decoding, memory
+from fast.optimizer import AdamW
 from lora import KINDS, LoRA
 from experiments.cost import kept
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model
@@ -125,3 +128,19 @@ def test_what_they_keep():
             memory.checkpointing(bitune.model)
         sizes.append(kept(bitune, lambda: bitune.losses([[5] * 90], [[7] * 60]).sum()))
     assert sizes[1] < 0.8 * sizes[0] and sizes[2] < sizes[1] / 3, sizes
+
+
+def test_adamw_is_torch_s_without_its_compiler(monkeypatch):
+    def steps(kind):
+        weight = torch.nn.Parameter(torch.arange(12.).view(3, 4).sin())
+        optimizer = kind([{"params": [weight], "weight_decay": 0.1}], lr=0.1, eps=1e-6, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight ** 3).sum().backward()
+            optimizer.step()
+        return weight, *optimizer.state[weight].values()
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torch._dynamo", None)         # to import it is an error
+        ours = steps(AdamW)
+    assert all(map(torch.equal, ours, steps(torch.optim.AdamW)))
