@@ -8,6 +8,9 @@ run names its base, so --model is not needed; without both it is the last run of
 answer goes to standard output, everything else to standard error.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import sys
 from pathlib import Path
 

@@ -10,6 +10,9 @@ the base and data in experiments/demo. A killed run loses nothing that was saved
 Another stage starts from what a run, or a PEFT adapter, has learned: --adapter RUN.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import math
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from bitune import Bitune, adapter_sets, nll
 from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
-from cli.speed import eight_bits, hasten
+from cli.speed import AdamW, eight_bits, hasten
 from cli.terminal import Progress, announce
 from files.checkpoint import default_device, load_base
 from files.disk import finish_writing, hold
@@ -47,7 +50,7 @@ def make_optimizer(bitune, eps, weight_decay):
             matrix = name.startswith("model.") and p.dim() > 1 and min(p.shape) > 1
             (decayed if matrix else others).append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=eps, fused=True)
+    return AdamW(groups, betas=(0.9, 0.999), eps=eps, fused=True)
 
 
 def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):

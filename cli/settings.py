@@ -172,7 +172,7 @@ def train_parser(description=None):
 def given(argv):
     """The settings that the flags `argv` name themselves, without defaults."""
     parser = train_parser()
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([]))))
+    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))
     return {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 if (Path(__file__).parent.parent / "fast").is_dir():
     from fast.decoding import norms_once, quick
     from fast.linear import eight_bits
+    from fast.optimizer import AdamW
     from fast.training import hasten
 else:
+    from torch.optim import AdamW
+
     def quick(bitune):
         return bitune
 

@@ -9,6 +9,9 @@ trainable parameters as Bitune's two sets. Learning rates are compared on valida
 run is never made again, and one that was stopped goes on from its last save: repeat the command.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import argparse
 import json
 import statistics

@@ -10,6 +10,9 @@ timed is called in turn, so that a busy machine slows all alike; figures are med
 and, with the environment, written to a JSON file.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import json
 import os
 import platform

@@ -8,6 +8,9 @@ them; the operations of forward and backward, counted by PyTorch, and the hours 
 examples take at --tflops. What a kernel needs for a moment comes on top.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode

@@ -12,6 +12,9 @@ folder of files, as MMLU has one for each subject.
 Results are written as they come: a command that was stopped goes on where it was when it is repeated.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import copy
 import hashlib
 import json

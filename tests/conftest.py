@@ -50,7 +50,7 @@ def pytest_runtestloop(session):
         n = os.read(tests, 2)
         return items[struct.unpack("H", n)[0]] if n else None
 
-    importlib.import_module("torch._dynamo")    # AdamW would, in each of the two
+    importlib.import_module("torch._dynamo")    # checkpointing would, in each of the two
     with tempfile.TemporaryFile("w+") as reports:
         child = os.fork()
         if not child:

@@ -1,5 +1,6 @@
 """What is in fast/ gives the same numbers as the plain forms in the five files."""
 
+import sys
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from bitune import METHODS, Bitune
 from fast import decoding, linear, training, traversal
+from fast.optimizer import AdamW
 from experiments.cost import kept
 from lora import KINDS, DoRA, LoRA, linears
 from model import MLP, Block, Linear, Llama
@@ -245,3 +247,19 @@ def test_what_is_kept():
         training.hasten(bitune, **how)
         sizes.append(kept(bitune, lambda: bitune.losses([[5] * 90], [[7] * 60]).sum()))
     assert sizes[1] < 0.8 * sizes[0] and sizes[2] < sizes[1] / 3, sizes
+
+
+def test_adamw_is_torch_s_without_its_compiler(monkeypatch):
+    def steps(kind):
+        weight = torch.nn.Parameter(torch.arange(12.).view(3, 4).sin())
+        optimizer = kind([{"params": [weight], "weight_decay": 0.1}], lr=0.1, eps=1e-6, fused=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight ** 3).sum().backward()
+            optimizer.step()
+        return weight, *optimizer.state[weight].values()
+
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torch._dynamo", None)         # to import it is an error
+        ours = steps(AdamW)
+    assert all(map(torch.equal, ours, steps(torch.optim.AdamW)))

@@ -7,6 +7,9 @@ compared on validation data; what is reported comes from test data, on which not
 FOLDER it goes on where it was stopped.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import statistics
 from pathlib import Path
 

@@ -7,6 +7,9 @@ trains on follows from the seed and the step alone, so the same machine makes th
 some ten minutes.
 """
 
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
 import base64
 import random
 import time
