@@ -28,6 +28,12 @@ class StandIn:
     def __mro_entries__(self, bases):
         return ()
 
+    def unknown(self, *_):
+        """Where something hangs on what it is, or would show it, it will not do."""
+        raise TypeError
+
+    __bool__ = __eq__ = __repr__ = unknown
+
 
 class Outside:
     """Finds the packages that are neither Python's nor the project's, and makes them stand-ins."""

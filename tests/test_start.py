@@ -52,9 +52,17 @@ def test_wrong_flags_are_refused_without_torch(command, typed, capsys):
     assert done.returncode == end.value.code == 2 and done.stderr == want and want.startswith("error: ")
 
 
-def test_what_is_in_order_or_beyond_a_stand_in_is_imported_for_real(typed, tmp_path):
+def test_what_is_in_order_is_imported_for_real(typed):
     assert typed("train", "--steps", "3").stderr == "imported for real\n"
     assert typed("ablate", "--out", "x", "--steps", "3").stderr == "imported for real\n"
-    counted = ("model.py", "NONE = slice(0) ", "LARGEST = 2 * torch.pi\nNONE = slice(0) ")
-    copy = copy_project(tmp_path / "copy", slips=[counted])
+
+
+@pytest.mark.parametrize("slip", [
+    ("model.py", "NONE = slice(0) ", "LARGEST = 2 * torch.pi\nNONE = slice(0) "),
+    ("lora.py", "Option(8,", "Option(8 if torch.cuda.is_available() else 4,"),
+    ("lora.py", "Option(8,", "Option(8 if torch.get_default_dtype() == torch.float32 else 4,"),
+    ("bitune.py", "c=0.01)", "c=torch.finfo(torch.float32).eps)"),
+], ids=["counted with", "true or false", "compared", "shown"])
+def test_what_is_beyond_a_stand_in_is_imported_for_real(slip, typed, tmp_path):
+    copy = copy_project(tmp_path / "copy", slips=[slip])
     assert typed("train", "--help", root=copy).stderr == "imported for real\n"
