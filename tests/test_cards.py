@@ -1,8 +1,9 @@
-"""Several processes at one run: they make what one makes."""
+"""Several processes at one run, and at one grid: they make what one makes."""
 
 import os
 import signal
 import socket
+import time
 from itertools import count
 from multiprocessing import get_context
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import train
+from experiments.ablate import add_record, main, read_records
+from files.disk import hold
 from test_commands import files, log
 from tiny import write_checkpoint, write_data
 
@@ -96,3 +99,33 @@ def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
     assert torchrun(flags("--data", "nowhere"))[0] == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line == "error: 'nowhere' is not there: expected a data file"
+
+
+def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
+    """All but one, which a third is at until it ends; then one of them makes this too."""
+    grid, kept = tmp_path / "run", "bitune-lr0.01-seed42"
+    argv = flags("--steps", 2, "--lrs", 0.01, "--seeds", 42, 43)
+
+    def third():
+        hold(grid / kept)
+        while len(read_records(grid)) < 5:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+    def other():
+        while not (grid / kept / ".lock").exists():
+            time.sleep(0.01)
+        main(argv)
+    assert at_once(third, other, other) == [0, 0, 0]
+    said = capfd.readouterr().out
+    assert "waiting for what other processes are at: " + kept + "\n" in said
+    assert said.count((grid / "tables.md").read_text()) == 2
+    runs = [record["run"] for record in read_records(grid)]
+    assert len(runs) == len({*runs}) == 6
+    assert all(len(log(grid / run)) == 2 for run in runs)
+
+
+def test_no_record_of_a_grid_is_lost(tmp_path):
+    write = lambda name: [add_record(tmp_path, {"name": name, "lr": 1, "seed": i}) for i in range(20)]
+    assert at_once(lambda: write("A"), lambda: write("B")) == [0, 0]
+    assert len(read_records(tmp_path)) == 40
