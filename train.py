@@ -7,7 +7,8 @@ the base and data in experiments/demo. A killed run loses nothing that was saved
 
     python train.py --resume RUN
 
-Another stage starts from what a run, or a PEFT adapter, has learned: --adapter RUN.
+Another stage starts from what a run, or a PEFT adapter, has learned: --adapter RUN. Several cards train one
+run together by: torchrun --standalone --nproc-per-node N train.py ...
 """
 
 from cli.early import answer_flags
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 
 from bitune import Bitune, adapter_sets, nll
+from cli.cards import add_up, first, in_turn, leave, share, sums
 from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
 from cli.speed import AdamW, eight_bits, hasten
@@ -58,12 +60,14 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
     How the examples are cut into micro-batches does not change the result. Returns the loss and the norm of
     the gradient before clipping; FloatingPointError, with nothing changed, if either is not finite."""
     optimizer.zero_grad()
-    total = 0.0
-    for batch in batches(examples, micro_batch_size):
+    total = torch.zeros((), device=bitune.device)
+    for batch in batches(share(examples), micro_batch_size):
         loss = bitune.losses(*zip(*batch)).sum() / len(examples)
         loss.backward()
         total = total + loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_([p for p in bitune.parameters() if p.requires_grad], clip)
+    trained = [p for p in bitune.parameters() if p.requires_grad]
+    add_up(total, trained)
+    norm = torch.nn.utils.clip_grad_norm_(trained, clip)
     total, norm = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {total} and the gradient norm {norm}")
@@ -81,7 +85,7 @@ def validate(bitune, examples, batch_size, show=lambda text: None):
     FloatingPointError if the loss is not finite. `show` is told how far it is."""
     bitune.eval()
     mean_sum = nll_sum = right = count = exact = done = 0
-    for batch in batches(examples, batch_size):
+    for batch in batches(mine := share(examples), batch_size):
         logits, labels = bitune(*zip(*batch))
         losses = nll(logits, labels)
         n = (labels >= 0).sum(1)
@@ -92,8 +96,9 @@ def validate(bitune, examples, batch_size, show=lambda text: None):
         count += n.sum().item()
         exact += (hits == n).sum().item()
         done += len(batch)
-        show(f"validating {done}/{len(examples)}")
+        show(f"validating {done}/{len(mine)}")
     bitune.train()
+    mean_sum, nll_sum, right, count, exact = sums(mean_sum, nll_sum, right, count, exact)
     if not math.isfinite(nll_sum):
         raise FloatingPointError(f"the validation loss is {nll_sum}")
     return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)),
@@ -141,7 +146,7 @@ def train(run, progress, stop):
         run.log(record)
         progress.step(run, record)
 
-        validates, asked = bool(run.val) and due(s.eval_every), bool(stop.asked)
+        validates, asked = bool(run.val) and due(s.eval_every), any(sums(bool(stop.asked)))
         if validates or due(s.save_every) or asked:
             validate(bitune, batches(batch, 1)[0], 1)       # raises if this step has ruined the model
             run.save()
@@ -159,7 +164,7 @@ def prepare(s):
     """The Run that settings stand for, new or resumed, ready to be trained. ValueError says what is wrong
     with them: all that can be wrong shows here, before the work begins."""
     check(s)
-    if Path(s.out).exists():                # if another process trains there, it shows before any loading
+    if first() and Path(s.out).exists():    # if another process trains there, it shows before any loading
         hold(s.out)
         finish_writing(s.out)
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
@@ -187,16 +192,17 @@ def prepare(s):
         bitune = Bitune(model, s.method, s.c)
     s.plain = not hasten(bitune, s.plain, s.checkpointing)
     optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
-    return Run(s, tokenizer, bitune, optimizer, examples, val, dropped)
+    return Run(s, tokenizer, bitune, optimizer, examples, val, dropped, writes=first())
 
 
 def main(argv=None):
-    with before_work():
+    with before_work(), in_turn():
         run = prepare(read_flags(argv, __doc__))
     announce(run)
     progress = Progress()
     with guarded(run, progress) as stop:
         train(run, progress, stop)
+    leave()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,11 @@ def guarded(run, progress):
     except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
         what = {FloatingPointError: f"{problem}: start again with a lower --lr",
                 torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
-                KeyboardInterrupt: "stopped by " + " and ".join(signal.Signals(n).name for n in stop.asked)}
+                KeyboardInterrupt: "stopped by " + (" and ".join(signal.Signals(n).name for n in stop.asked)
+                                                   or "a signal to another of the processes")}
+        if not run.writes and isinstance(problem, (FloatingPointError, KeyboardInterrupt)):
+            sys.exit()          # so does the process that writes, and says why: with another status here,
+                                # torchrun would end it in the midst of its last save
         progress.clear()
         rest = "Nothing was saved yet."
         if run.saved:

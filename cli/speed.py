@@ -3,13 +3,15 @@ five files, only slower; what needs more is refused."""
 
 from pathlib import Path
 
+import torch
+
 if (Path(__file__).parent.parent / "fast").is_dir():
     from fast.decoding import norms_once, quick
     from fast.linear import eight_bits
     from fast.optimizer import AdamW
     from fast.training import hasten
 else:
-    from torch.optim import AdamW
+    AdamW = torch.optim.AdamW
 
     def quick(bitune):
         return bitune

@@ -6,7 +6,8 @@
 
 Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
 trainable parameters as Bitune's two sets. Learning rates are compared on validation data alone. A finished
-run is never made again, and one that was stopped goes on from its last save: repeat the command.
+run is never made again, and one that was stopped goes on from its last save: repeat the command. Several
+processes, on all machines that share the folder, make one grid: give each of them the same command.
 """
 
 from cli.early import answer_flags
@@ -16,6 +17,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from cli.settings import read_flags, train_parser
 from cli.terminal import Progress
 from experiments.evaluate import BATCH_SIZE, SCORED, evaluate, load_questions
 from files.checkpoint import load_base, read_config
-from files.disk import finish_writing, json_bytes, write_files
+from files.disk import InUse, finish_writing, hold, json_bytes, let_go, one_at_a_time, write_files
 from files.run import finished, load_run, modern, read_settings
 from lora import KINDS, add_adapter
 from text.examples import stop_id
@@ -93,7 +95,7 @@ def bar(part):
 
 def finetune(flags, folder, progress):
     """The model that train.py's flags make in a folder, and its tokenizer; of a run that is there, what is
-    left of it to do."""
+    left of it to do. InUse if another process takes it over."""
     if not finished(folder):
         argv = [*flags, f"--out={folder}"]
         if (folder / "bitune.json").exists():
@@ -103,6 +105,7 @@ def finetune(flags, folder, progress):
         run = prepare(read_flags(argv))
         with guarded(run, progress) as stop:
             train(run, progress, stop)
+        hold(folder)                                    # which the end of training has let go
     dtype = read_settings(folder)[1]["dtype"]           # scored as it was trained
     return load_run(folder, device=given(flags).get("device"), dtype=dtype)[:2]
 
@@ -123,36 +126,71 @@ def read_records(out):
     return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
 
 
+def find_record(out, own):
+    """The record that holds all of `own`, if there is one."""
+    return next((r for r in read_records(out) if own.items() <= r.items()), None)
+
+
+def add_record(out, record):
+    """Write a record, in the place of the run's older one."""
+    run = lambda r: (r["name"], r["lr"], r["seed"])
+    with one_at_a_time(out):
+        lines = {run(r): json.dumps(r) + "\n" for r in [*read_records(out), record]}
+        write_files(out, {"results.jsonl": "".join(lines.values()).encode()})
+
+
+def one_run(own, flags, folder, score, progress):
+    """The record of a run, which is made if there is none that holds all of `own`; None if its training
+    fails. InUse if another process is at it."""
+    out = folder.parent
+    record = find_record(out, own)
+    if record is None:
+        hold(folder)
+        try:
+            record = find_record(out, own)          # it may have come before the folder was held
+            if record is None:
+                record = own | {"run": folder.name} | measure(flags, folder, score, progress)
+                add_record(out, record)
+        except FloatingPointError as problem:
+            print(f"error: {folder.name}: {problem}", file=sys.stderr)
+            return None
+        except SystemExit as end:
+            if end.code != 1:                       # stopped by hand; 1: it went wrong, and has said how
+                print("All of the grid goes on when its own command is repeated.", file=sys.stderr)
+                raise
+            return None
+        finally:
+            let_go(folder)
+    progress.end(record)
+    return record
+
+
 def grid(models, lrs, seeds, out, score, scored_on=()):
     """Every model at every learning rate with every seed: their records, which are also the lines of
     out/results.jsonl. One whose training failed has none. Records with scores on anything but `scored_on`
-    get new ones."""
-    width, records = max(map(len, models)), []
-    done = {(r["name"], r["lr"], r["seed"]): r for r in read_records(out)}
+    get new ones. A run that another process is at is left to it, and waited for in the end."""
+    width, left = max(map(len, models)), {}
     for (name, flags), lr, seed in product(models.items(), dict.fromkeys(lrs), dict.fromkeys(seeds)):
+        run = f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
+        own = {"name": name, "lr": lr, "seed": seed, "scored_on": list(scored_on)}
         line = Line(f"{name:<{width}}  lr {lr:<6g} seed {seed}")
-        record = done.get((name, lr, seed))
-        if record is None or record["scored_on"] != list(scored_on):
-            run = f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
-            record = {"name": name, "lr": lr, "seed": seed, "run": run, "scored_on": list(scored_on)}
+        left[run] = own, [*flags, f"--lr={lr}", f"--seed={seed}"], out / run, score, line
+    records, told = dict.fromkeys(left), None       # in this order, whoever makes them
+    while left:
+        for run, its in [*left.items()]:
             try:
-                record |= measure([*flags, f"--lr={lr}", f"--seed={seed}"], out / run, score, line)
-            except FloatingPointError as problem:
-                print(f"error: {run}: {problem}", file=sys.stderr)
+                records[run] = record = one_run(*its)
+            except InUse:
                 continue
-            except SystemExit as end:
-                if end.code != 1:                   # stopped by hand; 1: it went wrong, and has said how
-                    print("All of the grid goes on when its own command is repeated.", file=sys.stderr)
-                    raise
-                continue
-            done[name, lr, seed] = record
-            lines = "".join(json.dumps(r) + "\n" for r in done.values())
-            write_files(out, {"results.jsonl": lines.encode()})
-        if len(lrs) > 1 and record["val_loss"] is None:
-            raise ValueError("several learning rates and no validation data to choose by: give --val-data")
-        line.end(record)
-        records.append(record)
-    return records
+            if len(lrs) > 1 and record and record["val_loss"] is None:
+                raise ValueError("several learning rates and no validation data to choose by: give "
+                                 "--val-data")
+            del left[run]
+        if left:
+            if told != (told := listed(list(left))):
+                print(f"waiting for what other processes are at: {told}", flush=True)
+            time.sleep(1)
+    return [record for record in records.values() if record]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -244,24 +282,26 @@ def scorer(tasks, common, batch_size, max_new_tokens):
 def base_line(common, score, scored_on, out):
     """The table's first line: what the model scores before any finetuning, measured once."""
     file = out / "base.json"
-    if not file.exists() or read_json(file)["scored_on"] != scored_on:
-        model, tokenizer = load_base(common.model, common.device, common.dtype)
-        scores = score(Bitune(model, "causal").eval(), tokenizer, Line("base model"))
-        write_files(out, {file.name: json_bytes({"scored_on": scored_on, "scores": scores})})
+    with one_at_a_time(out):
+        if not file.exists() or read_json(file)["scored_on"] != scored_on:
+            model, tokenizer = load_base(common.model, common.device, common.dtype)
+            scores = score(Bitune(model, "causal").eval(), tokenizer, Line("base model"))
+            write_files(out, {file.name: json_bytes({"scored_on": scored_on, "scores": scores})})
     scores = read_json(file)["scores"].values()
     return ["base model", "", "", "", "", *(f"{100 * v:.1f}%" for v in scores)]
 
 
 def claim(out, grid):
     """Make the folder `out` this grid's. ValueError if it holds runs of another."""
-    finish_writing(out)
-    if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
-        newer = vars(train_parser().parse_args([]))             # flags that the grid does not know
-        before = vars(complete(argparse.Namespace(**newer | modern(read_json(out / "grid.json")))))
-        if differ := [k for k in grid if before.get(k) != grid[k]]:
-            raise ValueError(f"{out} holds a grid with other settings: " + listed(
-                [f"{k} was {before.get(k)} and is {grid[k]}" for k in differ]))
-    write_files(out, {"grid.json": json_bytes(grid)})
+    with one_at_a_time(out):
+        finish_writing(out)
+        if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
+            newer = vars(train_parser().parse_args([]))         # flags that the grid does not know
+            before = vars(complete(argparse.Namespace(**newer | modern(read_json(out / "grid.json")))))
+            if differ := [k for k in grid if before.get(k) != grid[k]]:
+                raise ValueError(f"{out} holds a grid with other settings: " + listed(
+                    [f"{k} was {before.get(k)} and is {grid[k]}" for k in differ]))
+        write_files(out, {"grid.json": json_bytes(grid)})
 
 
 def main(argv=None):
@@ -308,7 +348,8 @@ def main(argv=None):
         if len({r["lr"] for r in every}) > 1:
             every = [group for name in best for group in by_rate(every, name)]
             text += f"\n\nAt each learning rate:\n\n{table(every)}"
-        write_files(out, {"tables.md": (text + "\n").encode()})
+        with one_at_a_time(out):
+            write_files(out, {"tables.md": (text + "\n").encode()})
     print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
     if missing := len(models) * len({*lrs}) * len({*args.seeds}) - len(records):
         print(f"error: {missing} of the runs did not come to an end, as said above: repeat the command, or "

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
@@ -14,23 +15,28 @@ from safetensors.torch import load_file, save
 
 from text.words import read_json
 
+
 HELD = {}               # the folders that this process holds, and the open file that does it
 
 
-def hold(folder):
-    """Keep other processes from writing into a folder as long as this one lives, or until `let_go`.
-    ValueError if another holds it. (Where the file system knows no locks, nothing is kept off.)"""
+class InUse(ValueError):
+    """Another process holds a folder."""
+
+
+def hold(folder, wait=False):
+    """Keep other processes from writing into a folder as long as this one lives, or until `let_go`. InUse if
+    another holds it, or wait for that one. (Where the file system knows no locks, nothing is kept off.)"""
     folder = Path(folder).resolve()
     if fcntl is None or folder in HELD:
         return
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
-        raise ValueError(f"{folder} is in use: another process trains there. Wait for it, or take another "
-                         "folder") from None
+        raise InUse(f"{folder} is in use: another process trains there. Wait for it, or take another "
+                    "folder") from None
     except OSError:
         pass
     HELD[folder] = file
@@ -39,6 +45,16 @@ def hold(folder):
 def let_go(folder):
     if file := HELD.pop(Path(folder).resolve(), None):
         file.close()
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """What several processes do in a folder, one after the other."""
+    hold(folder, wait=True)
+    try:
+        yield
+    finally:
+        let_go(folder)
 
 
 def write_files(folder, files):

@@ -14,6 +14,7 @@ run mean something else is written down and checked when it is loaded.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
@@ -304,13 +305,14 @@ def load_state(path, bitune, optimizer):
 class Run:
     """A run in training: the model, its optimizer and examples, its settings, and its folder, which is new
     or resumed. `at` is the step in hand, `saved` the last one of which there is a save, `validated` the
-    steps whose validation is in the log. ValueError if the folder holds a run already, or the data of one
-    that is resumed has changed."""
+    steps whose validation is in the log. Where several processes train it, one `writes`, and the others only
+    read. ValueError if the folder holds a run already, or the data of one that is resumed has changed."""
 
-    def __init__(self, settings, tokenizer, bitune, optimizer, examples, val, dropped):
+    def __init__(self, settings, tokenizer, bitune, optimizer, examples, val, dropped, writes=True):
         self.settings, self.tokenizer, self.bitune, self.optimizer = settings, tokenizer, bitune, optimizer
-        self.examples, self.val, self.folder = examples, val, Path(settings.out)
-        hold(self.folder)
+        self.examples, self.val, self.folder, self.writes = examples, val, Path(settings.out), writes
+        if writes:
+            hold(self.folder)
         self.derived, self.saved = self.derive(dropped), 0
         if settings.resume:
             _, before = read_settings(self.folder)
@@ -322,15 +324,16 @@ class Run:
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
                              "or choose another --out")
-        else:
+        elif writes:
             write_files(self.folder, {"settings.json": json_bytes({"settings": vars(settings),
                                                                    "derived": self.derived})})
         alpha_by_layer(bitune), fingerprint(bitune)     # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
         self.validated = {r["step"] for r in kept if "val_loss" in r}
-        write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
-        self.file = open(self.folder / "log.jsonl", "a", buffering=1)
+        if writes:
+            write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
+        self.file = open(self.folder / "log.jsonl" if writes else os.devnull, "a", buffering=1)
 
     def derive(self, dropped):
         """The numbers that follow from the settings and the data."""
@@ -359,8 +362,9 @@ class Run:
 
     def save(self):
         s = self.settings
-        write_files(self.folder, {"state.safetensors": state_bytes(self.bitune, self.optimizer, self.at),
-                                  **run_bytes(self.bitune, s.model, template=s.template, step=self.at)})
+        if self.writes:
+            write_files(self.folder, {"state.safetensors": state_bytes(self.bitune, self.optimizer, self.at),
+                                      **run_bytes(self.bitune, s.model, template=s.template, step=self.at)})
         self.saved = self.at
 
 

@@ -1,0 +1,131 @@
+"""Several processes at one run, and at one grid: they make what one makes."""
+
+import os
+import signal
+import socket
+import time
+from itertools import count
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+import train
+from experiments.ablate import add_record, main, read_records
+from files.disk import hold
+from test_commands import files, log
+from tiny import write_checkpoint, write_data
+
+fork = get_context("fork")
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The flags of a short run; `flags("--lr", 1)` adds some."""
+    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+    line = f"--model {model} --data {data} --steps 6 --batch-size 4 --save-every 2 --eval-every 3 --out"
+    return lambda *more: [*line.split(), str(tmp_path / "run"), *map(str, more)]
+
+
+def at_once(*calls):
+    """Call each, in a process of its own; returns their exit statuses."""
+    processes = [fork.Process(target=call, daemon=True) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    return [process.exitcode for process in processes]
+
+
+def torchrun(argv, before=None):
+    """train.py in two processes, as torchrun starts them; the second calls before(number, its Bitune) before
+    each step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def process(rank):
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+        if rank and before:
+            step, number = train.train_step, count(1)
+            train.train_step = lambda *args: (before(next(number), args[0]), step(*args))[1]
+        train.main(argv)
+    return at_once(lambda: process(0), lambda: process(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])          # a process without any example, and uneven shares
+def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_path, capfd):
+    """Stopped in step 3 by a signal to one of them."""
+    more = "--batch-size", batch_size, "--micro-batch-size", 2, "--weight-decay", 0.1, "--lr", 0.001
+    train.main(flags(*more, "--out", tmp_path / "alone"))
+    capfd.readouterr()
+    stop = lambda step, bitune: step == 3 and os.kill(os.getpid(), signal.SIGTERM)
+    assert torchrun(flags(*more), stop) == [1, 0]
+    said = capfd.readouterr()
+    assert said.out.count("settings: ") == 1 and said.out.count("base model: validation loss") == 1
+    assert said.err == ("error: step 3: stopped by a signal to another of the processes. The save of step 3 "
+                        f"is whole: python train.py --resume {tmp_path / 'run'}\n")
+    train.main(["--resume", str(tmp_path / "run")])
+    for key in ("step", "loss", "grad_norm", "val_loss", "val_perplexity", "val_accuracy"):
+        assert log(tmp_path / "run", key) == pytest.approx(log(tmp_path / "alone", key), rel=1e-5, abs=1e-5)
+    one, two = files(tmp_path / "alone"), files(tmp_path / "run")
+    assert one.keys() == two.keys()
+    for name, t in one.items():
+        if torch.is_tensor(t):
+            torch.testing.assert_close(two[name], t, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def died(step, bitune):
+    if step == 5:
+        os._exit(1)
+
+
+def no_numbers(step, bitune):
+    if step == 5:
+        bitune.losses = lambda prompts, answers: bitune.theta_key.sum() * torch.tensor([torch.nan])
+
+
+@pytest.mark.parametrize("what, said", [(died, "another of the processes is gone: "),
+                                        (no_numbers, "the loss is nan")])
+def test_what_one_process_meets_ends_both_in_one_line(what, said, flags, tmp_path, capfd):
+    assert torchrun(flags(), what)[0] == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: step 5: {said}")
+    assert line.endswith(f". The save of step 4 is whole: python train.py --resume {tmp_path / 'run'}")
+
+
+def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
+    assert torchrun(flags("--data", "nowhere"))[0] == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "error: 'nowhere' is not there: expected a data file"
+
+
+def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
+    """All but one, which a third is at until it ends; then one of them makes this too."""
+    grid, kept = tmp_path / "run", "bitune-lr0.01-seed42"
+    argv = flags("--steps", 2, "--lrs", 0.01, "--seeds", 42, 43)
+
+    def third():
+        hold(grid / kept)
+        while len(read_records(grid)) < 5:
+            time.sleep(0.05)
+        time.sleep(0.5)
+
+    def other():
+        while not (grid / kept / ".lock").exists():
+            time.sleep(0.01)
+        main(argv)
+    assert at_once(third, other, other) == [0, 0, 0]
+    said = capfd.readouterr().out
+    assert "waiting for what other processes are at: " + kept + "\n" in said
+    assert said.count((grid / "tables.md").read_text()) == 2
+    runs = [record["run"] for record in read_records(grid)]
+    assert len(runs) == len({*runs}) == 6
+    assert all(len(log(grid / run)) == 2 for run in runs)
+
+
+def test_no_record_of_a_grid_is_lost(tmp_path):
+    write = lambda name: [add_record(tmp_path, {"name": name, "lr": 1, "seed": i}) for i in range(20)]
+    assert at_once(lambda: write("A"), lambda: write("B")) == [0, 0]
+    assert len(read_records(tmp_path)) == 40
