@@ -15,22 +15,12 @@ import sys
 from pathlib import Path
 
 from cli.process import before_work, run_main
-from cli.settings import DEMO, add_run, add_sampling, flag_adder, new_parser
+from cli.settings import DEMO, add_run, add_sampling, flag_adder, last_demonstration, new_parser
 from cli.speed import quick
 from cli.terminal import Stream, bars, prompts, say, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, stop_id
 from text.rows import read_rows
-from text.words import read_json
-
-
-def last_demonstration():
-    """The newest run below runs/ that was finetuned from the demonstration's base."""
-    saves = [f for f in Path("runs").rglob("bitune.json") if read_json(f).get("base") == DEMO["model"]]
-    if not saves:
-        raise ValueError("no run of the demonstration below runs/: python train.py makes one in a minute; "
-                         "or give --model or --adapter")
-    return max(saves, key=lambda f: f.stat().st_mtime).parent
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):

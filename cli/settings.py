@@ -267,6 +267,15 @@ def adapted(parser, argv, s):
                               | there | {key: flags[key] for key in there if key in flags})
 
 
+def last_demonstration():
+    """The newest run below runs/ that was finetuned from the demonstration's base."""
+    saves = [f for f in Path("runs").rglob("bitune.json") if read_json(f).get("base") == DEMO["model"]]
+    if not saves:
+        raise ValueError("no run of the demonstration below runs/: python train.py makes one in a minute; "
+                         "or give --model or --adapter")
+    return max(saves, key=lambda f: f.stat().st_mtime).parent
+
+
 def free_name(path):
     """`path`, or path-2, path-3 ..., whichever is not there yet."""
     names = chain([path], (f"{path}-{i}" for i in count(2)))
