@@ -25,7 +25,7 @@ from files.checkpoint import load_base
 from files.disk import finish_writing, hold
 from files.run import Run, alpha_by_layer, start_from
 from lora import KINDS, add_adapter
-from text.examples import batches, draw, load_examples
+from text.examples import batches, draw, load_examples, settle
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -161,6 +161,7 @@ def prepare(s):
         finish_writing(s.out)
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
     model, tokenizer = load_base(s.model, s.device, dtype)
+    s.template = settle(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
     load = lambda file: load_examples(file, tokenizer, s.template, s.max_length, s.task)

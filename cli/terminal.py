@@ -9,7 +9,7 @@ from pathlib import Path
 
 from files.checkpoint import DTYPES
 from files.run import alpha_by_layer
-from text.examples import dropped_in_words
+from text.examples import dropped_in_words, template_in_words
 
 
 def clock(seconds):
@@ -78,6 +78,7 @@ def announce(run):
         if rows:
             print(textwrap.fill(f"dropped of {file}: {dropped_in_words(rows)}", 110, subsequent_indent="  "))
     print(textwrap.fill(f"memory: {memory(run.derived)}", 110, subsequent_indent="  "))
+    print(template_in_words(run.settings.template, run.tokenizer))
     prompt, answer = run.examples[0]
     first = run.tokenizer.decode(prompt)
     print(f"first example, the answer it learns in [[ ]]:\n"
