@@ -14,10 +14,10 @@ from pathlib import Path
 from cli.chat import conversation
 from cli.process import before_work, run_main
 from cli.settings import DEMO, add_chat, add_run, add_sampling, flag_adder, new_parser
-from cli.terminal import Stream, bars, prompts, say, whole_prompt
+from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from fast.decoding import quick
 from files.run import load_run
-from text.examples import encode_prompt, settle, stop_id, template_in_words
+from text.examples import encode_prompt, settle, stop_id
 from text.rows import read_rows
 from text.words import read_json
 
@@ -75,12 +75,7 @@ def main(argv=None):
         if args.prompt is not None and not first:
             raise ValueError("--prompt is empty: expected some text")
         bitune = conversation(bitune if args.unmerged else quick(bitune), template, args.chat)
-    if about:
-        steps = f", trained for {about['step']} steps" if "step" in about else ""
-        name = args.adapter or args.model
-        say(f"loaded {name}: {n} tensors, method {bitune.method}, template {template}{steps}")
-    elif tokenizer.chat:
-        say(template_in_words(template, tokenizer))
+    say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     if args.show_mixing:
         say(bars(bitune))
     if demonstrates and args.prompt is None:

@@ -20,9 +20,8 @@ def conversation(bitune, template, kind):
 class Alternating:
     """`bitune` is a twin of a Bitune, for a conversation: where a prompt goes on from the last one and its
     answer, the keys and values of both stay, and only what is new goes through the prompt passes, with all
-    before it in sight. Where it goes on otherwise, it is new from there on. (The keys and values of an answer
-    are its reading by the set "answer". They are made again, in one pass, when the next prompt comes.)
-    """
+    before it in sight. Where it goes on otherwise, it is new from there on. (Those of an answer are its
+    reading by the set "answer", made again in one pass when the next prompt comes.)"""
 
     def __init__(self, bitune):
         if not bitune.passes:

@@ -109,6 +109,15 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def say_loaded(name, tensors, bitune, about, template, tokenizer):
+    """Say what answers, and by which template, if a bare base leaves a choice of it."""
+    if about:
+        steps = f", trained for {about['step']} steps" if "step" in about else ""
+        say(f"loaded {name}: {tensors} tensors, method {bitune.method}, template {template}{steps}")
+    elif tokenizer.chat:
+        say(template_in_words(template, tokenizer))
+
+
 def whole_prompt(text, file):
     """The one prompt that is asked for: the text itself, all of standard input (-), or a file; or None."""
     if file is not None and text is not None:

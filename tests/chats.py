@@ -23,8 +23,9 @@ from text.chat import CHATS, KNOWN, Special  # noqa: E402
 LIKE = {"chat-llama3": "llama3", "chat-llama3.1": "llama3", "chat-gemma": "gemma_like"}
 LIKE |= dict.fromkeys(("chat-smollm2", "chat-chatml"), "smollm2_like")
 LIKE |= dict.fromkeys(("chat-qwen2", "chat-qwen2.5", "chat-qwen3"), "qwen2_like")
-PIECES = ["Why?", "So.", "a", "  b", "user", "assistant\n", "model", "system", " 12", "3.5", "don't", "é", "ß",
-          "日本", "🙂", "\u00a0", "\u200b", "\u2003", "\t", "\r\n", "\n", "\n\n", " ", "   ", "<b>", "</s>", "{{x}}"]
+PIECES = ["Why?", "So.", "a", "  b", "user", "assistant\n", "model", "system", " 12", "3.5", "don't", "é",
+          "ß", "日本", "🙂", "\u00a0", "\u200b", "\u2003", "\t", "\r\n", "\n", "\n\n", " ", "   ", "<b>",
+          "</s>", "{{x}}"]
 
 
 def conversations(name, n=200):
@@ -105,8 +106,8 @@ def main(folder):
             with tempfile.TemporaryDirectory() as made_in:
                 file = Path(made_in) / "tokenizer.json"
                 file.write_text(json.dumps(spec))
-                bos = next(iter(p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Special)))
-                tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=str(bos))
+                bos = next(str(p) for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Special))
+                tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=bos)
             results = []
             for text in (texts[h] for h in KNOWN if KNOWN[h] == name):
                 apply = lambda m, **how: tokenizer.apply_chat_template(

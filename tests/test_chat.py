@@ -1,5 +1,5 @@
-"""Chat markup: ids against transformers' apply_chat_template (chats.py makes the fixture), what is learned of a
-conversation, and conversations that go on."""
+"""Chat markup: ids against transformers' apply_chat_template (chats.py makes the fixture), what is learned
+of a conversation, and conversations that go on."""
 
 import hashlib
 import io
@@ -12,9 +12,10 @@ import chats
 import sample
 import train
 from cli.chat import Alternating
+from experiments.evaluate import load_questions
 from model import may_attend
 from text.chat import CHATS, KNOWN, Special
-from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id
+from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id, template_in_words
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, write_checkpoint
 
@@ -83,11 +84,25 @@ def test_a_models_own_markup_is_found(known, tmp_path):
     with pytest.raises(ValueError, match="chat-gemma begins with <bos>, and the model's bos_token is '<s>'"):
         own(chat_template=TEXT, bos_token="<s>")
     spec["added_tokens"][1]["rstrip"] = True
-    with pytest.raises(ValueError, match="chat-gemma needs <start_of_turn> as a special token that takes no"):
+    with pytest.raises(ValueError, match="chat-gemma needs <start_of_turn> as a special token that takes"):
         own(chat_template=TEXT, bos_token="<bos>")
     spec = chats.small("chat-gemma")
     (tmp_path / "chat_template.jinja").write_text(TEXT + "\n")      # comes first
     assert own(chat_template=other, bos_token="<bos>") == "chat-gemma"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    assert own("auto", chat_template=TEXT) == "paper"
+
+
+def test_a_line_says_which_template_was_taken(known, tmp_path):
+    known("chat-llama3.1")
+    spec = chats.small("chat-llama3.1")
+    tokenizer = tokenizer_of(spec, tmp_path, chat_template=TEXT, bos_token="<|begin_of_text|>")
+    said = "template chat-llama3.1: the model's own chat markup, of 26 Jul 2024 on any day"
+    assert template_in_words("chat-llama3.1", tokenizer) == said
+    said = "template paper: the model's own chat markup is chat-llama3.1"
+    assert template_in_words("paper", tokenizer) == said
+    said = "template paper: the model comes without a chat template"
+    assert template_in_words("paper", tokenizer_of(spec, tmp_path)) == said
 
 
 @pytest.mark.parametrize("name", CHATS)
@@ -112,26 +127,30 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
     """With all before it as its prompt; by the other templates only the last one, as ever."""
     tokenizer = tokenizer_of(chats.small("chat-chatml"), tmp_path)
     tokenizer.bos_id = tokenizer.special["<|im_start|>"]        # what a text begins with, a chat does not
-    rows = [messages("a", "b", "c", "d"), messages("e", "f", "g"), messages("h"), messages("i", " ", "j", "k"),
-            {"prompt": "l", "completion": "m", "input": "n", "system": "o"}]
+    rows = [messages("a", "b", "c", "d"), messages("e", "f", "g"), messages("h"),
+            messages("i", " ", "j", "k"), {"prompt": "l", "completion": "m", "input": "n", "system": "o"},
+            {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]}]
     (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
     examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-chatml", 100)
     turn = "<|im_start|>{}\n{}<|im_end|>\n".format
     asked = lambda *texts: "".join(turn(("user", "assistant")[i % 2], t) for i, t in enumerate(texts))
     opening = "<|im_start|>assistant\n"
-    assert [(tokenizer.decode(e.prompt).removesuffix(opening), tokenizer.decode(e.answer)) for e in examples] == [
+    said = [(tokenizer.decode(e.prompt).removesuffix(opening), tokenizer.decode(e.answer)) for e in examples]
+    assert said == [
         (asked("a"), "b<|im_end|>"), (asked("a", "b", "c"), "d<|im_end|>"), (asked("e"), "f<|im_end|>"),
-        (asked("i", " ", "j"), "k<|im_end|>"), (turn("system", "o") + asked("l\n\nn"), "m<|im_end|>")]
+        (asked("i", " ", "j"), "k<|im_end|>"), (turn("system", "o") + asked("l\n\nn"), "m<|im_end|>"),
+        (asked("p", "q", "r"), "s<|im_end|>")]
     assert dropped == {"no answer": [2, "line 3"]}
-    examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-chatml", len(examples[0].prompt) + 2)
-    assert len(examples) == 2 and dropped["too long"] == [3, "line 1"]
+    longest = len(examples[0].prompt) + 2
+    examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-chatml", longest)
+    assert len(examples) == 2 and dropped["too long"] == [4, "line 1"]
     tokenizer.eos_id = 0
     examples, dropped = load_examples(tmp_path / "data", tokenizer, "plain", 100)
-    assert len(examples) == 3 and tokenizer.decode(examples[0].prompt[1:]) == "a\n\nb\n\nc"
+    assert len(examples) == 4 and tokenizer.decode(examples[0].prompt[1:]) == "a\n\nb\n\nc"
 
 
 @pytest.mark.parametrize("name, turns, reason", [
-    ("chat-qwen2", ["user", "tool", "user", "assistant"], "a turn of 'tool': expected system, user and assist"),
+    ("chat-qwen2", ["user", "tool", "user", "assistant"], "a turn of 'tool': expected system, user and"),
     ("chat-qwen2", ["assistant"], "empty"),
     ("chat-qwen2", ["system", "assistant"], "an answer to nobody: expected a turn of the user's before it"),
     ("chat-gemma", ["user", "user", "assistant"], "it is not user, assistant, user ... in turn"),
@@ -146,6 +165,9 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
     examples, dropped = load_examples(tmp_path / "data", tokenizer, name, 200)
     ((said, (n, place)),) = dropped.items()
     assert said.startswith(reason) and (n, place, len(examples)) == (1, "line 2", 1)
+    if reason.startswith("it is not"):
+        with pytest.raises(ValueError, match=f"data, line 2: {reason}"):
+            load_questions(tmp_path / "data", "rows", tokenizer, name, 200)
 
 
 # ---- conversations that go on ----------------------------------------------------------------------------

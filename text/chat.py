@@ -3,7 +3,7 @@
 How a model was trained to read a conversation is said by the chat template that comes with its tokenizer, a
 program in Jinja. None is run here. Those on a closed list are known by their text, and what they make of a
 conversation is written out below; any other is refused. Each was compared with transformers'
-apply_chat_template (tests/make_chats.py). Tools, and pieces that are not text, are not supported.
+apply_chat_template (tests/chats.py). Tools, and pieces that are not text, are not supported.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ class Chat(NamedTuple):
     answer: object
     end: str
     begins: bool = False        # with the model's bos_token
+    note: str = ""              # what differs from the template as transformers reads it
 
 
 def chatml(default=None, thinks=False):
@@ -58,7 +59,7 @@ def thoughts_and_words(text):
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), words.lstrip("\n")
 
 
-def llama3(head=None):
+def llama3(head=None, note=""):
     """Llama 3's; from 3.1 on a system's turn is always there, and begins with the text `head`."""
     def prompt(turns):
         turns = [(role, text.strip()) for role, text in turns]
@@ -71,7 +72,7 @@ def llama3(head=None):
                        Special("<|eot_id|>")]
         return pieces + [Special("<|start_header_id|>"), "assistant", Special("<|end_header_id|>"), "\n\n"]
 
-    return Chat(prompt, str.strip, "<|eot_id|>", begins=True)
+    return Chat(prompt, str.strip, "<|eot_id|>", True, note)
 
 
 def gemma(turns):
@@ -91,7 +92,7 @@ def gemma(turns):
 DATED = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 CHATS = {
     "chat-llama3": llama3(),
-    "chat-llama3.1": llama3(DATED),
+    "chat-llama3.1": llama3(DATED, ", of 26 Jul 2024 on any day"),
     "chat-smollm2": chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
     "chat-qwen2": chatml("You are a helpful assistant."),
     "chat-qwen2.5": chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),

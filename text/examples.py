@@ -102,7 +102,8 @@ def template_in_words(template, tokenizer):
         own = own_chat(tokenizer)
     except ValueError as problem:
         return f"template {template}: {problem}"
-    return f"template {template}: the model's own chat markup" + (f" is {own}" if own != template else "")
+    other = f" is {own}" if own != template else CHATS[own].note
+    return f"template {template}: the model's own chat markup{other}"
 
 
 def special_id(tokenizer, name):
@@ -220,15 +221,16 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
 
     for place, row in read_rows(path, task):
         try:
-            row = parse_row(row)
+            parsed = parse_row(row)
         except Ambiguous as problem:
             raise ValueError(f"{path}, {place}: {problem}") from None
         except Unusable as problem:
             drop(problem)
             continue
-        for row in every_answer(row) if template in CHATS else [row]:
+        whole = template in CHATS and row.keys() & {"messages", "conversations"}
+        for asked in every_answer(parsed) if whole else [parsed]:
             try:
-                examples.append(encode_row(row, tokenizer, template, max_length))
+                examples.append(encode_row(asked, tokenizer, template, max_length))
             except (Unusable, TooLong) as problem:
                 drop(problem)
     if not examples:

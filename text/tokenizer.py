@@ -191,7 +191,7 @@ def read_chat(folder, config):
     several have names, it is the one called default."""
     file, chat = folder / "chat_template.jinja", config.get("chat_template")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8", errors="replace")       # and so is none that is known
     if isinstance(chat, list):
         named = (t.get("template") for t in chat if isinstance(t, dict) and t.get("name") == "default")
         chat = next(named, None)
