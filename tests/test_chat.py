@@ -12,6 +12,8 @@ import chats
 import sample
 import train
 from cli.chat import Alternating
+from cli.settings import read_flags
+from experiments import ablate
 from experiments.evaluate import load_questions
 from model import may_attend
 from text.chat import CHATS, KNOWN, Special
@@ -262,6 +264,17 @@ def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch
         first = capsys.readouterr().out.split("\n")[0]
         assert asked[-2:] == [[("system", "s"), ("user", "d")],
                               [("system", "s"), ("user", "d"), ("assistant", first), ("user", "e")]]
+
+
+def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, monkeypatch):
+    known("chat-chatml")
+    base, made = write_checkpoint(tmp_path / "base"), []
+    tokenizer_of(chats.small("chat-chatml"), base, chat_template=TEXT)
+    monkeypatch.setattr(ablate, "grid", lambda flags, *args: made.append(flags["Bitune"]) or [])
+    for more in ([], ["--template=auto"], ["--template=chat"]):
+        with pytest.raises(SystemExit):                 # no run, no table
+            ablate.main([f"--model={base}", "--data=x", f"--out={tmp_path / f'grid{len(made)}'}", *more])
+    assert [read_flags(flags).template for flags in made] == ["paper", "paper", "chat-chatml"]
 
 
 def test_what_cannot_be_a_chat_is_refused(known, tmp_path, capsys):
