@@ -79,7 +79,7 @@ def test_a_models_own_markup_is_found(known, tmp_path):
     named = [{"name": "tool_use", "template": other}, {"name": "default", "template": TEXT}]
     assert own(chat_template=named, bos_token="<bos>") == "chat-gemma"
     assert own("auto", chat_template=other) == own("auto") == "paper" and own("plain") == "plain"
-    with pytest.raises(ValueError, match="the model comes without a chat template"):
+    with pytest.raises(ValueError, match="--template chat: the model comes without a chat template; choose"):
         own()
     with pytest.raises(ValueError, match="chat template, 'something else'..., is not one of chat-llama3, "):
         own(chat_template=other)

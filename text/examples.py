@@ -91,9 +91,9 @@ def settle(template, tokenizer, otherwise):
         return template
     try:
         return own_chat(tokenizer)
-    except ValueError:
+    except ValueError as problem:
         if template == "chat":
-            raise
+            raise ValueError(f"--template chat: {problem}; choose another template") from None
         return otherwise
 
 
