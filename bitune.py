@@ -109,8 +109,9 @@ class Bitune(nn.Module):
         return {"key": self.theta_key.abs() / (self.theta_key.abs() + self.c),
                 "value": self.theta_value.abs() / (self.theta_value.abs() + self.c)}
 
-    def encode(self, context):
-        """The keys and values of the context: a Past of L pairs (B, G, S, D), or None if that is empty.
+    def encode(self, context, past=None):
+        """The keys and values of the context: a Past of L pairs (B, G, S, D), or None if that is empty. With
+        a past, they follow it: the passes see in it what their mask lets them see.
 
         What gets no gradient: the last layer's q, o and MLP in the set "prompt", as only K and V go on from
         here. As long as B = 0, at the start: A, which acts through B, and θ[0], since both passes then give
@@ -118,13 +119,16 @@ class Bitune(nn.Module):
         """
         ids, positions = context
         if ids.shape[1] == 0:
-            return None
+            return past
+        before = torch.arange(len(past) if past else 0, device=self.device).expand(len(ids), -1)
+        keys = torch.cat((before, positions), dim=1)
         read = []                               # by each pass, L pairs (B, G, T, D)
         for sees, adapter in self.passes:
-            mask = may_attend(positions, positions, sees)                                     # (B, 1, T, T)
-            _, keys_values = self.model(ids, positions, mask, adapter=adapter, keep=NONE)     # only K, V
+            mask = may_attend(positions, keys, sees)                                      # (B, 1, T, S + T)
+            _, keys_values = self.model(ids, positions, mask, past, adapter, NONE)        # only K, V
             read.append(keys_values)
-        return Past(self.mix(read, positions) if self.mixes else read[0])
+        new = self.mix(read, positions) if self.mixes else read[0]
+        return Past([past.join(i, *kv) for i, kv in enumerate(new)] if past else new)
 
     def mix(self, read, positions):
         """What the passes have read, of each L pairs (B, G, T, D), to the keys and values of the cache.

@@ -2,10 +2,10 @@
 
     python sample.py [--model FOLDER] [--adapter RUN] [--prompt TEXT]
 
-Without --prompt, each line of standard input is a prompt; in a terminal, you are asked for one. With a run,
-the text goes into the template the run was trained with; without, the text is the prompt as it stands. A
-run names its base, so --model is not needed; without both it is the last run of the demonstration. The
-answer goes to standard output, everything else to standard error.
+Without --prompt, each line of standard input is a prompt, with --chat of one conversation; a terminal asks
+for it. The text goes into the template the run was trained with, or a base's own chat markup; else it is
+the prompt as it stands. A run names its base, so --model is not needed; without both it is the last run of
+the demonstration. The answer goes to standard output, everything else to standard error.
 """
 
 from cli.early import answer_flags
@@ -14,17 +14,18 @@ answer_flags(__name__)          # before torch is imported, which takes two seco
 import sys
 from pathlib import Path
 
+from cli.chat import conversation
 from cli.process import before_work, run_main
-from cli.settings import DEMO, add_run, add_sampling, flag_adder, last_demonstration, new_parser
+from cli.settings import DEMO, add_chat, add_run, add_sampling, flag_adder, last_demonstration, new_parser
 from cli.speed import quick
-from cli.terminal import Stream, bars, prompts, say, whole_prompt
+from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
-from text.examples import encode_prompt, stop_id
+from text.examples import encode_prompt, settle, stop_id
 from text.rows import read_rows
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):
-    """Stream one answer to standard output; then say how fast it came, and whether the limit cut it."""
+    """Stream one answer to standard output; say how fast it came, and if it was cut; return its text."""
     limit = min(args.max_new_tokens, bitune.model.config.max_length - len(prompt))
     shown = Stream(tokenizer, args.stop)
     try:
@@ -35,6 +36,7 @@ def ask(bitune, tokenizer, prompt, stop_ids, args):
     except KeyboardInterrupt:                           # enough of this answer
         shown.ended = True
     say(shown.finish(len(prompt), limit))
+    return shown.shown
 
 
 def main(argv=None):
@@ -47,26 +49,26 @@ def main(argv=None):
     arg("--show-mixing", action="store_true", help="show the mixing coefficients of the run, layer by layer")
     arg("--unmerged", action="store_true", help="keep the set \"answer\" apart from the weights: slower")
     add_sampling(arg)
+    add_chat(arg)
     args = parser.parse_args(argv)
     demonstrates = not (args.model or args.adapter)
     with before_work():
         args.prompt = whole_prompt(args.prompt, args.prompt_file)
         args.adapter = last_demonstration() if demonstrates else args.adapter
         bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
-        template = about.get("template", "plain")
-        encode = lambda text: encode_prompt(tokenizer, template, [("user", text)])
-        stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if about else set())
+        template = about.get("template", "plain") if about else "auto"
+        template = settle(args.template or template, tokenizer, otherwise="plain")
+        turns = [("system", args.system)] if args.system else []
+        encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
+        stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
         if args.show_mixing and not bitune.mixes:
             raise ValueError(f"--show-mixing: method {bitune.method} mixes nothing; give a run that does")
-        if args.prompt is not None:
-            bitune.model.config.check_length(len(encode(args.prompt)) + 1)
-            if not encode(args.prompt):
-                raise ValueError("--prompt is empty: expected some text")
-        bitune = bitune if args.unmerged else quick(bitune)
-    if about:
-        steps = f", trained for {about['step']} steps" if "step" in about else ""
-        name = args.adapter or args.model
-        say(f"loaded {name}: {n} tensors, method {bitune.method}, template {template}{steps}")
+        first = encode(args.prompt or "")
+        bitune.model.config.check_length(len(first) + 1)
+        if args.prompt is not None and not first:
+            raise ValueError("--prompt is empty: expected some text")
+        bitune = conversation(bitune if args.unmerged else quick(bitune), template, args.chat)
+    say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     if args.show_mixing:
         say(bars(bitune))
     if demonstrates and args.prompt is None:
@@ -76,7 +78,9 @@ def main(argv=None):
     failed = False
     for prompt in prompts() if args.prompt is None else [args.prompt]:
         try:
-            ask(bitune, tokenizer, encode(prompt), stop_ids, args)
+            answer = ask(bitune, tokenizer, encode(prompt), stop_ids, args)
+            if args.chat:
+                turns += [("user", prompt), ("assistant", answer)]
         except (ValueError, FloatingPointError) as problem:     # one that is too long does not end the
             print()                                             # others, nor shift their answers
             say(f"error: {problem}")

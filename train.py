@@ -30,7 +30,7 @@ from files.checkpoint import default_device, load_base
 from files.disk import finish_writing, hold
 from files.run import Run, alpha_by_layer, start_from
 from lora import KINDS, add_adapter
-from text.examples import batches, draw, load_examples
+from text.examples import batches, draw, load_examples, settle
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -172,6 +172,7 @@ def prepare(s):
     if s.base_bits:
         eight_bits(model)
         model.to(s.device or default_device())
+    s.template = settle(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
     load = lambda file: load_examples(file, tokenizer, s.template, s.max_length, s.task)

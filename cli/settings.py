@@ -25,6 +25,8 @@ from text.words import listed, read_json
 # What may be given anew when a run is resumed.
 MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "checkpointing", "plain", "device")
 
+WORDS = ("auto", "chat", *TEMPLATES)        # of --template
+
 # Without --model and --data: the demonstration. Its files come with this repository.
 HERE = os.path.relpath(Path(__file__).parent.parent / "experiments/demo")
 DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data": f"{HERE}/data/val.jsonl",
@@ -96,6 +98,15 @@ def add_sampling(arg):
     arg("--seed", type=number(int, 0, 2**63 - 1), default=of("seed"), help="of the sampling")
 
 
+def add_chat(arg):
+    """The flags that say into what words a prompt is put, and what goes before it."""
+    arg("--template", choices=WORDS, help="words around the text (default: the run's; without one auto: the "
+        "model's own chat markup if it is one of chat-*, else plain)")
+    arg("--chat", nargs="?", const="recompute", choices=("recompute", "alternating"), help="each line goes "
+        "on from those before; recompute (the default) reads all again, alternating only what is new")
+    arg("--system", metavar="TEXT", help="what the system says before the first line")
+
+
 # ----------------------------------------------------------------------------------------------------------
 # train.py's
 
@@ -139,7 +150,8 @@ def train_parser(description=None):
     arg = flag_adder(parser, "data")
     arg("--task", default="rows", choices=TASKS, help="form of the data: rows of the forms in docs/data.md, "
         "or a task's published files")
-    arg("--template", default="paper", choices=TEMPLATES, help="words around prompt and answer")
+    arg("--template", default="auto", choices=WORDS, help="words around prompt and answer; chat: the "
+        "model's own chat markup, auto: the same if it is one of chat-*, else paper")
     arg("--max-length", type=number(int, 2), help="longest example in tokens, longer ones are dropped "
         "(default: 512, or what the model can read)")
     arg("--val-data", metavar="FILE", help="validation data; without it the last examples of --data")

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from files.run import alpha_by_layer
-from text.examples import dropped_in_words
+from text.examples import dropped_in_words, template_in_words
 
 
 def clock(seconds):
@@ -77,6 +77,7 @@ def announce(run):
         if rows:
             print(textwrap.fill(f"dropped of {file}: {dropped_in_words(rows)}", 110, subsequent_indent="  "))
     print(textwrap.fill(f"memory: {memory(run.derived)}", 110, subsequent_indent="  "))
+    print(template_in_words(run.settings.template, run.tokenizer))
     prompt, answer = run.examples[0]
     first = run.tokenizer.decode(prompt)
     print(f"first example, the answer it learns in [[ ]]:\n"
@@ -105,6 +106,15 @@ def bars(bitune):
 def say(text):
     """To standard error: standard output is for answers."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_loaded(name, tensors, bitune, about, template, tokenizer):
+    """Say what answers, and by which template, if a bare base leaves a choice of it."""
+    if about:
+        steps = f", trained for {about['step']} steps" if "step" in about else ""
+        say(f"loaded {name}: {tensors} tensors, method {bitune.method}, template {template}{steps}")
+    elif tokenizer.chat:
+        say(template_in_words(template, tokenizer))
 
 
 def whole_prompt(text, file):

@@ -31,7 +31,7 @@ from files.checkpoint import load_base, read_config
 from files.disk import InUse, finish_writing, hold, json_bytes, let_go, one_at_a_time, write_files
 from files.run import finished, load_run, modern, read_settings
 from lora import KINDS, add_adapter
-from text.examples import stop_id
+from text.examples import settle, stop_id
 from text.tokenizer import Tokenizer
 from text.words import listed, read_json
 from train import prepare, train
@@ -245,6 +245,9 @@ def common_settings(argv):
     common = read_flags(argv)
     if missing := [f"--{k}" for k in ("model", "data") if not getattr(common, k)]:
         raise ValueError(f"{missing[0]} not given: see train.py --help")
+    if common.template == "auto":                   # the tables' own, whatever the base
+        common.template = "paper"
+    common.template = settle(common.template, Tokenizer.from_pretrained(common.model), "paper")
     return common
 
 
@@ -337,6 +340,7 @@ def main(argv=None):
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.cs, given(rest))
+        rest = [*rest, f"--template={common.template}"]
         flags = {name: [*rest, *own] for name, own in models.items()}
         records = grid(flags, lrs, args.seeds, out, score, scored_on)
         if not records:

@@ -67,11 +67,11 @@ def load_questions(path, task, tokenizer, template, longest, limit=None):
             turns, input, answer = parse_row(row)
             texts = row.get("choices", [])
             answer = right_choice(row) if texts else answer
+            prompt = encode_prompt(tokenizer, template, turns, input)
         except ValueError as error:
             raise ValueError(f"{file}, {place}: {error}") from None
         if answer == "":
             raise ValueError(f"{file}, {place}: it has no answer and no choices to score")
-        prompt = encode_prompt(tokenizer, template, turns, input)
         choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
         if [] in choices:
             raise ValueError(f"{file}, {place}: choice {choices.index([]) + 1} has no tokens to score")

@@ -13,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fast import linear
+from fast.small import small_bitune
 from fast.traversal import FastAttention, losses
-from model import Attention, Linear
+from model import Attention
 
 
 def hasten(bitune, plain=False, checkpointing=False):
@@ -30,55 +31,43 @@ def hasten(bitune, plain=False, checkpointing=False):
 
 def traverses(bitune):
     """Change the classes of linears and attentions, and `losses`, if the numbers stay."""
-    plain = {m: type(m) for m in bitune.model.modules() if type(m) in (Linear, Attention)}
-    linear.hasten(bitune.model)
-    for m in plain:
-        m.__class__ = FastAttention if type(m) is Attention else type(m)
     if not agrees(bitune):
-        for m, kind in plain.items():
-            m.__class__ = kind
         return False
+    change_classes(bitune.model)
     if bitune.device.type == "cpu":
         keep_memory()
     bitune.losses = partial(losses, bitune)
     return True
 
 
+def change_classes(model):
+    linear.hasten(model)
+    for module in model.modules():
+        if type(module) is Attention:
+            module.__class__ = FastAttention
+
+
 def agrees(bitune):
-    """Whether both forms give the same losses and gradients for a few tokens, with all that trains moved
-    away from where it starts. (Where the base trains, nothing is moved; without memory, nothing is told.)"""
-    if bitune.device.type == "meta":
-        return True
-    base = bitune.model.model.embed_tokens.weight
-    trained = [(name, p) for name, p in bitune.named_parameters() if p.requires_grad]
-    moved = [] if base.requires_grad else trained
-    before, training = [p.detach().clone() for _, p in moved], bitune.training
-    prompts, answers, results = [[0, 1, 2, 3, 4], [2, 1, 0]], [[1, 2, 0], [3]], []
+    """Whether both forms give the same losses and gradients, on a small model of the same make."""
     try:
-        with torch.no_grad():
-            for i, (name, p) in enumerate(moved):
-                wave = (torch.arange(p.numel(), device=p.device) + i).sin().view(p.shape)
-                p.add_(wave, alpha=0.02 if name.startswith("model.") else 0.3)
-        bitune.eval()                                       # no dropout, which is drawn anew each time
-        for form in (bitune.losses, partial(losses, bitune)):
-            bitune.zero_grad()
-            both = torch.cat([form(prompts[:n], answers[:n]) for n in (1, 2)])
-            both.sum().backward()
-            results.append([both.detach(), *(p.grad for _, p in trained)])
-    except Exception:
-        if not results:
-            raise                                           # the plain form itself does not run
+        plain, fast = small_bitune(bitune), small_bitune(bitune)
+        change_classes(fast.model)
+        results = [by_both_lengths(form) for form in (plain.losses, partial(losses, fast))]
+        for small, result in zip((plain, fast), results):
+            result.sum().backward()
+        pairs = zip(*([result.detach(), *(p.grad for p in small.parameters() if p.requires_grad)]
+                      for small, result in zip((plain, fast), results)))
+    except Exception:                           # the plain form will say itself what is wrong, if it is
         return False
-    finally:
-        with torch.no_grad():
-            for (_, p), value in zip(moved, before):
-                p.copy_(value)
-        bitune.zero_grad()
-        bitune.train(training)
     norm = lambda t: 0 if t is None else t.norm().item()
-    tolerance, largest = 1e-3 if base.dtype.itemsize >= 4 else 0.1, max(map(norm, results[0]))
-    return all(norm((0 if a is None else a) - (0 if b is None else b)) <= tolerance *
-               (norm(a) + norm(b) + 1e-3 * largest) for a, b in zip(*results) if not a is b is None)
+    off = lambda a, b: norm((0 if a is None else a) - (0 if b is None else b))
+    return all(off(a, b) <= 1e-4 * (norm(a) + norm(b)) + 1e-6 for a, b in pairs if not a is b is None)
+
+
+def by_both_lengths(form):
+    """Losses of prompts of one length, and of two."""
+    prompts, answers = [[0, 1, 2, 3, 4], [7, 6, 5, 4, 3], [2, 1, 0]], [[1, 2, 0], [5, 9], [3]]
+    return torch.cat([form(prompts[:n], answers[:n]) for n in (2, 3)])
 
 
 def keep_memory():

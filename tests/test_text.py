@@ -14,7 +14,6 @@ from text.examples import (
     load_examples,
     parse_row,
     Example,
-    TEMPLATES,
 )
 from text.tokenizer import Tokenizer
 from tiny import write_checkpoint
@@ -280,7 +279,7 @@ def test_templates(tokenizer):
     assert chat.count(256) == 1 and chat[-1] == 260
 
 
-@pytest.mark.parametrize("template", sorted(set(TEMPLATES) - {"llama3"}))
+@pytest.mark.parametrize("template", ["alpaca", "paper", "plain"])
 def test_one_bos_one_stop_and_special_strings_stay_text(template, tokenizer):
     prompt, answer = (
         encode_prompt(tokenizer, template, [("user", "<s>a</s>")]),

@@ -9,8 +9,9 @@ import random
 from functools import lru_cache
 from typing import NamedTuple
 
-from text.rows import read_rows
 from text.bpe import TooLong
+from text.chat import CHATS, Special, check_turns, own_chat
+from text.rows import Unusable, read_rows
 from text.words import listed
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
@@ -31,10 +32,6 @@ class Row(NamedTuple):
 
 # ----------------------------------------------------------------------------------------------------------
 # Templates: a row's turns and input to the pieces of a prompt, strings to encode and Special tokens
-
-class Special(str):
-    """The name of a special token, as against the same characters in a text."""
-
 
 def joined(turns, input):
     """The texts of all turns, and of the second field where there is one, with blank lines between."""
@@ -69,13 +66,44 @@ def plain(turns, input):
     return [joined(turns, input)]
 
 
-# name: (prompt, what stands before the answer, the stop token or None for the tokenizer's own)
+def chat(name):
+    """A chat markup as a template: the second field follows the last turn's text."""
+    def prompt(turns, input):
+        check_turns(turns)
+        return CHATS[name].prompt([*turns[:-1], ("user", joined(turns[-1:], input))])
+    return prompt, CHATS[name].answer, CHATS[name].end
+
+
+# name: (prompt, what an answer becomes, the stop token or None for the tokenizer's own)
 TEMPLATES = {
-    "paper":  (paper, " ", None),
-    "alpaca": (alpaca, "", None),
-    "llama3": (llama3, "", "<|eot_id|>"),
-    "plain":  (plain, "", None),
+    "paper":  (paper, lambda answer: " " + answer, None),
+    "alpaca": (alpaca, str, None),
+    "llama3": (llama3, str, "<|eot_id|>"),
+    "plain":  (plain, str, None),
+    **{name: chat(name) for name in CHATS},
 }
+
+
+def settle(template, tokenizer, otherwise):
+    """The name in TEMPLATES that a word of --template stands for: "chat" is the model's own chat markup, and
+    so is "auto", or the template `otherwise` if that is none of the known ones."""
+    if template not in ("auto", "chat"):
+        return template
+    try:
+        return own_chat(tokenizer)
+    except ValueError as problem:
+        if template == "chat":
+            raise ValueError(f"--template chat: {problem}; choose another template") from None
+        return otherwise
+
+
+def template_in_words(template, tokenizer):
+    try:
+        own = own_chat(tokenizer)
+    except ValueError as problem:
+        return f"template {template}: {problem}"
+    other = f" is {own}" if own != template else CHATS[own].note
+    return f"template {template}: the model's own chat markup{other}"
 
 
 def special_id(tokenizer, name):
@@ -93,8 +121,8 @@ def stop_id(tokenizer, template):
 
 
 def encode_prompt(tokenizer, template, turns, input=""):
-    """The ids of a prompt: BOS if there is one, then the template's pieces."""
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    """The ids of a prompt: BOS if there is one, then the template's pieces. (A chat markup has its own.)"""
+    ids = [] if tokenizer.bos_id is None or template in CHATS else [tokenizer.bos_id]
     for i, piece in enumerate(TEMPLATES[template][0](turns, input)):
         if isinstance(piece, Special):
             ids.append(special_id(tokenizer, piece))
@@ -105,15 +133,11 @@ def encode_prompt(tokenizer, template, turns, input=""):
 
 def encode_answer(tokenizer, template, answer):
     """The ids of an answer, which continues the prompt, and its stop token."""
-    return tokenizer.encode(TEMPLATES[template][1] + answer, begin=False) + [stop_id(tokenizer, template)]
+    return tokenizer.encode(TEMPLATES[template][1](answer), begin=False) + [stop_id(tokenizer, template)]
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Rows
-
-class Unusable(ValueError):
-    """A row that is none of the known forms, or says nothing to learn."""
-
 
 class Ambiguous(ValueError):
     """A row of which two columns say the same: not one row is wrong then, but the file."""
@@ -190,18 +214,35 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
     cannot be used: reason -> [how many, where the first is]. ValueError if the file is broken, with the
     line, or if no example is left."""
     examples, dropped = [], {}
+
+    def drop(problem):
+        reason = str(problem) if isinstance(problem, Unusable) else "too long"
+        dropped.setdefault(reason, [0, place])[0] += 1
+
     for place, row in read_rows(path, task):
         try:
-            examples.append(encode_row(parse_row(row), tokenizer, template, max_length))
+            parsed = parse_row(row)
         except Ambiguous as problem:
             raise ValueError(f"{path}, {place}: {problem}") from None
-        except (Unusable, TooLong) as problem:
-            reason = str(problem) if isinstance(problem, Unusable) else "too long"
-            dropped.setdefault(reason, [0, place])[0] += 1
+        except Unusable as problem:
+            drop(problem)
+            continue
+        whole = template in CHATS and row.keys() & {"messages", "conversations"}
+        for asked in every_answer(parsed) if whole else [parsed]:
+            try:
+                examples.append(encode_row(asked, tokenizer, template, max_length))
+            except (Unusable, TooLong) as problem:
+                drop(problem)
     if not examples:
         why = dropped_in_words(dropped) or "none, it has no rows"
         raise ValueError(f"{path}: no example left; dropped: {why}")
     return examples, dropped
+
+
+def every_answer(row):
+    """A conversation as one row for each of the assistant's turns, which is asked with all before it."""
+    rows = [Row(row.turns[:i], "", text) for i, (role, text) in enumerate(row.turns) if role == "assistant"]
+    return rows + [row] if row.answer or not rows else rows
 
 
 def encode_row(row, tokenizer, template, max_length):

@@ -18,6 +18,10 @@ from pathlib import Path
 from text.words import listed
 
 
+class Unusable(ValueError):
+    """A row that is none of the known forms, or says nothing to learn."""
+
+
 def with_choices(question, choices, answer):
     """The choices' own texts are the answers."""
     listed = "\n".join(choices)

@@ -87,11 +87,11 @@ class Parts(NamedTuple):
 class Tokenizer:
     """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text
     (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
-    (None if unknown)."""
+    (None if unknown). `chat` is the model's chat template and its bos_token, None if it has none."""
 
-    def __init__(self, parts, bos_id, eos_id, stop_ids):
+    def __init__(self, parts, bos_id, eos_id, stop_ids, chat=None):
         self.parts, added = parts, parts.added
-        self.bos_id, self.eos_id, self.stop_ids = bos_id, eos_id, frozenset(stop_ids)
+        self.bos_id, self.eos_id, self.stop_ids, self.chat = bos_id, eos_id, frozenset(stop_ids), chat
         self.special = {t.content: t.id for t in added if t.special}
         self.added = {t.content: t.id for t in added if not t.special}      # they match in plain text
         self.names = {i: token for token, i in parts.vocab.items()}
@@ -153,18 +153,19 @@ class Tokenizer:
             if token is not None and token not in ids and key == "eos_token":
                 raise ValueError(f"{file.parent}: {file.name} has no {token!r}, the eos_token of "
                                  "tokenizer_config.json")
-            return ids.get(token)
-        bos_id = named("bos_token") if parts.bos is None and config.get("add_bos_token") else parts.bos
+            return token
+        bos, eos_id = named("bos_token"), ids.get(named("eos_token"))
+        bos_id = ids.get(bos) if parts.bos is None and config.get("add_bos_token") else parts.bos
         stop = read_beside(file.parent / "generation_config.json").get("eos_token_id")
         if stop is None:
             stop = read_beside(file.parent / "config.json").get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         if not (isinstance(stop, list) and all(type(i) is int and i >= 0 for i in stop)):
             raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected an id or a list of ids")
-        eos_id = named("eos_token")
         if eos_id is None:
             eos_id = stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
-        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None})
+        chat = read_chat(file.parent, config)
+        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, (chat, bos) if chat else None)
 
 
 def read_added(token):
@@ -183,6 +184,18 @@ def later_added(config, known):
         raise ValueError("the added_tokens_decoder of tokenizer_config.json is not an object of tokens")
     tokens = [read_added(t | {"id": int(i)}) for i, t in listed.items()]
     return [t for t in tokens if t.content not in known]
+
+
+def read_chat(folder, config):
+    """The text of the chat template in a folder, None if there is none: a file of its own comes first. Where
+    several have names, it is the one called default."""
+    file, chat = folder / "chat_template.jinja", config.get("chat_template")
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")       # and so is none that is known
+    if isinstance(chat, list):
+        named = (t.get("template") for t in chat if isinstance(t, dict) and t.get("name") == "default")
+        chat = next(named, None)
+    return chat if isinstance(chat, str) else None
 
 
 def read_beside(path):
