@@ -52,7 +52,7 @@ def answers(name, n=200):
     r = random.Random(21)
     text = lambda: "".join(r.choice(PIECES) for _ in range(r.randrange(7)))
     think = lambda: f"<think>{text()}</think>{text()}" if name == "chat-qwen3" and r.randrange(2) else ""
-    return [think() + "Yes" + text() for _ in range(n)]
+    return [think() + text() + "Yes" + text() for _ in range(n)]
 
 
 def small(name):

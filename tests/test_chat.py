@@ -129,7 +129,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
     """With all before it as its prompt; by the other templates only the last one, as ever."""
     tokenizer = tokenizer_of(chats.small("chat-chatml"), tmp_path)
     tokenizer.bos_id = tokenizer.special["<|im_start|>"]        # what a text begins with, a chat does not
-    rows = [messages("a", "b", "c", "d"), messages("e", "f", "g"), messages("h"),
+    rows = [messages("a", "b", "c", "d", "a", "b"), messages("e", "f", "g"), messages("h"),
             messages("i", " ", "j", "k"), {"prompt": "l", "completion": "m", "input": "n", "system": "o"},
             {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]}]
     (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
@@ -139,16 +139,17 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
     opening = "<|im_start|>assistant\n"
     said = [(tokenizer.decode(e.prompt).removesuffix(opening), tokenizer.decode(e.answer)) for e in examples]
     assert said == [
-        (asked("a"), "b<|im_end|>"), (asked("a", "b", "c"), "d<|im_end|>"), (asked("e"), "f<|im_end|>"),
+        (asked("a"), "b<|im_end|>"), (asked("a", "b", "c"), "d<|im_end|>"),
+        (asked("a", "b", "c", "d", "a"), "b<|im_end|>"), (asked("e"), "f<|im_end|>"),
         (asked("i", " ", "j"), "k<|im_end|>"), (turn("system", "o") + asked("l\n\nn"), "m<|im_end|>"),
         (asked("p", "q", "r"), "s<|im_end|>")]
     assert dropped == {"no answer": [2, "line 3"]}
     longest = len(examples[0].prompt) + 2
     examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-chatml", longest)
-    assert len(examples) == 2 and dropped["too long"] == [4, "line 1"]
+    assert len(examples) == 2 and dropped["too long"] == [5, "line 1"]
     tokenizer.eos_id = 0
     examples, dropped = load_examples(tmp_path / "data", tokenizer, "plain", 100)
-    assert len(examples) == 4 and tokenizer.decode(examples[0].prompt[1:]) == "a\n\nb\n\nc"
+    assert len(examples) == 4 and tokenizer.decode(examples[0].prompt[1:]) == "a\n\nb\n\nc\n\nd\n\na"
 
 
 @pytest.mark.parametrize("name, turns, reason", [
