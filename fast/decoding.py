@@ -5,7 +5,10 @@ What takes time, when one token is made after another, is to read every weight o
 """
 
 import copy
+import math
 import os
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
@@ -113,7 +116,12 @@ def by_columns(weight):
 
 @torch.no_grad()
 def hasten(model):
-    """Let the blocks take single tokens as `QuickBlock` does."""
+    """Let the blocks take single tokens as `QuickBlock` does, and the head as `times` does."""
+    if model.config.tie_word_embeddings:
+        model.config = replace(model.config, tie_word_embeddings=False)
+        model.lm_head = nn.Linear(1, 1, bias=False)
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.lm_head.__class__ = QuickLinear
     for block in model.model.layers:
         if type(block) is Block:
             a, m = block.self_attn, block.mlp
@@ -140,6 +148,40 @@ def as_one(*linears):
     return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
 
 
+def times(x, weight, bias):
+    """F.linear. On a CPU, each thread multiplies one float32 row by its part of the weight: BLAS leaves a
+    matrix times a vector to one thread alone, which reads memory at half the speed of two."""
+    (out, inner), threads = weight.shape, torch.get_num_threads()
+    if x.numel() > inner or x.dtype != torch.float32 or x.is_cuda:
+        return F.linear(x, weight, bias)
+    if weight.is_contiguous():                                      # parts of the outputs
+        parts = math.gcd(out, threads)
+        y = torch.bmm(x.view(1, 1, inner).expand(parts, 1, inner), weight.view(parts, -1, inner).mT)
+    else:                                                           # by columns: parts of the inputs
+        parts = math.gcd(inner, threads)
+        y = torch.bmm(x.view(parts, 1, -1), weight.t().view(parts, -1, out)).sum(0)
+    return y.view(1, 1, out) if bias is None else y.view(1, 1, out) + bias
+
+
+@lru_cache(maxsize=1)                           # the layers turn a token by the same angles
+def whole(cos, sin):
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def turn(x, cos, sin):
+    """`rotate` of all of x at once: a cos - b sin, b cos + a sin."""
+    half = cos.shape[-1]
+    if x.shape[-1] != 2 * half:
+        return rotate(x, cos, sin)
+    cos, sin = whole(cos, sin)
+    return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+
+class QuickLinear(nn.Linear):
+    def forward(self, x):
+        return times(x, self.weight, self.bias)
+
+
 class QuickBlock(Block):
     """A Block of plain linears that takes a single token through fewer and larger operations."""
 
@@ -147,14 +189,16 @@ class QuickBlock(Block):
         if x.shape[1] > 1 or not isinstance(past, KVCache):
             return super().forward(x, rope, mask, past, layer, adapter, keep)
         a, m = self.self_attn, self.mlp
-        heads = F.linear(self.input_layernorm(x), *self.qkv).view(len(x), -1, 1, a.D)   # (B, H + 2 G, 1, D)
+        heads = times(self.input_layernorm(x), *self.qkv).view(len(x), -1, 1, a.D)      # (B, H + 2 G, 1, D)
         if isinstance(a.q_norm, nn.Identity):
-            q, k = rotate(heads[:, :a.n_q + a.n_kv], *rope).split([a.n_q, a.n_kv], dim=1)
+            q, k = turn(heads[:, :a.n_q + a.n_kv], *rope).split([a.n_q, a.n_kv], dim=1)
         else:
-            q, k = (rotate(norm(t), *rope) for norm, t in ((a.q_norm, heads[:, :a.n_q]),
+            q, k = (turn(norm(t), *rope) for norm, t in ((a.q_norm, heads[:, :a.n_q]),
                                                            (a.k_norm, heads[:, a.n_q:-a.n_kv])))
+        if x.dtype == torch.bfloat16 and not x.is_cuda:     # of which a CPU's attention is many times slower
+            past.buffers[layer] = tuple(t.float() for t in past.buffers[layer])
         k_all, v_all = past.join(layer, k, heads[:, -a.n_kv:])
-        y = a.attend(q, k_all, v_all, mask, ALL)                                            # (B, H, 1, D)
-        x = x + a.o_proj(y.view(len(x), 1, -1))
-        gate, up = F.linear(self.post_attention_layernorm(x), *self.gate_up).chunk(2, dim=-1)
-        return x + m.down_proj(m.activation(gate) * up), None
+        y = a.attend(q.to(k_all.dtype), k_all, v_all, mask, ALL).to(x.dtype)                # (B, H, 1, D)
+        x = x + times(y.view(len(x), 1, -1), a.o_proj.weight, a.o_proj.bias)
+        gate, up = times(self.post_attention_layernorm(x), *self.gate_up).chunk(2, dim=-1)
+        return x + times(m.activation(gate) * up, m.down_proj.weight, m.down_proj.bias), None

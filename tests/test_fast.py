@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bitune import METHODS, Bitune
 from fast import decoding, linear, training, traversal
@@ -68,6 +69,29 @@ def test_single_tokens_go_through_fewer_operations(config, monkeypatch):
     monkeypatch.setattr(MLP, "forward", lambda self, x, adapter: forward(self, x, adapter).tanh())
     edited = decoding.quick(Bitune(tiny_model(F64, **config), "causal").eval())
     assert {type(block) for block in edited.model.model.layers} == {Block}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("config", [{}, {"attention_bias": True, "mlp_bias": True, "model_type": "llama",
+                                         "tie_word_embeddings": True}, {"model_type": "phi"}])
+def test_a_single_token_is_multiplied_in_parts(config, dtype, tolerance, monkeypatch):
+    """In float32 by what each thread reads of a weight, in bfloat16 over float32 keys and values."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    bitune = Bitune(tiny_model(dtype, **config), "causal").eval()
+    want = decoding.logits(bitune, cached=7)
+    quick = decoding.quick(bitune)
+    assert type(quick.model.lm_head) is decoding.QuickLinear
+    got = decoding.logits(quick, cached=7)
+    assert (got - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("out, inner", [(6, 4), (4, 6), (7, 3), (3, 7), (1, 8)])
+def test_parts_of_a_product_make_the_product(out, inner, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    weight, bias, x = torch.randn(out, inner), torch.randn(out), torch.randn(1, 1, inner)
+    for stored in (weight, decoding.by_columns(weight)):
+        for b in (None, bias):
+            torch.testing.assert_close(decoding.times(x, stored, b), F.linear(x, weight, b))
 
 
 def test_an_answer_that_has_ended_leaves_the_batch(monkeypatch):
