@@ -33,6 +33,7 @@ from cli.settings import flag_adder, new_parser, number
 from experiments.cost import kept
 from fast.decoding import quick
 from fast.training import hasten
+from fast.traversal import NLL
 from files.checkpoint import DTYPES, check_device, default_device, default_dtype, parse_config
 from lora import add_adapter
 from model import Llama
@@ -129,7 +130,8 @@ def training(model, args, device):
             for name, bitune in tasks.items():
                 row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
                 loss = lambda: bitune.losses(*zip(*examples)).sum()
-                row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss)) / 1e6
+                moment = NLL.moment(B * A, model.config.vocab_size)
+                row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss) + moment) / 1e6
             rows.append(row)
     return rows
 

@@ -4,8 +4,9 @@
 
 One example at a time, in bfloat16 (full finetuning: float32). The weights' bytes; 16 for each parameter that
 trains; the tensors that autograd keeps from the forward pass, as a fused attention kernel would leave
-them; the operations of forward and backward, counted by PyTorch, and the hours that 3,000 steps of 10
-examples take at --tflops. What a kernel needs for a moment comes on top.
+them, and the logits that are there at once; the operations of forward and backward, counted by PyTorch,
+and the hours that 3,000 steps of 10 examples take at --tflops. What a kernel needs for a moment comes on
+top.
 """
 
 from cli.early import answer_flags
@@ -20,6 +21,7 @@ from cli.process import run_main
 from cli.settings import default, flag_adder, new_parser, number
 from fast.linear import eight_bits
 from fast.training import hasten
+from fast.traversal import NLL
 from files.checkpoint import parse_config
 from lora import KINDS, add_adapter
 from model import Llama
@@ -103,6 +105,8 @@ def cost(shape, method, kind, options, P, A, checkpointed=False, bits=None):
         activations = kept(bitune, loss)
     finally:
         F.scaled_dot_product_attention = sdpa
+    if not KINDS[kind].trains_base:
+        activations += NLL.moment(A, model.config.vocab_size)
     trained = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in bitune.parameters() if not p.requires_grad)
     return parameters, trained, frozen, activations, counter.get_total_flops()

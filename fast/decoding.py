@@ -152,7 +152,7 @@ def times(x, weight, bias):
     """F.linear. On a CPU, each thread multiplies one float32 row by its part of the weight: BLAS leaves a
     matrix times a vector to one thread alone, which reads memory at half the speed of two."""
     (out, inner), threads = weight.shape, torch.get_num_threads()
-    if x.numel() > inner or x.dtype != torch.float32 or x.is_cuda:
+    if x.numel() != inner or x.dtype != torch.float32 or x.is_cuda:
         return F.linear(x, weight, bias)
     if weight.is_contiguous():                                      # parts of the outputs
         parts = math.gcd(out, threads)

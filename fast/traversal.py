@@ -139,6 +139,11 @@ class NLL(torch.autograd.Function):
     ELEMENTS = 2 ** 24          # of logits at a time
 
     @staticmethod
+    def moment(rows, V):
+        """Bytes of the logits that are there at once, and of their probabilities."""
+        return 2 * 4 * V * min(rows, max(1, NLL.ELEMENTS // V))
+
+    @staticmethod
     def forward(ctx, x, head, bias, labels):
         grad, losses = torch.empty_like(x), []
         rows = max(1, NLL.ELEMENTS // head.shape[0])

@@ -91,7 +91,8 @@ def test_parts_of_a_product_make_the_product(out, inner, monkeypatch):
     weight, bias, x = torch.randn(out, inner), torch.randn(out), torch.randn(1, 1, inner)
     for stored in (weight, decoding.by_columns(weight)):
         for b in (None, bias):
-            torch.testing.assert_close(decoding.times(x, stored, b), F.linear(x, weight, b))
+            for rows in (x, x[:, :0], x.expand(2, 3, -1)):                  # one, none, several
+                torch.testing.assert_close(decoding.times(rows, stored, b), F.linear(rows, weight, b))
 
 
 def test_an_answer_that_has_ended_leaves_the_batch(monkeypatch):
