@@ -104,7 +104,7 @@ def reading(device):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is measured: each function returns rows, of names and numbers
+# What is measured: each function yields rows, of names and numbers, as they come
 
 def training(model, args, device):
     tasks = {"lora": finetunable(model, "causal"), "bitune": finetunable(model, "bitune")}
@@ -112,7 +112,7 @@ def training(model, args, device):
         hasten(bitune, args.plain, args.checkpointing)
     optimizers = {name: make_optimizer(b, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
     theirs = peft_step(model) if args.against and not args.checkpointing else None
-    rows, A = [], args.answer
+    A = args.answer
     for B in args.batches:
         for P in args.prompts:
             ids = torch.randint(model.config.vocab_size, (B, P + A))
@@ -132,8 +132,7 @@ def training(model, args, device):
                 loss = lambda: bitune.losses(*zip(*examples)).sum()
                 moment = NLL.moment(B * A, model.config.vocab_size)
                 row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss) + moment) / 1e6
-            rows.append(row)
-    return rows
+            yield row
 
 
 def parts(bitune):
@@ -168,7 +167,7 @@ def answering(model, args, device):
              "lora": quick(finetunable(model, "causal")), "base": quick(Bitune(model, "causal"))}
     read = [p for name, p in model.named_parameters()
             if model.config.tie_word_embeddings or "embed_tokens" not in name]
-    weights, rows, new = sum(p.numel() * p.element_size() for p in read), [], args.answer
+    weights, new = sum(p.numel() * p.element_size() for p in read), args.answer
     size, reads = reading(device)
     for P in args.prompts:
         prompt = torch.randint(model.config.vocab_size, (P,)).tolist()
@@ -189,8 +188,7 @@ def answering(model, args, device):
             if theirs:
                 other = seconds["transformers", new] - seconds["transformers", 1]
                 row["over_generate"] = rate * other / (new - 1)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def loading(model, name, device, dtype):
@@ -243,14 +241,13 @@ def peft_step(model):
 # ----------------------------------------------------------------------------------------------------------
 # The command
 
-def table(rows):
-    names = [name.replace("_", " ") for name in rows[0]]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for row in rows:
-        cells = [v if isinstance(v, (str, int)) else f"{v:,.2f}" if v < 10 else f"{v:,.0f}" if v >= 1000 else
-                 f"{v:.1f}" for v in row.values()]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def show(row, first):
+    """A line of a Markdown table, and above the first one its head."""
+    if first:
+        print(f"\n| {' | '.join(name.replace('_', ' ') for name in row)} |\n" + "|---" * len(row) + "|")
+    cells = [v if isinstance(v, (str, int)) else f"{v:,.2f}" if v < 10 else f"{v:,.0f}" if v >= 1000 else
+             f"{v:.1f}" for v in row.values()]
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def environment(device, dtype, against):
@@ -294,13 +291,12 @@ def main(argv=None):
         print(f"{name}: {', '.join(f'{k} {v}' for k, v in figures[name].items() if v is not None)}")
     figures["load_s"] = loading(model, args.preset, device, dtype)
     print(f"parameters {figures['parameters']:,}, loaded in {figures['load_s']:.2f} s")
-    if "training" in args.parts:
-        figures["training"] = training(model, args, device)
-        print(f"\n{table(figures['training'])}")
-    if "answering" in args.parts:
-        figures["answering"] = answering(model, args, device)
-        print(f"\n{table(figures['answering'])}")
-    Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")
+    for name in args.parts:
+        figures[name] = []
+        for row in {"training": training, "answering": answering}[name](model, args, device):
+            show(row, first=not figures[name])
+            figures[name].append(row)
+            Path(args.out).write_text(json.dumps(figures, indent=2) + "\n")    # stays if killed
     print(f"wrote {args.out}")
 
 

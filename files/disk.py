@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save
 
 from text.words import read_json
 
-
 HELD = {}               # the folders that this process holds, and the open file that does it
 
 
