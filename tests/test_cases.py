@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -171,9 +172,7 @@ def test_what_an_adapter_says_and_is_not_understood_is_refused(fields, message, 
     add_adapter(model, "answer", targets=["q_proj"], rank=2)
     write_files(tmp_path, adapter_bytes(model, "answer"))
     change(tmp_path / "adapter_config.json", **fields)
-    if message is None:
-        return load_adapter(tiny_model(), "answer", tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
         load_adapter(tiny_model(), "answer", tmp_path)
 
 

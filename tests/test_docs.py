@@ -99,5 +99,6 @@ def test_imports_go_one_way():
 
 def test_other_reference_folders_are_found(tmp_path):
     shutil.copytree(ROOT / "tests/reference/base/qwen2", tmp_path / "mine/qwen2")
-    command = [sys.executable, "-m", "pytest", f"--reference={tmp_path}", "--collect-only", "-k", "base_log"]
+    command = [sys.executable, "-m", "pytest", "tests/test_reference.py", f"--reference={tmp_path}",
+               "--collect-only", "-k", "base_log"]
     assert "[mine/qwen2]" in subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
