@@ -130,8 +130,8 @@ def training(model, args, device):
             for name, bitune in tasks.items():
                 row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
                 loss = lambda: bitune.losses(*zip(*examples)).sum()
-                moment = NLL.moment(B * A, model.config.vocab_size)
-                row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss) + moment) / 1e6
+                logits = 0 if args.plain else NLL.bytes_at_once(B * A, model.config.vocab_size)
+                row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss) + logits) / 1e6
             yield row
 
 
@@ -184,7 +184,7 @@ def answering(model, args, device):
             first, rate = seconds[name, 1], (new - 1) / (seconds[name, new] - seconds[name, 1])
             row = {"P": P, "what": name, "first_token_ms": 1e3 * first, "prompt_tokens_per_s": P / first,
                    "tokens_per_s": rate, "memory_GB_per_s": size / seconds["memory"] / 1e9,
-                   **{f"of_{name}": rate * weights * seconds[name] / size for name in reads}}
+                   **{f"of_{how}": rate * weights * seconds[how] / size for how in reads}}
             if theirs:
                 other = seconds["transformers", new] - seconds["transformers", 1]
                 row["over_generate"] = rate * other / (new - 1)

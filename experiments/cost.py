@@ -105,8 +105,8 @@ def cost(shape, method, kind, options, P, A, checkpointed=False, bits=None):
         activations = kept(bitune, loss)
     finally:
         F.scaled_dot_product_attention = sdpa
-    if not KINDS[kind].trains_base:
-        activations += NLL.moment(A, model.config.vocab_size)
+    if not KINDS[kind].trains_base:             # else the losses are not made in parts
+        activations += NLL.bytes_at_once(A, model.config.vocab_size)
     trained = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in bitune.parameters() if not p.requires_grad)
     return parameters, trained, frozen, activations, counter.get_total_flops()

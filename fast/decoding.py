@@ -117,7 +117,7 @@ def by_columns(weight):
 @torch.no_grad()
 def hasten(model):
     """Let the blocks take single tokens as `QuickBlock` does, and the head as `times` does."""
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:        # a head of its own, on the same weight
         model.config = replace(model.config, tie_word_embeddings=False)
         model.lm_head = nn.Linear(1, 1, bias=False)
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -194,7 +194,7 @@ class QuickBlock(Block):
             q, k = turn(heads[:, :a.n_q + a.n_kv], *rope).split([a.n_q, a.n_kv], dim=1)
         else:
             q, k = (turn(norm(t), *rope) for norm, t in ((a.q_norm, heads[:, :a.n_q]),
-                                                           (a.k_norm, heads[:, a.n_q:-a.n_kv])))
+                                                         (a.k_norm, heads[:, a.n_q:-a.n_kv])))
         if x.dtype == torch.bfloat16 and not x.is_cuda:     # of which a CPU's attention is many times slower
             past.buffers[layer] = tuple(t.float() for t in past.buffers[layer])
         k_all, v_all = past.join(layer, k, heads[:, -a.n_kv:])

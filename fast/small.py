@@ -12,10 +12,10 @@ from lora import add_adapter, linears
 
 
 def small_model(model):
-    """A model of two narrow layers in float64, with the kinds of adapters that `model` has on linears of
+    """A model of three narrow layers in float64, with the kinds of adapters that `model` has on linears of
     the same names, every number of it drawn at random."""
     c = model.config
-    config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+    config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
                      num_attention_heads=4, rotary_dim=8 if c.rotary_dim == c.head_dim else 4,
                      num_key_value_heads=4 if c.num_key_value_heads == c.num_attention_heads else 2)
     with torch.random.fork_rng(devices=[]):

@@ -139,15 +139,19 @@ class NLL(torch.autograd.Function):
     ELEMENTS = 2 ** 24          # of logits at a time
 
     @staticmethod
-    def moment(rows, V):
-        """Bytes of the logits that are there at once, and of their probabilities."""
-        return 2 * 4 * V * min(rows, max(1, NLL.ELEMENTS // V))
+    def rows(V):
+        """How many rows of V logits are there at a time."""
+        return max(1, NLL.ELEMENTS // V)
+
+    @staticmethod
+    def bytes_at_once(n, V):
+        """Of the logits that are there at a time, of n rows, and of their probabilities, in float32."""
+        return 2 * 4 * V * min(n, NLL.rows(V))
 
     @staticmethod
     def forward(ctx, x, head, bias, labels):
         grad, losses = torch.empty_like(x), []
-        rows = max(1, NLL.ELEMENTS // head.shape[0])
-        for x_part, label, grad_part in zip(*(t.split(rows) for t in (x, labels, grad))):
+        for x_part, label, grad_part in zip(*(t.split(NLL.rows(len(head))) for t in (x, labels, grad))):
             logits = F.linear(x_part, head, bias)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             log_sum, label = logits.logsumexp(1, keepdim=True), label[:, None]

@@ -8,7 +8,6 @@ Published checkpoints' files are not in this repository: where a folder `shared`
 and tokenizers are tested too.
 """
 
-import gc
 import importlib
 import json
 import os
@@ -52,7 +51,6 @@ def pytest_runtestloop(session):
         return items[struct.unpack("H", n)[0]] if n else None
 
     importlib.import_module("torch._dynamo")    # checkpointing would, in each of the two
-    gc.freeze()                                 # what is imported need not be searched for garbage
     with tempfile.TemporaryFile("w+") as reports:
         child = os.fork()
         if not child:

@@ -47,7 +47,7 @@ def batched_is_alone(make, folder):
     bitune = make(dtype=F64)
     alone = [answer_logits(bitune, [p], [a])[0] for p, a in zip(RAGGED, ANSWERS)]
     assert_same(answer_logits(bitune), alone)
-    assert bitune.generate(RAGGED, 3) == [bitune.generate([p], 3)[0] for p in RAGGED]
+    assert bitune.generate(RAGGED, 4) == [bitune.generate([p], 4)[0] for p in RAGGED]
 
 
 @identity

@@ -78,7 +78,7 @@ def test_without_fast_the_program_still_runs(tmp_path, capsys):
     folder, saved = copy_project(tmp_path / "copy", "heads"), []
     for name in ("with", "without"):
         with imported_from(folder) as module:
-            flags = ["--model", base, "--data", data, "--steps", 2, "--lr", 0.01, "--out", tmp_path / name]
+            flags = ["--model", base, "--data", data, "--steps", 3, "--lr", 0.01, "--out", tmp_path / name]
             module("train").main(list(map(str, flags)))
             module("sample").main(["--adapter", str(tmp_path / name), "--prompt", "What?"])
             with pytest.raises(SystemExit) if name == "without" else nullcontext():
