@@ -25,6 +25,7 @@ from bitune import METHODS, Bitune
 from cli.process import before_work, guarded, run_main
 from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_parser, number
 from cli.settings import read_flags, train_parser
+from cli.speed import hasten
 from cli.terminal import Progress
 from experiments.evaluate import BATCH_SIZE, SCORED, evaluate, load_questions
 from files.checkpoint import load_base, read_config
@@ -273,6 +274,7 @@ def read_questions(files, common, limit):
 def scorer(tasks, common, batch_size, max_new_tokens):
     """The function that scores a model on all tasks: column -> mean."""
     def score(bitune, tokenizer, progress):
+        hasten(bitune)
         stop_ids, columns = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}
         for task, name, questions in tasks:
             _, scores = evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens,

@@ -32,7 +32,7 @@ import torch
 from bitune import nll, pad
 from cli.process import before_work, run_main
 from cli.settings import add_run, flag_adder, new_parser, number
-from cli.speed import norms_once
+from cli.speed import hasten, norms_once
 from cli.terminal import Progress, clock
 from files.disk import json_bytes, write_files
 from files.run import base_of, load_run
@@ -300,6 +300,7 @@ def main(argv=None):
         kept = Kept(out / f"{name}.part", of)
 
     norms_once(bitune.model)
+    hasten(bitune)
     begun = time.monotonic()
     if kept:
         print(f"{len(kept)} of {len(questions)} questions are from an earlier try")

@@ -1,21 +1,21 @@
 """Answers sooner, by the same numbers: `quick` makes of a Bitune one that writes as fast as a bare base.
 
 What takes time, when one token is made after another, is to read every weight once for each. So the set
-"answer" goes into the weights, and on a CPU float32 weights are stored so that they are read at full speed.
+"answer" goes into the weights, and these are read at full speed (fast/product.py).
 """
 
 import copy
-import math
 import os
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from bitune import Bitune
-from fast.small import small_model
+from fast import linear as fast_linear
+from fast.product import product
+from fast.small import small_bitune, small_model
 from lora import DoRA, linears, merge
 from model import ALL, Block, KVCache, may_attend, rotate
 
@@ -33,7 +33,6 @@ def quick(bitune):
             raise ValueError(f"merged into the weights, the set {apart.answer_set!r} computes something "
                              f"else: do forward and merged of the kind {kind}, in lora.py, go together? "
                              "(--unmerged asks it as it is)")
-    lay_out(bitune.model)
     if not bitune.answer_set and single_tokens_agree(bitune):
         hasten(bitune.model)
     return bitune
@@ -86,7 +85,20 @@ def merged(bitune):
         return Bitune(plain, bitune.method).train(bitune.training)
     twin = copy.copy(bitune)
     twin._modules = bitune._modules | {"model": plain}      # else a copied module shares them
-    twin.answer_set, twin.encode = None, bitune.encode
+    twin.answer_set, twin.encode = None, reader(bitune).encode
+    return twin
+
+
+@torch.inference_mode()
+def reader(bitune):
+    """A twin on the same numbers whose linears run as fast/linear.py has them, if that gives the same."""
+    small, some = small_bitune(bitune), ([[0, 1, 2, 3, 4], [2, 1, 0]], [[5], [3, 6]])
+    want = small(*some)[0]
+    fast_linear.hasten(small.model)
+    if not alike(want, small(*some)[0]):
+        return bitune
+    twin = copy.deepcopy(bitune, {id(t): t for t in (*bitune.parameters(), *bitune.buffers())})
+    fast_linear.hasten(twin.model)
     return twin
 
 
@@ -100,28 +112,14 @@ def fits(model):
 
 
 @torch.no_grad()
-def lay_out(model):
-    """On a CPU, store the float32 weights that are wider out than in column by column: shape and values
-    stay, and a single token is multiplied by them up to twice as fast. (bfloat16 would be slower.)"""
-    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    for layer in [*linears(model).values(), head]:
-        layer.weight.data = by_columns(layer.weight)
-
-
-def by_columns(weight):
-    out, inner = weight.shape
-    pays = weight.device.type == "cpu" and weight.dtype == torch.float32 and out > inner
-    return weight.t().contiguous().t() if pays else weight
-
-
-@torch.no_grad()
 def hasten(model):
-    """Let the blocks take single tokens as `QuickBlock` does, and the head as `times` does."""
+    """Let the blocks take single tokens as `QuickBlock` does, and all multiply as `product` does."""
     if model.config.tie_word_embeddings:        # a head of its own, on the same weight
         model.config = replace(model.config, tie_word_embeddings=False)
         model.lm_head = nn.Linear(1, 1, bias=False)
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.lm_head.__class__ = QuickLinear
+    for linear in [*linears(model).values(), model.lm_head]:
+        linear.__class__ = QuickLinear
     for block in model.model.layers:
         if type(block) is Block:
             a, m = block.self_attn, block.mlp
@@ -142,25 +140,10 @@ def single_tokens_agree(bitune):
 def as_one(*linears):
     """The weights and biases of linears with the same input as one (out, in) and (out,), of which theirs
     become parts."""
-    weight = by_columns(torch.cat([linear.weight for linear in linears]))
+    weight = torch.cat([linear.weight for linear in linears])
     for linear, part in zip(linears, weight.split([linear.out_features for linear in linears])):
         linear.weight.data = part
     return weight, None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-
-
-def times(x, weight, bias):
-    """F.linear. On a CPU, each thread multiplies one float32 row by its part of the weight: BLAS leaves a
-    matrix times a vector to one thread alone, which reads memory at half the speed of two."""
-    (out, inner), threads = weight.shape, torch.get_num_threads()
-    if x.numel() != inner or x.dtype != torch.float32 or x.is_cuda:
-        return F.linear(x, weight, bias)
-    if weight.is_contiguous():                                      # parts of the outputs
-        parts = math.gcd(out, threads)
-        y = torch.bmm(x.view(1, 1, inner).expand(parts, 1, inner), weight.view(parts, -1, inner).mT)
-    else:                                                           # by columns: parts of the inputs
-        parts = math.gcd(inner, threads)
-        y = torch.bmm(x.view(parts, 1, -1), weight.t().view(parts, -1, out)).sum(0)
-    return y.view(1, 1, out) if bias is None else y.view(1, 1, out) + bias
 
 
 @lru_cache(maxsize=1)                           # the layers turn a token by the same angles
@@ -178,8 +161,8 @@ def turn(x, cos, sin):
 
 
 class QuickLinear(nn.Linear):
-    def forward(self, x):
-        return times(x, self.weight, self.bias)
+    def forward(self, x, adapter=None):
+        return product(x, self.weight, self.bias)
 
 
 class QuickBlock(Block):
@@ -189,7 +172,7 @@ class QuickBlock(Block):
         if x.shape[1] > 1 or not isinstance(past, KVCache):
             return super().forward(x, rope, mask, past, layer, adapter, keep)
         a, m = self.self_attn, self.mlp
-        heads = times(self.input_layernorm(x), *self.qkv).view(len(x), -1, 1, a.D)      # (B, H + 2 G, 1, D)
+        heads = product(self.input_layernorm(x), *self.qkv).view(len(x), -1, 1, a.D)    # (B, H + 2 G, 1, D)
         if isinstance(a.q_norm, nn.Identity):
             q, k = turn(heads[:, :a.n_q + a.n_kv], *rope).split([a.n_q, a.n_kv], dim=1)
         else:
@@ -199,6 +182,6 @@ class QuickBlock(Block):
             past.buffers[layer] = tuple(t.float() for t in past.buffers[layer])
         k_all, v_all = past.join(layer, k, heads[:, -a.n_kv:])
         y = a.attend(q.to(k_all.dtype), k_all, v_all, mask, ALL).to(x.dtype)                # (B, H, 1, D)
-        x = x + times(y.view(len(x), 1, -1), a.o_proj.weight, a.o_proj.bias)
-        gate, up = times(self.post_attention_layernorm(x), *self.gate_up).chunk(2, dim=-1)
-        return x + times(m.activation(gate) * up, m.down_proj.weight, m.down_proj.bias), None
+        x = x + product(y.view(len(x), 1, -1), a.o_proj.weight, a.o_proj.bias)
+        gate, up = product(self.post_attention_layernorm(x), *self.gate_up).chunk(2, dim=-1)
+        return x + product(m.activation(gate) * up, m.down_proj.weight, m.down_proj.bias), None

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fast.product import product
 from lora import DoRA, LoRA, linears
 from model import Linear
 
@@ -32,7 +33,7 @@ class Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, linear, bias, exact, parts, *halves):
-        y = F.linear(x, linear.weight, bias)                                            # (N, out)
+        y = product(x, linear.weight, bias)                                             # (N, out)
         y = y.float() if exact and y.dtype != torch.float64 else y      # else rounded to the base's dtype
         sizes, low = [n for n, _ in parts], []
         for (_, s), x_part, y_part, A, B in zip(parts, x.split(sizes), y.split(sizes), *pairs(halves)):
@@ -48,7 +49,7 @@ class Adapted(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         sizes, n = [n for n, _ in ctx.parts], 2 * len(ctx.parts)
         wanted = ctx.needs_input_grad[0]
-        grad_x = grad.to(x.dtype) @ ctx.linear.weight if wanted else None
+        grad_x = product(grad.to(x.dtype), ctx.linear.weight.t()) if wanted else None
         grads = []
         for i, ((_, s), x_part, grad_y, A, B, low) in enumerate(
                 zip(ctx.parts, x.split(sizes), grad.split(sizes), *pairs(saved[:n]), saved[n:])):
@@ -129,7 +130,8 @@ def eight_bits(model):
 
 
 def frozen(linear):
-    return isinstance(linear, Linear8) or not linear.weight.requires_grad
+    """Whether no gradient of its weight is wanted."""
+    return isinstance(linear, Linear8) or not (linear.weight.requires_grad and torch.is_grad_enabled())
 
 
 def dropping(adapter):

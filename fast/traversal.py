@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from bitune import nll, pad
 from fast.linear import Sets
+from fast.product import product
 from model import ALL, Attention, may_attend
 
 
@@ -76,7 +77,9 @@ class Streams:
         self.keep = keep.to(bitune.device)
 
     def sets(self):
-        """The adapter sets of the line, of neighbours with the same one together."""
+        """The adapter sets of the line, of neighbours with the same one together; None of a bare base."""
+        if self.answer.adapter is None:
+            return None
         parts = []
         for s in self.line:
             if parts and parts[-1][0] == s.adapter:
@@ -152,14 +155,14 @@ class NLL(torch.autograd.Function):
     def forward(ctx, x, head, bias, labels):
         grad, losses = torch.empty_like(x), []
         for x_part, label, grad_part in zip(*(t.split(NLL.rows(len(head))) for t in (x, labels, grad))):
-            logits = F.linear(x_part, head, bias)
+            logits = product(x_part, head, bias)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             log_sum, label = logits.logsumexp(1, keepdim=True), label[:, None]
             losses.append(log_sum - logits.gather(1, label))
             if ctx.needs_input_grad[0]:
                 p = logits.sub_(log_sum).exp_()
                 p.scatter_add_(1, label, p.new_full(label.shape, -1))       # d loss / d logits
-                torch.mm(p.to(head.dtype), head, out=grad_part)
+                grad_part.copy_(product(p.to(head.dtype), head.t()))
         ctx.save_for_backward(grad)
         return torch.cat(losses)[:, 0]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from bitune import METHODS, Bitune
 from fast import decoding, linear, training, traversal
 from fast.optimizer import AdamW
+from fast.product import product
 from experiments.cost import kept
 from lora import KINDS, DoRA, LoRA, linears
 from model import MLP, Block, Linear, Llama
@@ -74,25 +75,28 @@ def test_single_tokens_go_through_fewer_operations(config, monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("config", [
     {}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, {"model_type": "phi"}])
-def test_a_single_token_is_multiplied_in_parts(config, dtype, tolerance, monkeypatch):
-    """In float32 by what each thread reads of a weight, in bfloat16 over float32 keys and values."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+def test_prompts_and_single_tokens_go_through_the_quick_linears(config, dtype, tolerance):
+    """In bfloat16 over float32 keys and values."""
     bitune = Bitune(tiny_model(dtype, **config), "causal").eval()
     want = decoding.logits(bitune, cached=7)
     quick = decoding.quick(bitune)
-    assert type(quick.model.lm_head) is decoding.QuickLinear
+    linear_layers = {type(m) for m in quick.model.modules() if isinstance(m, torch.nn.Linear)}
+    assert linear_layers == {decoding.QuickLinear}
     got = decoding.logits(quick, cached=7)
     assert (got - want).norm() <= tolerance * want.norm()
 
 
-@pytest.mark.parametrize("out, inner", [(6, 4), (4, 6), (7, 3), (3, 7), (1, 8)])
-def test_parts_of_a_product_make_the_product(out, inner, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    weight, bias, x = torch.randn(out, inner), torch.randn(out), torch.randn(1, 1, inner)
-    for stored in (weight, decoding.by_columns(weight)):
+@pytest.mark.parametrize("rows", [(), (1, 1), (2, 3), (1, 0)])
+@pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_a_product_is_f_linear(rows, dtype, tolerance):
+    x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((*rows, 24), (40, 24), (40,)))
+    for w in (weight, weight.t().contiguous().t()):
         for b in (None, bias):
-            for rows in (x, x[:, :0], x.expand(2, 3, -1)):                  # one, none, several
-                torch.testing.assert_close(decoding.times(rows, stored, b), F.linear(rows, weight, b))
+            with torch.no_grad():
+                got, want = product(x, w, b), F.linear(x, w, b)
+            assert got.shape == want.shape and got.dtype == dtype
+            torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+    assert product(x, weight.requires_grad_()).requires_grad            # where gradients flow, they do
 
 
 def test_an_answer_that_has_ended_leaves_the_batch(monkeypatch):
@@ -104,24 +108,6 @@ def test_an_answer_that_has_ended_leaves_the_batch(monkeypatch):
                         forward(self, tokens, *more, **named))
     assert bitune.generate(RAGGED, 8, stop_ids=set(ends)) == want
     assert seen == sorted(seen, reverse=True) and len(set(seen)) > 2
-
-
-@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}, {"model_type": "phi"}])
-def test_laid_out_anew_weights_are_the_same(config):
-    bitune = Bitune(tiny_model(**config), "causal").eval()
-    with torch.inference_mode():
-        want = bitune(RAGGED, ANSWERS)[0]
-        state = {name: t.clone() for name, t in bitune.state_dict().items()}
-        decoding.lay_out(bitune.model)
-        torch.testing.assert_close(bitune(RAGGED, ANSWERS)[0], want, atol=1e-5, rtol=1e-5)
-    assert all(torch.equal(t, state[name]) for name, t in bitune.state_dict().items())
-    names = {name for name, p in bitune.model.named_parameters() if p.dim() > 1 and not p.is_contiguous()}
-    head = "model.embed_tokens.weight" if config.get("tie_word_embeddings") else "lm_head.weight"
-    assert head in names and any("up_proj" in name or "fc1" in name for name in names)
-    assert not any("down_proj" in name or "fc2" in name for name in names)
-    model = tiny_model(torch.bfloat16)
-    decoding.lay_out(model)
-    assert all(p.is_contiguous() for p in model.parameters())
 
 
 # ---- training --------------------------------------------------------------------------------------------
