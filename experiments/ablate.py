@@ -2,12 +2,14 @@
 
     python -m experiments.ablate --out FOLDER --model FOLDER --data FILE --evaluate piqa=FILE
         [--methods bitune ...] [--pefts lora ...] [--cs 0.01 ...]
-        [--lrs 3e-4 ...] [--seeds 42 43 44] [any other flag of train.py]
+        [--lrs 3e-4 ... [--search]] [--seeds 42 43 44] [any other flag of train.py]
 
 Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
-trainable parameters as Bitune's two sets. Learning rates are compared on validation data alone. A finished
-run is never made again, and one that was stopped goes on from its last save: repeat the command. Several
-processes, on all machines that share the folder, make one grid: give each of them the same command.
+trainable parameters as Bitune's two sets. Learning rates are compared on validation data alone: with all
+seeds, or with --search with the first one, and the others are left for each model's best rate and for that
+of plain finetuning, by which the paper chose it for all. A finished run is never made again, and one that
+was stopped goes on from its last save: repeat the command. Several processes, on all machines that share the
+folder, make one grid: give each of them the same command.
 """
 
 from cli.early import answer_flags
@@ -27,6 +29,7 @@ from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_p
 from cli.settings import read_flags, train_parser
 from cli.speed import hasten
 from cli.terminal import Progress
+from experiments.compare import chosen, report
 from experiments.evaluate import BATCH_SIZE, SCORED, evaluate, load_questions
 from files.checkpoint import load_base, read_config
 from files.disk import InUse, finish_writing, hold, json_bytes, let_go, one_at_a_time, write_files
@@ -112,14 +115,15 @@ def finetune(flags, folder, progress):
 
 
 def measure(flags, folder, score, progress):
-    """One run's numbers. score(bitune, tokenizer, progress) gives its scores, column by column."""
-    scores = score(*finetune(flags, folder, progress), progress)
+    """One run's numbers. score(bitune, tokenizer, progress) gives those that scoring makes: `scores`, column
+    by column, and perhaps `right`, a string of 1 or 0 for each question."""
+    scored = score(*finetune(flags, folder, progress), progress)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     validations = [r for r in log if "val_loss" in r]
     return {"trainable": read_settings(folder)[1]["trainable_parameters"],
             "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
             "val_loss": validations[-1]["val_loss"] if validations else None,
-            "validations": validations, "scores": scores}
+            "validations": validations, **scored}
 
 
 def read_records(out):
@@ -150,7 +154,8 @@ def one_run(own, flags, folder, score, progress):
         try:
             record = find_record(out, own)          # it may have come before the folder was held
             if record is None:
-                record = own | {"run": folder.name} | measure(flags, folder, score, progress)
+                record = {"scored_on": []} | own | {"run": folder.name}
+                record |= measure(flags, folder, score, progress)
                 add_record(out, record)
         except FloatingPointError as problem:
             print(f"error: {folder.name}: {problem}", file=sys.stderr)
@@ -167,15 +172,19 @@ def one_run(own, flags, folder, score, progress):
 
 
 def grid(models, lrs, seeds, out, score, scored_on=()):
-    """Every model at every learning rate with every seed: their records, which are also the lines of
-    out/results.jsonl. One whose training failed has none. Records with scores on anything but `scored_on`
-    get new ones. A run that another process is at is left to it, and waited for in the end."""
+    """Every model at every learning rate (a list, or one for each model's name) with every seed: their
+    records, which are also the lines of out/results.jsonl. One whose training failed has none. Records with
+    scores on anything but `scored_on` get new ones. A run that another process is at is left to it, and
+    waited for in the end."""
     width, left = max(map(len, models)), {}
-    for (name, flags), lr, seed in product(models.items(), dict.fromkeys(lrs), dict.fromkeys(seeds)):
+    lrs = lrs if isinstance(lrs, dict) else dict.fromkeys(models, list(dict.fromkeys(lrs)))
+    runs = [(name, lr, seed) for name in models for lr in lrs[name] for seed in dict.fromkeys(seeds)]
+    for name, lr, seed in runs:
         run = f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
-        own = {"name": name, "lr": lr, "seed": seed, "scored_on": list(scored_on)}
+        own = {"name": name, "lr": lr, "seed": seed}
+        own |= {} if scored_on is None else {"scored_on": list(scored_on)}      # None: any record will do
         line = Line(f"{name:<{width}}  lr {lr:<6g} seed {seed}")
-        left[run] = own, [*flags, f"--lr={lr}", f"--seed={seed}"], out / run, score, line
+        left[run] = own, [*models[name], f"--lr={lr}", f"--seed={seed}"], out / run, score, line
     records, told = dict.fromkeys(left), None       # in this order, whoever makes them
     while left:
         for run, its in [*left.items()]:
@@ -183,7 +192,7 @@ def grid(models, lrs, seeds, out, score, scored_on=()):
                 records[run] = record = one_run(*its)
             except InUse:
                 continue
-            if len(lrs) > 1 and record and record["val_loss"] is None:
+            if len({lr for _, lr, _ in runs}) > 1 and record and record["val_loss"] is None:
                 raise ValueError("several learning rates and no validation data to choose by: give "
                                  "--val-data")
             del left[run]
@@ -192,48 +201,6 @@ def grid(models, lrs, seeds, out, score, scored_on=()):
                 print(f"waiting for what other processes are at: {told}", flush=True)
             time.sleep(1)
     return [record for record in records.values() if record]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The tables
-
-def chosen(records):
-    """Each model's records, a seed each, at the learning rate with the lowest mean validation loss; only
-    rates at which the most seeds have come to their end are compared."""
-    best = {}
-    for name in dict.fromkeys(r["name"] for r in records):
-        rates = by_rate(records, name)
-        most = max(map(len, rates))
-        rates = [group for group in rates if len(group) == most]
-        best[name] = min(rates, key=lambda group: statistics.fmean(r["val_loss"] or 0 for r in group))
-    return best
-
-
-def by_rate(records, name):
-    own = [r for r in records if r["name"] == name]
-    return [[r for r in own if r["lr"] == lr] for lr in dict.fromkeys(r["lr"] for r in own)]
-
-
-def spread(values, form):
-    """mean ± standard deviation, if there are several"""
-    mean = form.format(statistics.fmean(values))
-    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
-
-
-def table(groups, first=()):
-    """Markdown: a line for each group, the records of one model at one learning rate; `first` are lines to
-    put above, each a list of cells."""
-    columns = list(groups[0][0]["scores"])
-    lines = [["", "trainable parameters", "learning rate", "seconds", "validation loss", *columns], *first]
-    for group in groups:
-        loss = [r["val_loss"] for r in group]
-        lines.append([group[0]["name"], f"{group[0]['trainable']:,}", f"{group[0]['lr']:g}",
-                      spread([r["seconds"] for r in group], "{:.0f}"),
-                      "" if None in loss else spread(loss, "{:.3f}"),
-                      *(spread([100 * r["scores"][c] for r in group], "{:.1f}") + "%" for c in columns)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * w for w in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -272,16 +239,29 @@ def read_questions(files, common, limit):
 
 
 def scorer(tasks, common, batch_size, max_new_tokens):
-    """The function that scores a model on all tasks: column -> mean."""
+    """The function that scores a model on all tasks: see `measure`."""
     def score(bitune, tokenizer, progress):
         hasten(bitune)
-        stop_ids, columns = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}
+        stop_ids, scores, right = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}, {}
         for task, name, questions in tasks:
-            _, scores = evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens,
-                                 progress)
-            columns |= {f"{name} {metric}": mean for metric, (mean, _) in scores.items()}
-        return columns
+            results, means = evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size,
+                                      max_new_tokens, progress)
+            for metric, (mean, _) in means.items():
+                scores[f"{name} {metric}"] = mean
+                right[f"{name} {metric}"] = "".join(f"{result[metric]:.0f}" for result in results)
+        return {"scores": scores, "right": right}
     return score
+
+
+def search(models, lrs, seed, out, baseline):
+    """Each model's learning rates of which all seeds are wanted: the best of `lrs` with one seed, and the
+    one that is best for `baseline`. Nothing is scored for it; records that have scores stay."""
+    grid(models, lrs, [seed], out, lambda *_: {"scores": {}}, None)
+    best = chosen([r for r in read_records(out) if r["seed"] == seed and r["name"] in models])
+    if baseline not in best:
+        raise ValueError(f"{out}: no run of {baseline} came to its end")
+    shared = best[baseline][0]["lr"]
+    return {name: sorted({shared, best[name][0]["lr"] if name in best else shared}) for name in models}
 
 
 def base_line(common, score, scored_on, out):
@@ -290,8 +270,8 @@ def base_line(common, score, scored_on, out):
     with one_at_a_time(out):
         if not file.exists() or read_json(file)["scored_on"] != scored_on:
             model, tokenizer = load_base(common.model, common.device, common.dtype)
-            scores = score(Bitune(model, "causal").eval(), tokenizer, Line("base model"))
-            write_files(out, {file.name: json_bytes({"scored_on": scored_on, "scores": scores})})
+            scored = score(Bitune(model, "causal").eval(), tokenizer, Line("base model"))
+            write_files(out, {file.name: json_bytes({"scored_on": scored_on} | scored)})
     scores = read_json(file)["scores"].values()
     return ["base model", "", "", "", "", *(f"{100 * v:.1f}%" for v in scores)]
 
@@ -323,6 +303,7 @@ def main(argv=None):
     arg("--cs", nargs="+", default=[C], type=number(float, 1e-9, 1e9), metavar="C",
         help="of the methods that mix")
     arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
+    arg("--search", action="store_true", help="compare the --lrs with the first seed alone, unscored")
     arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="of each model")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
     arg("--eval-batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
@@ -338,26 +319,27 @@ def main(argv=None):
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
         # No result hangs on these.
-        free = (*OWN, "micro-batch-size", "checkpointing", "plain", "save-every", "device")
+        free = (*OWN, "micro-batch-size", "checkpointing", "plain", "save-every", "keep", "device")
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.cs, given(rest))
         rest = [*rest, f"--template={common.template}"]
         flags = {name: [*rest, *own] for name, own in models.items()}
+        baseline = next(iter(models))                   # plain finetuning
+        if args.search:
+            lrs = search(flags, lrs, args.seeds[0], out, baseline)
         records = grid(flags, lrs, args.seeds, out, score, scored_on)
         if not records:
             raise ValueError(f"{out}: no run came to its end")
         base = base_line(common, score, scored_on, out)
-        every = [r for r in read_records(out) if r["scored_on"] == scored_on]   # and of earlier commands
-        best = chosen(every)
-        text = table(list(best.values()), [base])
-        if len({r["lr"] for r in every}) > 1:
-            every = [group for name in best for group in by_rate(every, name)]
-            text += f"\n\nAt each learning rate:\n\n{table(every)}"
+        # And of earlier commands; [] are the scores of a search.
+        text = report([r for r in read_records(out) if r["scored_on"] in (scored_on, [])], base, baseline)
         with one_at_a_time(out):
             write_files(out, {"tables.md": (text + "\n").encode()})
     print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
-    if missing := len(models) * len({*lrs}) * len({*args.seeds}) - len(records):
+    of_each = len({*args.seeds})
+    asked = sum(map(len, lrs.values())) if args.search else len(models) * len({*lrs})
+    if missing := asked * of_each - len(records):
         print(f"error: {missing} of the runs did not come to an end, as said above: repeat the command, or "
               "leave a rate that diverges out of --lrs", file=sys.stderr)
         sys.exit(1)

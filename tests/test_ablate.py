@@ -1,5 +1,6 @@
 """Grids of finetunings: what they are made of, that nothing is made twice, and what the tables say."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import signal
 import pytest
 
 import train
-from experiments import ablate
+from experiments import ablate, compare
 from test_commands import exits
 from test_evaluate import PUBLISHED, write_rows
 from tiny import write_checkpoint, write_data
@@ -51,9 +52,9 @@ def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
         record("A", 1e-1, 42, 0.1, 0.9),  # the other seed failed
         record("B", 1e-2, 42, 0.9, 0.1),
     ]
-    best = ablate.chosen(records)
+    best = compare.chosen(records)
     assert [(r["lr"], r["seed"]) for r in best["A"]] == [(1e-3, 42), (1e-3, 43)]
-    lines = ablate.table([*best.values()]).splitlines()
+    lines = compare.table([*best.values()]).splitlines()
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
     assert rows[2] == ["A", "1,234", "0.001", "3 ± 0", "1.100 ± 0.141", "55.0 ± 7.1%"]
     assert rows[3] == ["B", "1,234", "0.01", "3", "0.900", "10.0%"]
@@ -66,6 +67,13 @@ def argv(tmp_path):
     line = f"--model {model} --data {data} --steps 4 --save-every 2 --batch-size 2 --evaluate arc={arc} " \
            f"--seeds 42 43 --lrs 0.01 --out {tmp_path / 'grid'}"
     return line.split()
+
+
+def first_table(text):
+    """The lines of the first table that is in a text."""
+    lines = text.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| "))
+    return list(itertools.takewhile(lambda line: line.startswith("| "), lines[begin:]))
 
 
 def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys):
@@ -96,7 +104,7 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     ablate.main(argv)
     assert len(steps) == 1 + 3 * 4 and len(scores) == 6 + 1  # and the base model
     said = capsys.readouterr().out
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in said.splitlines() if line[:2] == "| "]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in first_table(said)]
     names = ["LoRA rank 8", "LoRA rank 16", "Bitune"]
     assert [row[0] for row in rows] == ["", "-" * 12, "base model", *names]
     assert rows[0][5:] == ["arc acc", "arc acc_norm"] and rows[2][5].endswith("%")
@@ -122,16 +130,16 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
 def test_a_run_killed_in_its_last_validation_is_validated_before_it_is_scored(argv, tmp_path):
     argv = [*argv, "--seeds", "42"]
     ablate.main(argv)
-    table = (tmp_path / "grid/tables.md").read_text()
+    tables = tmp_path / "grid/tables.md"
+    table = tables.read_text()
     results, log = tmp_path / "grid/results.jsonl", tmp_path / "grid/bitune-lr0.01-seed42/log.jsonl"
     results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
     lines = log.read_text().splitlines(keepends=True)
     assert '"step": 4, "val_loss"' in lines[-1]
     log.write_text("".join(lines[:-1]))
     ablate.main(argv)
-    assert [row.split("|")[5] for row in (tmp_path / "grid/tables.md").read_text().splitlines()] == [
-        row.split("|")[5] for row in table.splitlines()
-    ]
+    before, after = ([row.split("|")[5] for row in first_table(t)] for t in (table, tables.read_text()))
+    assert after == before
     assert log.read_text().splitlines(keepends=True)[-1] == lines[-1]
 
 
@@ -165,9 +173,57 @@ def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, cap
     said = capsys.readouterr()
     assert end.value.code == 1 and "error: 1 of the runs did not come to an end, as said above" in said.err
     assert "the loss is nan" in said.err
-    bitune = [line for line in said.out.splitlines() if line.startswith("| Bitune")]
+    bitune = [line for line in said.out.splitlines() if line.startswith("| Bitune  ")]
     assert len(bitune) == 2 and all("| 0.01 " in line for line in bitune)  # at its best, and at each rate
-    assert "At each learning rate:" in said.out and said.out.count("| LoRA rank 16") == 3
+    assert "At each learning rate:" in said.out and said.out.count("| LoRA rank 16") == 4
+
+
+def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(argv, tmp_path, capsys):
+    """Losses are what the rate says: low for plain finetuning at 0.01, for Bitune at 0.02."""
+    made, measure = [], ablate.measure
+
+    def measured(flags, folder, score, progress):
+        made.append(folder.name)
+        loss = abs(float(ablate.given(flags)["lr"]) - (0.02 if "bitune" in folder.name else 0.01))
+        return measure(flags, folder, score, progress) | {"val_loss": loss}
+
+    ablate.measure, main = measured, ablate.main
+    try:
+        main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])
+        main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])      # nothing anew
+    finally:
+        ablate.measure = measure
+    searched, rest = made[:9], made[9:]
+    assert sorted(searched) == sorted(f"{name}-lr{lr}-seed42" for lr in (0.01, 0.02, 0.03)
+                                      for name in ("lora-rank-8", "lora-rank-16", "bitune"))
+    # The chosen ones of the search are scored; the other seed is made of them alone.
+    assert sorted(rest) == sorted(f"{name}-seed{seed}" for seed in (42, 43) for name in (
+        "lora-rank-8-lr0.01", "lora-rank-16-lr0.01", "bitune-lr0.01", "bitune-lr0.02"))
+    text = (tmp_path / "grid/tables.md").read_text()
+    heads = "Each at its own best", "All at 0.01, which is best for LoRA rank 8:", "At each learning rate:"
+    assert [*map(text.index, heads)] == sorted(map(text.index, heads))
+    assert text.count("| Bitune - LoRA rank 8 ") == 4           # two protocols, two columns
+
+
+def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
+    def group(name, *right):
+        return [{"name": name, "seed": 42 + i, "scores": {"acc": 0.5}, "right": {"acc": r}}
+                for i, r in enumerate(right)]
+
+    one, other = group("Bitune", "1111000011", "1110000011"), group("LoRA", "1011000001", "1110000001")
+    by_seed, mean, error = compare.difference(one, other, "acc")
+    assert by_seed == [20, 10] and mean == 15
+    gains = [0, 50, 0, 0, 0, 0, 0, 0, 100, 0]                   # of each question, the mean over seeds
+    variance = sum((g - 15) ** 2 for g in gains) / 9
+    assert abs(error - (variance / 10 + 50 / 2) ** 0.5) < 1e-12
+    old = [{"name": "old", "seed": 42, "scores": {"acc": 0.5}}]
+    lines = compare.differences({"Bitune": one, "LoRA": other, "old": old}, "Bitune")
+    assert [c.strip() for c in lines.splitlines()[2].split("|")[1:-1]] == [
+        "Bitune - LoRA", "acc", "+20.0 +10.0", f"+15.0 ± {error:.1f}", "none"]
+    assert len(lines.splitlines()) == 3                 # a record of an older version has no verdicts
+    sure = compare.differences({"Bitune": group("Bitune", "0" * 100), "LoRA": group("LoRA", "01" * 50)},
+                               "Bitune")
+    assert "-50.0 ± 5.0" in sure and sure.splitlines()[2].split("|")[5].strip() == "LoRA"
 
 
 def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, capsys):

@@ -10,12 +10,13 @@ import pytest
 import sample
 import train
 from edits import ROOT, copy_project
-from experiments import ablate, benchmark, cost, evaluate, merge
+from experiments import ablate, benchmark, cost, curves, evaluate, merge
 from experiments.demo import __main__ as demo
 from experiments.demo import pretrain
 
 COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "ablate": ablate, "merge": merge,
-            "cost": cost, "benchmark": benchmark, "demo": demo, "demo.pretrain": pretrain}
+            "cost": cost, "curves": curves, "benchmark": benchmark, "demo": demo,
+            "demo.pretrain": pretrain}
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from pathlib import Path
 from cli.process import before_work, run_main
 from cli.settings import DEMO, flag_adder, free_name, new_parser, number
 from cli.terminal import bars
-from experiments.ablate import chosen, claim, grid, table, variants
-from experiments.demo.figure import curves
+from experiments.ablate import claim, grid, variants
+from experiments.compare import chosen, table
+from experiments.curves import colours, panel, picture
 from experiments.demo.language import TASKS, write
 from files.checkpoint import load_base
 from files.run import load_run
@@ -41,6 +42,11 @@ def answers(runs, rows, tokenizer):
     return "\n".join(lines)
 
 
+def matches(seeds):
+    """Each seed's validations as one line of a picture: [(step, the seeds' exact matches)]."""
+    return [(at[0]["step"], [r["val_exact_match"] for r in at]) for at in zip(*seeds)]
+
+
 def demonstrate(task, models, lrs, seeds, steps, out):
     write(task, out)
     given = DEMO | {"data": out / "train.jsonl", "val_data": out / "val.jsonl", "steps": steps,
@@ -52,13 +58,16 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     chance = statistics.mean(1 / (1 + row["prompt"].count(";")) for row in rows)
     print(f"\n{task}: {rows[0]['prompt']} -> {rows[0]['completion']}", flush=True)
 
-    score = lambda bitune, *_: {"exact match, test": validate(bitune, test, 100)["exact_match"]}
+    score = lambda bitune, *_: {
+        "scores": {"exact match, test": validate(bitune, test, 100)["exact_match"]}}
     claim(out, {"task": task, "steps": steps})
     best = chosen(grid({name: flags + more for name, more in models.items()}, lrs, seeds, out, score))
     if best.keys() != models.keys():
         raise ValueError(f"only {', '.join(best) or 'nothing'} came to its end: try lower --lrs")
-    validations = {name: [r["validations"] for r in records] for name, records in best.items()}
-    (out / "curves.svg").write_text(curves(validations, chance), encoding="utf-8")
+    lines = {name: matches([r["validations"] for r in records]) for name, records in best.items()}
+    drawn = panel("exact match on validation data", lines, colours(lines), 0, 1, "{:.0%}",
+                  (chance, f"chance {chance:.1%}"))
+    (out / "curves.svg").write_text(picture([drawn]), encoding="utf-8")
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
     first = {name: load_run(out / records[0]["run"])[0] for name, records in best.items()}
     print(f"{answers(first, rows[:3], tokenizer)}\n")

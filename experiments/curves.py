@@ -1,0 +1,148 @@
+"""Runs as a picture, an SVG: loss, validation loss and exact match over steps, and α layer by layer.
+
+    python -m experiments.curves RUN ... [--out curves.svg]
+
+All is read from the runs' log.jsonl, in which α by layer stands at each validation. A line is a run, or the
+mean of several in a band from the lowest to the highest.
+"""
+
+from cli.early import answer_flags
+answer_flags(__name__)          # before torch is imported, which takes two seconds
+
+import json
+from html import escape
+from pathlib import Path
+from statistics import fmean
+
+from cli.process import before_work, run_main
+from cli.settings import flag_adder, new_parser
+
+COLOURS = ["#cc6677", "#4499cc", "#ddaa33", "#33a055", "#aa66cc", "#999999", "#aa7744"]
+LEFT, TOP, WIDTH, HEIGHT, KEY = 64, 36, 500, 250, 170
+STYLE = """<style>
+svg { background: #ffffff; fill: #444; font: 13px Helvetica, Arial, sans-serif } .grid { stroke: #e4e4e8 }
+@media (prefers-color-scheme: dark) { svg { background: #15181d; fill: #c4c8d0 } .grid { stroke: #33383f } }
+</style>"""
+
+
+def colours(names):
+    """A colour for each name: Bitune's own, and the others in their order."""
+    others = (c for c in COLOURS[1:] * (1 + len(names)))
+    return {name: COLOURS[0] if name == "Bitune" else next(others) for name in names}
+
+
+def shades(n):
+    """n colours from the lowest layer to the highest."""
+    return [f"hsl({230 - 200 * i / max(1, n - 1):.0f} 65% 55%)" for i in range(n)]
+
+
+def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None):
+    """One diagram as a list of SVG elements, from the height 0 downwards. lines: name -> [(step, values)],
+    a value for each seed; colour: name -> colour. low, high: ends of the axis, if not those of the values.
+    level: (value, words) of a dashed line."""
+    values = [v for line in lines.values() for _, seeds in line for v in seeds]
+    low = min(values) if low is None else low
+    high = max(max(values) if high is None else high, low + 1e-9)
+    end = max([step for line in lines.values() for step, _ in line] + [1])
+    x, y = lambda step: LEFT + WIDTH * step / end, lambda v: TOP + HEIGHT * (high - v) / (high - low)
+    path = lambda xy: " ".join(f"{a:.1f},{b:.1f}" for a, b in xy)
+    text = lambda a, b, words, anchor="start": (
+        f'<text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{escape(words)}</text>')
+
+    svg = [text(LEFT, TOP - 10, title), text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, "steps", "middle")]
+    for part in range(5):
+        v = low + (high - low) * part / 4
+        svg += [f'<path class="grid" d="M{LEFT},{y(v):.1f}h{WIDTH}"/>',
+                text(LEFT - 8, y(v) + 4, form.format(v), "end")]
+    for step in range(0, end + 1, max(1, end // 5)):
+        svg.append(text(x(step), TOP + HEIGHT + 20, str(step), "middle"))
+    if level:
+        svg += [f'<path d="M{LEFT},{y(level[0]):.1f}h{WIDTH}" stroke="#999" stroke-dasharray="3 4"/>',
+                text(LEFT + WIDTH - 4, y(level[0]) + 18, level[1], "end")]
+    for name, line in lines.items():
+        lowest, highest = ([(x(step), y(of(seeds))) for step, seeds in line] for of in (min, max))
+        mean = [(x(step), y(fmean(seeds))) for step, seeds in line]
+        if lowest != highest:
+            svg.append(f'<polygon points="{path(lowest + highest[::-1])}" fill="{colour[name]}" '
+                       'fill-opacity="0.25"/>')
+        svg.append(f'<polyline points="{path(mean)}" fill="none" stroke="{colour[name]}" stroke-width="2"/>')
+    gap = min(22, HEIGHT / len(lines))
+    for row, name in enumerate(sorted(lines, key=lambda n: -fmean(lines[n][-1][1]))):
+        at = TOP + gap / 2 + gap * row
+        svg.append(f'<path d="M{LEFT + WIDTH + 16},{at:.1f}h18" stroke="{colour[name]}" stroke-width="4"/>')
+        if gap >= 13 or row in (0, len(lines) - 1):                     # many layers: the ends are named
+            svg.append(text(LEFT + WIDTH + 42, at + 4, name))
+    return svg
+
+
+def picture(panels):
+    """Panels, one below the other, as one SVG."""
+    height = TOP + HEIGHT + 56
+    body = [f'<g transform="translate(0 {i * height})">\n' + "\n".join(one) + "\n</g>"
+            for i, one in enumerate(panels)]
+    box = f"0 0 {LEFT + WIDTH + KEY} {len(panels) * height}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">'
+    return "\n".join([head, STYLE, *body, "</svg>"]) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# From the logs of runs
+
+def smoothed(log, points=60):
+    """The training loss as means over so many parts of the run."""
+    records = [r for r in log if "loss" in r]
+    size = -(-len(records) // points)
+    parts = [records[i:i + size] for i in range(0, len(records), size or 1)]
+    return [(part[-1]["step"], [fmean(r["loss"] for r in part)]) for part in parts]
+
+
+def alphas(log, name):
+    """α of keys or values: layer -> [(step, [α])]."""
+    records = [r for r in log if f"alphas_{name}" in r]
+    layers = range(len(records[0][f"alphas_{name}"])) if records else ()
+    return {f"layer {i}": [(r["step"], [r[f"alphas_{name}"][i]]) for r in records] for i in layers}
+
+
+def of_runs(logs):
+    """The panels of runs, name -> the records of its log."""
+    colour, panels = colours(logs), []
+    percent = {"low": 0, "high": 1, "form": "{:.0%}"}
+    for title, key, axis in (("validation loss", "val_loss", {"form": "{:.2f}"}),
+                             ("exact match on validation data", "val_exact_match", percent)):
+        lines = {name: [(r["step"], [r[key]]) for r in log if key in r] for name, log in logs.items()}
+        if lines := {name: line for name, line in lines.items() if line}:
+            panels.append(panel(title, lines, colour, **axis))
+    losses = {name: line for name, log in logs.items() if (line := smoothed(log))}
+    if losses:
+        panels.insert(0, panel("training loss", losses, colour, form="{:.2f}"))
+    for name, log in logs.items():
+        for which in sorted({key[7:] for r in log for key in r if key.startswith("alphas_")}):
+            lines = alphas(log, which)
+            title = f"α of the {which}s" + (f", {name}" if len(logs) > 1 else "")
+            panels.append(panel(title, lines, dict(zip(lines, shades(len(lines)))), low=0, form="{:.2f}"))
+    return panels
+
+
+def read_log(run):
+    file = Path(run) / "log.jsonl"
+    if not file.exists():
+        raise ValueError(f"{run} has no log.jsonl: expected a run of train.py")
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+
+
+def main(argv=None):
+    parser = new_parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    arg = flag_adder(parser)
+    arg("--out", default="curves.svg", metavar="FILE", help="where the picture goes")
+    args = parser.parse_args(argv)
+    with before_work():
+        panels = of_runs({Path(run).name: read_log(run) for run in args.runs})
+        if not panels:
+            raise ValueError(f"{' '.join(args.runs)}: no step is in the logs yet")
+        Path(args.out).write_text(picture(panels), encoding="utf-8")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
