@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from cli.chat import conversation
+from cli.explain import explain
 from cli.process import before_work, run_main
 from cli.settings import DEMO, add_chat, add_run, add_sampling, flag_adder, last_demonstration, new_parser
 from cli.speed import quick
@@ -47,6 +48,7 @@ def main(argv=None):
     arg("--prompt-file", metavar="FILE", help="a file with the prompt, which may have several lines")
     arg("--stop", metavar="TEXT", action="append", default=[], help="ends an answer, too; may be repeated")
     arg("--show-mixing", action="store_true", help="show the mixing coefficients of the run, layer by layer")
+    arg("--explain", action="store_true", help="show what becomes of --prompt, step by step")
     arg("--unmerged", action="store_true", help="keep the set \"answer\" apart from the weights: slower")
     add_sampling(arg)
     add_chat(arg)
@@ -61,16 +63,16 @@ def main(argv=None):
         turns = [("system", args.system)] if args.system else []
         encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
-        if args.show_mixing and not bitune.mixes:
-            raise ValueError(f"--show-mixing: method {bitune.method} mixes nothing; give a run that does")
+        mixing = bars(bitune) if args.show_mixing else None
         first = encode(args.prompt or "")
         bitune.model.config.check_length(len(first) + 1)
         if args.prompt is not None and not first:
             raise ValueError("--prompt is empty: expected some text")
+        explained = explain(bitune, tokenizer, first) if args.explain else None
         bitune = conversation(bitune if args.unmerged else quick(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
-    if args.show_mixing:
-        say(bars(bitune))
+    if mixing or explained:
+        say(explained or mixing)
     if demonstrates and args.prompt is None:
         say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
         unseen = [row["prompt"] for _, row in read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))]

@@ -121,12 +121,11 @@ def train(run, progress, stop):
     due = lambda every: run.at == s.steps or run.at % every == 0
 
     def validation():
-        started = run.at or s.adapter
-        model = bitune if started else Bitune(bitune.model, "causal")   # new adapters are the base model
+        model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # new ones are the base
         with stop.at_once():
             result = validate(model, run.val, s.micro_batch_size, progress.update)
         progress.validated(run, result)
-        run.log({f"val_{name}": value for name, value in result.items()})
+        run.keep(result)
 
     try_longest(bitune, examples, s.micro_batch_size)
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at 0, or cut short when killed

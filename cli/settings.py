@@ -177,6 +177,8 @@ def train_parser(description=None):
     arg = flag_adder(parser, "running")
     arg("--eval-every", type=number(int, 1), help="steps between validations (default: a tenth of --steps)")
     arg("--save-every", type=number(int, 1), help="steps between saves (default: a tenth of --steps)")
+    arg("--keep", default="last", choices=("last", "best"), help="best: beside the last save also the one "
+        "with the lowest validation loss, in RUN/best")
     add_device(arg)
     return parser
 

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from bitune import nll, pad
+from cli.explain import causal_only
 from cli.process import before_work, run_main
 from cli.settings import add_run, flag_adder, new_parser, number
 from cli.speed import hasten, norms_once
@@ -54,10 +55,10 @@ class Question(NamedTuple):
     subject: object = None  # of MMLU
 
 
-def load_questions(path, task, tokenizer, template, longest, limit=None):
+def load_questions(path, task, tokenizer, template, longest, limit=None, twice=False):
     """The first `limit` questions of a file, or of each file in a folder, and the places of those of them
     that were left out because the prompt with its longest choice, or with the first token of an answer, has
-    more than `longest` tokens."""
+    more than `longest` tokens. twice: the text of each prompt comes a second time."""
     path, questions, left_out = Path(path), [], []
     several = path.is_dir()
     suffixes = (".csv", ".json", ".jsonl")
@@ -67,6 +68,9 @@ def load_questions(path, task, tokenizer, template, longest, limit=None):
             turns, input, answer = parse_row(row)
             texts = row.get("choices", [])
             answer = right_choice(row) if texts else answer
+            if twice:
+                role, text = turns[-1]
+                turns = [*turns[:-1], (role, f"{text}\n\n{text}")]
             prompt = encode_prompt(tokenizer, template, turns, input)
         except ValueError as error:
             raise ValueError(f"{file}, {place}: {error}") from None
@@ -274,10 +278,13 @@ def main(argv=None):
         "or a folder of such files")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions (of each file)")
     arg("--batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
+    arg("--forced-causal", action="store_true", help="with α = 0: what does the second reading add?")
+    arg("--twice", action="store_true", help="each prompt's text twice: what does repeating it add?")
     arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
     arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/base/NAME)")
     args = parser.parse_args(argv)
     name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
+    name += ("-forced-causal" if args.forced_causal else "") + ("-twice" if args.twice else "")
     with before_work():
         if not (args.model or args.adapter):
             raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
@@ -287,7 +294,10 @@ def main(argv=None):
         template = about.get("template", "paper")
         stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
         longest = bitune.model.config.max_length
-        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit)
+        if args.forced_causal and not bitune.mixes:
+            raise ValueError(f"--forced-causal: method {bitune.method} mixes nothing")
+        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit,
+                                             args.twice)
         if args.samples and questions[0].choices:
             raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
         bare = Path("runs/base") / Path(args.model or "").resolve().name
@@ -296,11 +306,12 @@ def main(argv=None):
         digest = hashlib.sha256(repr(questions).encode()).hexdigest()
         weights = weights_of([args.model or base_of(Path(args.adapter)), args.adapter])
         of = [args.task, digest, template, sorted(stop_ids), args.batch_size, args.max_new_tokens,
-              args.dtype, str(bitune.device), weights]
+              args.dtype, str(bitune.device), weights, args.forced_causal]
         kept = Kept(out / f"{name}.part", of)
 
     norms_once(bitune.model)
     hasten(bitune)
+    bitune = causal_only(bitune) if args.forced_causal else bitune
     begun = time.monotonic()
     if kept:
         print(f"{len(kept)} of {len(questions)} questions are from an earlier try")

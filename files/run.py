@@ -7,6 +7,7 @@
     bidirectional/              the set "prompt", in the same form; any further set in a folder of its name
     settings.json, log.jsonl    every flag and derived number; a line a step
     state.safetensors           what `--resume` needs
+    best/                       with --keep best: the same files as of the lowest validation loss
 
 settings.json is written at the start, log.jsonl as it goes, all the others by each save. What would make a
 run mean something else is written down and checked when it is loaded.
@@ -14,6 +15,7 @@ run mean something else is written down and checked when it is loaded.
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict
 from itertools import takewhile
@@ -331,6 +333,7 @@ class Run:
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
         self.validated = {r["step"] for r in kept if "val_loss" in r}
+        self.best = min([r["val_loss"] for r in kept if "val_loss" in r and r["step"]], default=math.inf)
         if writes:
             write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
         self.file = open(self.folder / "log.jsonl" if writes else os.devnull, "a", buffering=1)
@@ -359,6 +362,18 @@ class Run:
 
     def log(self, record):
         print(json.dumps({"step": self.at, **record}), file=self.file)
+
+    def keep(self, result):
+        """Log a validation, with α layer by layer; with --keep best, the save that has the lowest loss stays
+        in the folder best/."""
+        s, loss = self.settings, result["loss"]
+        if self.writes and s.keep == "best" and self.at and loss < self.best:
+            write_files(self.folder / "best", run_bytes(self.bitune, s.model, template=s.template,
+                                                        step=self.at))
+        self.best = min(self.best, loss if self.at else math.inf)
+        alphas = alpha_by_layer(self.bitune)
+        self.log({f"val_{name}": value for name, value in result.items()} |
+                 {f"alphas_{name}": alphas[name] for name in alphas})
 
     def save(self):
         s = self.settings

@@ -1,0 +1,102 @@
+"""One prompt, step by step: the page that one shows a class (sample.py --explain)."""
+
+import copy
+import math
+
+import torch
+
+from bitune import adapter_sets
+from cli.terminal import bars
+from model import may_attend
+
+SHOWN = 12          # tokens of a text, and rows of a mask, that are drawn
+ANSWER = 6          # tokens of the answer whose probabilities are shown
+
+
+@torch.inference_mode()
+def explain(bitune, tokenizer, prompt, answer_length=ANSWER):
+    """What becomes of the ids of a prompt: where it is cut, what each pass sees, the size of what it leaves
+    behind, α by layer, and what the second reading changes in the first tokens of the answer."""
+    context, opening = bitune.split(prompt)
+    words = lambda ids: " ".join(repr(tokenizer.decode([i]))[1:-1] for i in ids)
+    sets = ", ".join(adapter_sets(bitune.method)) if bitune.answer_set else "none: the bare base"
+    parts = [f"method {bitune.method}, adapter sets: {sets}",
+             f"the prompt's {len(prompt)} tokens: {len(context)} of context, which the passes read, and "
+             f"{len(opening)} that open the answer stream\n"
+             f"    context: {cut(context, words)}\n    opening: {cut(opening, words)}"]
+    masks = [(f"pass {n}, set {adapter}: {sees}", square(len(context), sees))
+             for n, (sees, adapter) in enumerate(bitune.passes, 1)]
+    answer = bitune.generate([prompt], answer_length)[0]
+    masks.append(("the answer stream, set " + (bitune.answer_set or "none"),
+                  stream(len(context), len(opening) + len(answer))))
+    parts.append("who sees whom (a row: one token; ■ what it sees, of the context and then of the stream)\n"
+                 + side_by_side(masks))
+    if context and bitune.passes:
+        parts.append(sizes(bitune, context))
+    if bitune.mixes:
+        parts += ["α, how much of the cache comes from the second reading:\n" + bars(bitune),
+                  changes(bitune, tokenizer, prompt, answer)]
+    return "\n\n".join(parts)
+
+
+def cut(ids, words):
+    half = SHOWN // 2
+    return words(ids) if len(ids) <= SHOWN else f"{words(ids[:half])} … {words(ids[-half:])}"
+
+
+def square(n, sees):
+    """The mask of a pass over n tokens, of which the first few are drawn."""
+    at = torch.arange(min(n, SHOWN // 2))[None]
+    return may_attend(at, at, sees)[0, 0]
+
+
+def stream(context, n):
+    """The mask of the answer stream: the context before it, then itself."""
+    before, n = min(context, SHOWN // 2), min(n, SHOWN // 2)
+    return may_attend(torch.arange(before, before + n)[None], torch.arange(before + n)[None])[0, 0]
+
+
+def side_by_side(masks):
+    """Masks below their titles, as lines of squares."""
+    columns = []
+    for title, mask in masks:
+        rows = ["".join("■ " if sees else "· " for sees in row) for row in mask.tolist()]
+        width = max(map(len, [title, *rows]))
+        columns.append([line.ljust(width) for line in [title, *rows]])
+    height = max(map(len, columns))
+    columns = [column + [" " * len(column[0])] * (height - len(column)) for column in columns]
+    return "\n".join("    " + "     ".join(line).rstrip() for line in zip(*columns))
+
+
+def sizes(bitune, context):
+    """The shape of what the passes leave behind, and its bytes."""
+    past = bitune.encode(bitune.lay_out([[*context, 0]], [[]])[0])
+    k, _ = past.layers[0]
+    L, total = len(past.layers), sum(t.numel() * t.element_size() for kv in past.layers for t in kv)
+    shape = " × ".join(map(str, k.shape[1:]))
+    return (f"each pass leaves behind, in each of {L} layers, K and V: {shape} (key/value heads × tokens × "
+            f"size)\n    mixed, they are the cache that the answer starts from: {total:,} bytes in "
+            f"{str(k.dtype).removeprefix('torch.')}")
+
+
+def changes(bitune, tokenizer, prompt, answer):
+    """The probability of each token of the answer that is given, with α as it is and with α = 0."""
+    without = causal_only(bitune)
+    probabilities = []
+    for model in (without, bitune):
+        logits, labels = model([prompt], [answer])
+        p = logits[0].float().softmax(-1)
+        probabilities.append(p[labels[0] >= 0].gather(1, labels[0][labels[0] >= 0, None])[:, 0].tolist())
+    lines = ["the answer's first tokens: how likely with the causal reading alone (α = 0), and as trained"]
+    for token, p, q in zip(answer, *probabilities):
+        gain = f"× {q / p:.3g}" if p > 0 else "× ∞"
+        lines.append(f"    {tokenizer.decode([token])!r:<16} {p:>7.1%} → {q:>7.1%}   {gain}")
+    likely = math.prod(probabilities[1])
+    return "\n".join(lines) + f"\n    all of them together: {math.prod(probabilities[0]):.3g} → {likely:.3g}"
+
+
+def causal_only(bitune):
+    """The same Bitune with α = 0: the answer reads what the causal pass has left."""
+    twin = copy.copy(bitune)
+    twin.alpha = lambda: {name: torch.zeros_like(a) for name, a in bitune.alpha().items()}
+    return twin

@@ -1,0 +1,124 @@
+"""What is shown of runs: pictures, the page of --explain, the best save, and controls of a score."""
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+import sample
+import train
+from cli.explain import causal_only, explain
+from experiments import curves, evaluate
+from files.run import load_run
+from test_commands import exits, flags, log  # noqa: F401 (a fixture)
+from test_evaluate import PUBLISHED, write_rows
+from tiny import ANSWERS, RAGGED, tiny_bitune, write_checkpoint
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, capsys):  # noqa: F811
+    train.main(flags("--lr", 0.5))
+    train.main(flags("--method", "causal", "--out", tmp_path / "plain"))
+    validations = [r for r in log(tmp_path / "run", "val_loss")]
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    alphas = [r["alphas_key"] for r in records if "val_loss" in r]
+    assert alphas[0] == [0.5] * 3 and alphas[-1] != alphas[0] and len(alphas) == len(validations) == 3
+    capsys.readouterr()
+    out = tmp_path / "curves.svg"
+    curves.main([str(tmp_path / "run"), str(tmp_path / "plain"), "--out", str(out)])
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    svg = ElementTree.parse(out).getroot()
+    titles = [panel.find(f"{SVG}text").text for panel in svg.iter(f"{SVG}g")]
+    assert titles == ["training loss", "validation loss", "exact match on validation data",
+                      "α of the keys, run", "α of the values, run"]
+    lines = [len(list(panel.iter(f"{SVG}polyline"))) for panel in svg.iter(f"{SVG}g")]
+    assert lines == [2, 2, 2, 3, 3]                     # a run each, then a layer each
+    assert "has no log.jsonl" in exits(2, curves.main, [str(tmp_path)], capsys)
+
+
+def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
+    line = [(0, [0.0, 1.0]), (10, [0.5, 0.5])]
+    svg = curves.picture([curves.panel("x", {"A": line}, {"A": "#123456"}, 0, 1)])
+    root = ElementTree.fromstring(svg)
+    top, bottom, left, right = (curves.TOP, curves.TOP + curves.HEIGHT, curves.LEFT,
+                                curves.LEFT + curves.WIDTH)
+    middle = (top + bottom) / 2
+    mean = root.find(f".//{SVG}polyline").get("points")
+    assert mean == f"{left:.1f},{middle:.1f} {right:.1f},{middle:.1f}"
+    band = root.find(f".//{SVG}polygon").get("points").split()
+    assert band[0] == f"{left:.1f},{bottom:.1f}" and band[-1] == f"{left:.1f},{top:.1f}"
+
+
+def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):  # noqa: F811
+    """Its losses are made up: the second of three validations is the lowest, also of a resumed run."""
+    validate, made_up = train.validate, iter([9.0, 1.0, 2.0])
+    monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | (
+        {"loss": next(made_up)} if len(args) > 3 else {}))
+    train.main(flags("--keep", "best"))
+    best, last = load_run(tmp_path / "run/best"), load_run(tmp_path / "run")
+    assert best[3]["step"] == 3 and last[3]["step"] == 6
+    assert not torch.equal(best[0].theta_key, last[0].theta_key)
+    made_up = iter([0.5, 2.0])                          # the base model's loss is not of the run
+    train.main(flags("--keep", "best", "--out", tmp_path / "second", "--steps", 3))
+    assert load_run(tmp_path / "second/best")[3]["step"] == 3
+    assert not (tmp_path / "run/best/state.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["bitune", "naive-bidir", "causal"])
+def test_a_prompt_is_explained_step_by_step(method, flags, tmp_path, capsys):  # noqa: F811
+    train.main(flags("--method", method))
+    capsys.readouterr()
+    sample.main(["--adapter", str(tmp_path / "run"), "--prompt", "Why?", "--explain",
+                 "--max-new-tokens", "2"])
+    said = capsys.readouterr().err
+    assert f"method {method}" in said and "who sees whom" in said and "opening: " in said
+    assert ("α key" in said) == ("with the causal reading alone" in said) == (method == "bitune")
+    assert ("each pass leaves behind, in each of 3 layers, K and V: 2 ×" in said) == (method != "causal")
+
+
+def test_explained_masks_sizes_and_probabilities_are_the_model_s():
+    bitune = tiny_bitune().eval()
+
+    class Letters:
+        def decode(self, ids):
+            return "".join(chr(97 + i % 26) for i in ids)
+
+    prompt, (answer,) = RAGGED[0][:5], bitune.generate([RAGGED[0][:5]], 2)
+    page = explain(bitune, Letters(), prompt, answer_length=2).splitlines()
+    first = next(i for i, line in enumerate(page) if "pass 1, set answer: causal" in line)
+    rows = [line.split("     ") for line in page[first + 1:first + 5]]
+    assert [[cell.strip() for cell in row if cell.strip()][:2] for row in rows] == [
+        ["■ · · ·", "■ ■ ■ ■"], ["■ ■ · ·", "■ ■ ■ ■"], ["■ ■ ■ ·", "■ ■ ■ ■"], ["■ ■ ■ ■", "■ ■ ■ ■"]]
+    assert any("2 × 4 × 8 (key/value heads × tokens × size)" in line for line in page)
+    assert any(f"{3 * 2 * 2 * 4 * 8 * 4:,} bytes in float32" in line for line in page)
+    with torch.inference_mode():
+        trained, without = (torch.exp(-m.losses([prompt], [answer]) * len(answer)).item()
+                            for m in (bitune, causal_only(bitune)))
+    assert page[-1].strip() == f"all of them together: {without:.3g} → {trained:.3g}"
+
+
+def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, capsys):
+    bitune = tiny_bitune().eval()
+    with torch.inference_mode():
+        want = bitune(RAGGED, ANSWERS)[0]
+        forced = causal_only(bitune)(RAGGED, ANSWERS)[0]
+        assert not torch.allclose(forced, want) and torch.equal(bitune(RAGGED, ANSWERS)[0], want)
+        bitune.theta_key.zero_(), bitune.theta_value.zero_()
+        torch.testing.assert_close(bitune(RAGGED, ANSWERS)[0], forced)
+    model = write_checkpoint(tmp_path / "model")
+    arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
+    argv = ["--model", str(model), "--task", "arc", "--data", str(arc), "--out", str(tmp_path / "out")]
+    assert "--forced-causal: method causal mixes nothing" in exits(2, evaluate.main,
+                                                                   [*argv, "--forced-causal"], capsys)
+    seen, log_probs = [], evaluate.log_probs
+    evaluate.log_probs = lambda b, prompts, choices: seen.append(prompts) or log_probs(b, prompts, choices)
+    try:
+        evaluate.main(argv)
+        evaluate.main([*argv, "--twice"])
+    finally:
+        evaluate.log_probs = log_probs
+    assert (tmp_path / "out/arc-arc-twice.json").exists() and (tmp_path / "out/arc-arc.json").exists()
+    once, twice = (bytes(i for i in ids[0] if i < 256).decode() for ids in (seen[0], seen[-1]))
+    assert len(twice) > len(once) and twice.count("\n\n") > once.count("\n\n")
