@@ -125,10 +125,15 @@ class FastAttention(Attention):
         return torch.cat(outs, 2)
 
     def one(self, q, k, v, mask):
-        if not isinstance(mask, str):
-            return super().attend(q, k, v, mask, ALL)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal",
-                                              enable_gqa=self.n_q != self.n_kv)
+        dtype = q.dtype
+        if dtype == torch.bfloat16 and q.device.type == "cpu":      # else its backward pass takes 3 times as
+            q, k, v = q.float(), k.float(), v.float()               # long, whichever CPU it is
+        if isinstance(mask, str):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=mask == "causal",
+                                                 enable_gqa=self.n_q != self.n_kv)
+        else:
+            out = super().attend(q, k, v, mask, ALL)
+        return out.to(dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------
