@@ -68,7 +68,7 @@ def main(argv=None):
         bitune.model.config.check_length(len(first) + 1)
         if args.prompt is not None and not first:
             raise ValueError("--prompt is empty: expected some text")
-        explained = explain(bitune, tokenizer, first) if args.explain else None
+        explained = explain(bitune, tokenizer, first, stop_ids) if args.explain else None
         bitune = conversation(bitune if args.unmerged else quick(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     if mixing or explained:

@@ -7,16 +7,16 @@ import torch
 
 from bitune import adapter_sets
 from cli.terminal import bars
-from model import may_attend
 
 SHOWN = 12          # tokens of a text, and rows of a mask, that are drawn
 ANSWER = 6          # tokens of the answer whose probabilities are shown
 
 
 @torch.inference_mode()
-def explain(bitune, tokenizer, prompt, answer_length=ANSWER):
+def explain(bitune, tokenizer, prompt, stop_ids=(), answer_length=ANSWER):
     """What becomes of the ids of a prompt: where it is cut, what each pass sees, the size of what it leaves
-    behind, α by layer, and what the second reading changes in the first tokens of the answer."""
+    behind, α by layer, and what the second reading changes in the first tokens of the answer, up to a stop
+    id."""
     context, opening = bitune.split(prompt)
     words = lambda ids: " ".join(repr(tokenizer.decode([i]))[1:-1] for i in ids)
     sets = ", ".join(adapter_sets(bitune.method)) if bitune.answer_set else "none: the bare base"
@@ -24,11 +24,11 @@ def explain(bitune, tokenizer, prompt, answer_length=ANSWER):
              f"the prompt's {len(prompt)} tokens: {len(context)} of context, which the passes read, and "
              f"{len(opening)} that open the answer stream\n"
              f"    context: {cut(context, words)}\n    opening: {cut(opening, words)}"]
-    masks = [(f"pass {n}, set {adapter}: {sees}", square(len(context), sees))
-             for n, (sees, adapter) in enumerate(bitune.passes, 1)]
     answer = bitune.generate([prompt], answer_length)[0]
-    masks.append(("the answer stream, set " + (bitune.answer_set or "none"),
-                  stream(len(context), len(opening) + len(answer))))
+    answer = answer[:next((n for n, token in enumerate(answer, 1) if token in stop_ids), None)]
+    titles = [f"pass {n}, set {adapter}: {sees}" for n, (sees, adapter) in enumerate(bitune.passes, 1)]
+    titles = titles * bool(context) + ["the answer stream, set " + (bitune.answer_set or "none")]
+    masks = zip(titles, masks_of(bitune, prompt, answer))
     parts.append("who sees whom (a row: one token; ■ what it sees, of the context and then of the stream)\n"
                  + side_by_side(masks))
     if context and bitune.passes:
@@ -44,16 +44,15 @@ def cut(ids, words):
     return words(ids) if len(ids) <= SHOWN else f"{words(ids[:half])} … {words(ids[-half:])}"
 
 
-def square(n, sees):
-    """The mask of a pass over n tokens, of which the first few are drawn."""
-    at = torch.arange(min(n, SHOWN // 2))[None]
-    return may_attend(at, at, sees)[0, 0]
-
-
-def stream(context, n):
-    """The mask of the answer stream: the context before it, then itself."""
-    before, n = min(context, SHOWN // 2), min(n, SHOWN // 2)
-    return may_attend(torch.arange(before, before + n)[None], torch.arange(before + n)[None])[0, 0]
+def masks_of(bitune, prompt, answer):
+    """What the model is told about who sees whom, pass by pass and then in the answer stream, of the first
+    few tokens."""
+    told, few, context = [], SHOWN // 2, len(bitune.split(prompt)[0])
+    hook = bitune.model.register_forward_pre_hook(lambda model, args: told.append(args[2][0, 0]))
+    bitune([prompt], [answer])
+    hook.remove()
+    stream = torch.cat((told[-1][:few, :min(few, context)], told[-1][:few, context:context + few]), dim=1)
+    return [*(mask[:few, :few] for mask in told[:-1]), stream]
 
 
 def side_by_side(masks):
@@ -90,13 +89,13 @@ def changes(bitune, tokenizer, prompt, answer):
     lines = ["the answer's first tokens: how likely with the causal reading alone (α = 0), and as trained"]
     for token, p, q in zip(answer, *probabilities):
         gain = f"× {q / p:.3g}" if p > 0 else "× ∞"
-        lines.append(f"    {tokenizer.decode([token])!r:<16} {p:>7.1%} → {q:>7.1%}   {gain}")
+        lines.append(f"    {tokenizer.decode([token]) or '(the end)'!r:<16} {p:>7.1%} → {q:>7.1%}   {gain}")
     likely = math.prod(probabilities[1])
     return "\n".join(lines) + f"\n    all of them together: {math.prod(probabilities[0]):.3g} → {likely:.3g}"
 
 
 def causal_only(bitune):
-    """The same Bitune with α = 0: the answer reads what the causal pass has left."""
+    """The same Bitune with α = 0: the answer reads what the first pass has left, the causal one."""
     twin = copy.copy(bitune)
-    twin.alpha = lambda: {name: torch.zeros_like(a) for name, a in bitune.alpha().items()}
+    twin.mix = lambda read, positions: read[0]
     return twin

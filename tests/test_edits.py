@@ -19,7 +19,8 @@ from edits import ROOT, copy_project, edits, imported_from
 from tiny import write_checkpoint, write_data
 
 # What a train.py of the edit is given to use it, and what a Bitune is made with.
-USED_BY = {"vera": (["--peft", "vera", "--rank", "8"], {"kind": "vera"})}
+USED_BY = {"vera": (["--peft", "vera", "--rank", "8"], {"kind": "vera"}),
+           "segments": (["--method", "segments"], {"method": "segments"})}
 
 # Slips: the edit, the lines that go wrong, and an identity that must see it.
 SLIPS = {
@@ -94,7 +95,7 @@ def test_without_fast_the_program_still_runs(tmp_path, capsys):
 def test_a_right_edit_keeps_every_identity_and_every_command(name, tmp_path, capsys):
     folder = copy_project(tmp_path / "copy", name)
     assert failures(folder, tmp_path, name) == {}
-    if name in ("relu", "window"):              # no new parameter, nothing new to show
+    if name in ("relu", "window", "segments"):  # no new parameter, nothing new to show
         return
 
     base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
@@ -129,6 +130,21 @@ def test_a_right_edit_keeps_every_identity_and_every_command(name, tmp_path, cap
         assert re.findall(r"^    (\d)  \d\.\d+ ", said, re.M) == ["0", "1", "2"]
         call(evaluate.main, "--adapter", run, "--task", "rows", "--data", data, "--limit", 4,
              "--max-new-tokens", 2)
+
+
+def test_segments_see_themselves_and_what_comes_before(tmp_path):
+    """The masks of two prompts of several turns, one of them padded; of a single turn: bidirectional."""
+    told, prompts = [], [[1, 5, 6, 1, 7, 8, 9], [3, 1, 4, 4]]
+    with imported_from(copy_project(tmp_path / "copy", "segments")) as module:
+        bitune = module("tiny").tiny_bitune("segments").eval()
+        bitune.model.register_forward_pre_hook(lambda model, args: told.append(args[2][:, 0]))
+        bitune(prompts, [[2], [2]])
+        naive = module("bitune").Bitune(bitune.model, "naive-bidir")
+        torch.testing.assert_close(bitune([[1, 5, 6, 7]], [[2, 3]]), naive([[1, 5, 6, 7]], [[2, 3]]))
+    for mask, prompt in zip(told[0], prompts):
+        n = len(prompt) - 1                                         # the last one opens the answer stream
+        turn = torch.tensor(prompt[:n]).eq(1).cumsum(0)
+        assert torch.equal(mask[:n, :n], turn[:, None] >= turn) and not mask[:n, n:].any()
 
 
 @pytest.mark.parametrize("slip", SLIPS)
