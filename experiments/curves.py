@@ -91,8 +91,9 @@ def picture(panels):
 def smoothed(log, points=60):
     """The training loss as means over so many parts of the run."""
     records = [r for r in log if "loss" in r]
-    size = -(-len(records) // points)
-    parts = [records[i:i + size] for i in range(0, len(records), size or 1)]
+    points = min(points, len(records))
+    cut = lambda i: i * len(records) // points
+    parts = [records[cut(i):cut(i + 1)] for i in range(points)]
     return [(part[-1]["step"], [fmean(r["loss"] for r in part)]) for part in parts]
 
 
@@ -119,7 +120,7 @@ def of_runs(logs):
         for which in sorted({key[7:] for r in log for key in r if key.startswith("alphas_")}):
             lines = alphas(log, which)
             title = f"α of the {which}s" + (f", {name}" if len(logs) > 1 else "")
-            panels.append(panel(title, lines, dict(zip(lines, shades(len(lines)))), low=0, form="{:.2f}"))
+            panels.append(panel(title, lines, dict(zip(lines, shades(len(lines)))), low=0, high=1))
     return panels
 
 
