@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import lm_eval
-from lm_eval.utils import load_yaml_config
+from lm_eval.tasks._yaml_loader import load_yaml
 
 CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",
            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
@@ -23,7 +23,7 @@ def task_of(file, rows):
     task = CHOICES
     if "choices" not in rows[0]:
         own = Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml"
-        task = load_yaml_config(yaml_path=str(own)) | {"doc_to_target": "{{answer}}", "num_fewshot": 0}
+        task = load_yaml(own) | {"doc_to_target": "{{answer}}", "num_fewshot": 0}
         for key in ("tag", "dataset_name", "fewshot_split", "training_split", "fewshot_config"):
             task.pop(key, None)
     return task | {"task": file.stem, "dataset_path": "json", "test_split": "test",
