@@ -10,6 +10,7 @@ from cli.early import answer_flags
 answer_flags(__name__)          # before torch is imported, which takes two seconds
 
 import json
+import math
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -36,22 +37,25 @@ def shades(n):
     return [f"hsl({230 - 200 * i / max(1, n - 1):.0f} 65% 55%)" for i in range(n)]
 
 
-def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None):
+def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None,
+          logarithmic=False):
     """One diagram as a list of SVG elements, from the height 0 downwards. lines: name -> [(step, values)],
     a value for each seed; colour: name -> colour. low, high: ends of the axis, if not those of the values.
     level: (value, words) of a dashed line."""
+    scale, unscale = (lambda v: math.log(max(v, 1e-6)), math.exp) if logarithmic else (float, float)
     values = [v for line in lines.values() for _, seeds in line for v in seeds]
     low = min(values) if low is None else low
     high = max(max(values) if high is None else high, low + 1e-9)
     end = max([step for line in lines.values() for step, _ in line] + [1])
-    x, y = lambda step: LEFT + WIDTH * step / end, lambda v: TOP + HEIGHT * (high - v) / (high - low)
+    low, high = scale(low), scale(high)
+    x, y = lambda step: LEFT + WIDTH * step / end, lambda v: TOP + HEIGHT * (high - scale(v)) / (high - low)
     path = lambda xy: " ".join(f"{a:.1f},{b:.1f}" for a, b in xy)
     text = lambda a, b, words, anchor="start": (
         f'<text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{escape(words)}</text>')
 
     svg = [text(LEFT, TOP - 10, title), text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, "steps", "middle")]
     for part in range(5):
-        v = low + (high - low) * part / 4
+        v = unscale(low + (high - low) * part / 4)
         svg += [f'<path class="grid" d="M{LEFT},{y(v):.1f}h{WIDTH}"/>',
                 text(LEFT - 8, y(v) + 4, form.format(v), "end")]
     for step in range(0, end + 1, max(1, end // 5)):
@@ -107,15 +111,15 @@ def alphas(log, name):
 def of_runs(logs):
     """The panels of runs, name -> the records of its log."""
     colour, panels = colours(logs), []
-    percent = {"low": 0, "high": 1, "form": "{:.0%}"}
-    for title, key, axis in (("validation loss", "val_loss", {"form": "{:.2f}"}),
+    percent, loss = {"low": 0, "high": 1, "form": "{:.0%}"}, {"form": "{:.3g}", "logarithmic": True}
+    for title, key, axis in (("validation loss", "val_loss", loss),
                              ("exact match on validation data", "val_exact_match", percent)):
         lines = {name: [(r["step"], [r[key]]) for r in log if key in r] for name, log in logs.items()}
         if lines := {name: line for name, line in lines.items() if line}:
             panels.append(panel(title, lines, colour, **axis))
     losses = {name: line for name, log in logs.items() if (line := smoothed(log))}
     if losses:
-        panels.insert(0, panel("training loss", losses, colour, form="{:.2f}"))
+        panels.insert(0, panel("training loss", losses, colour, **loss))
     for name, log in logs.items():
         for which in sorted({key[7:] for r in log for key in r if key.startswith("alphas_")}):
             lines = alphas(log, which)
