@@ -63,16 +63,16 @@ def main(argv=None):
         turns = [("system", args.system)] if args.system else []
         encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
-        mixing = bars(bitune) if args.show_mixing else None
         first = encode(args.prompt or "")
         bitune.model.config.check_length(len(first) + 1)
-        if args.prompt is not None and not first:
+        if args.prompt is not None and not first or args.explain and args.prompt is None:
             raise ValueError("--prompt is empty: expected some text")
-        explained = explain(bitune, tokenizer, first, stop_ids) if args.explain else None
+        page = bars(bitune) if args.show_mixing else ""
+        page = explain(bitune, tokenizer, first, stop_ids) if args.explain else page    # which has the bars
         bitune = conversation(bitune if args.unmerged else quick(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
-    if mixing or explained:
-        say(explained or mixing)
+    if page:
+        say(page)
     if demonstrates and args.prompt is None:
         say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
         unseen = [row["prompt"] for _, row in read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))]

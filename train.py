@@ -121,11 +121,11 @@ def train(run, progress, stop):
     due = lambda every: run.at == s.steps or run.at % every == 0
 
     def validation():
-        model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # new ones are the base
+        model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # new adapters: the base
         with stop.at_once():
             result = validate(model, run.val, s.micro_batch_size, progress.update)
         progress.validated(run, result)
-        run.keep(result)
+        run.log_validation(result)
 
     try_longest(bitune, examples, s.micro_batch_size)
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at 0, or cut short when killed

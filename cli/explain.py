@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from bitune import adapter_sets
+from bitune import adapter_sets, nll
 from cli.terminal import bars
 
 SHOWN = 12          # tokens of a text, and rows of a mask, that are drawn
@@ -32,7 +32,7 @@ def explain(bitune, tokenizer, prompt, stop_ids=(), answer_length=ANSWER):
     parts.append("who sees whom (a row: one token; ■ what it sees, of the context and then of the stream)\n"
                  + side_by_side(masks))
     if context and bitune.passes:
-        parts.append(sizes(bitune, context))
+        parts.append(sizes(bitune, prompt))
     if bitune.mixes:
         parts += ["α, how much of the cache comes from the second reading:\n" + bars(bitune),
                   changes(bitune, tokenizer, prompt, answer)]
@@ -67,9 +67,9 @@ def side_by_side(masks):
     return "\n".join("    " + "     ".join(line).rstrip() for line in zip(*columns))
 
 
-def sizes(bitune, context):
+def sizes(bitune, prompt):
     """The shape of what the passes leave behind, and its bytes."""
-    past = bitune.encode(bitune.lay_out([[*context, 0]], [[]])[0])
+    past = bitune.encode(bitune.lay_out([prompt], [[]])[0])
     k, _ = past.layers[0]
     L, total = len(past.layers), sum(t.numel() * t.element_size() for kv in past.layers for t in kv)
     shape = " × ".join(map(str, k.shape[1:]))
@@ -80,22 +80,23 @@ def sizes(bitune, context):
 
 def changes(bitune, tokenizer, prompt, answer):
     """The probability of each token of the answer that is given, with α as it is and with α = 0."""
-    without = causal_only(bitune)
     probabilities = []
-    for model in (without, bitune):
+    for model in (causal_only(bitune), bitune):
         logits, labels = model([prompt], [answer])
-        p = logits[0].float().softmax(-1)
-        probabilities.append(p[labels[0] >= 0].gather(1, labels[0][labels[0] >= 0, None])[:, 0].tolist())
+        probabilities.append(torch.exp(-nll(logits, labels))[labels >= 0].tolist())
     lines = ["the answer's first tokens: how likely with the causal reading alone (α = 0), and as trained"]
     for token, p, q in zip(answer, *probabilities):
         gain = f"× {q / p:.3g}" if p > 0 else "× ∞"
         lines.append(f"    {tokenizer.decode([token]) or '(the end)'!r:<16} {p:>7.1%} → {q:>7.1%}   {gain}")
-    likely = math.prod(probabilities[1])
-    return "\n".join(lines) + f"\n    all of them together: {math.prod(probabilities[0]):.3g} → {likely:.3g}"
+    before, after = map(math.prod, probabilities)
+    return "\n".join([*lines, f"    all of them together: {before:.3g} → {after:.3g}"])
 
 
 def causal_only(bitune):
-    """The same Bitune with α = 0: the answer reads what the first pass has left, the causal one."""
+    """The same Bitune with α = 0: the answer reads what the first pass has left, the causal one. ValueError
+    if it has no other."""
+    if not bitune.mixes:
+        raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
     twin = copy.copy(bitune)
     twin.mix = lambda read, positions: read[0]
     return twin

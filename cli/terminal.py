@@ -97,7 +97,7 @@ def bars(bitune):
     """Each α, layer by layer, as bars: how much of the cache comes from a pass after the first. ValueError
     if there is none."""
     if not bitune.mixes:
-        raise ValueError(f"--show-mixing: method {bitune.method} mixes nothing; give a run that does")
+        raise ValueError(f"method {bitune.method} mixes nothing; give a run that does")
     width, alphas = 30, alpha_by_layer(bitune)
     lines = [f"{'layer':>5}" + "".join(f"  {f'α {name}':<{width + 6}}" for name in alphas)]
     for layer, values in enumerate(zip(*alphas.values())):

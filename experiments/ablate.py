@@ -17,7 +17,6 @@ answer_flags(__name__)          # before torch is imported, which takes two seco
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from itertools import product
@@ -154,7 +153,7 @@ def one_run(own, flags, folder, score, progress):
         try:
             record = find_record(out, own)          # it may have come before the folder was held
             if record is None:
-                record = {"scored_on": []} | own | {"run": folder.name}
+                record = {"scored_on": []} | own | {"run": folder.name}     # [] for a search
                 record |= measure(flags, folder, score, progress)
                 add_record(out, record)
         except FloatingPointError as problem:

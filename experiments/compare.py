@@ -78,8 +78,9 @@ def differences(groups, name):
     none."""
     one, lines = groups[name], []
     for other, group in groups.items():
-        common = {r["seed"] for r in one} & {r["seed"] for r in group}
-        for column in one[0]["scores"] if other != name and common else ():
+        if other == name or not {r["seed"] for r in one} & {r["seed"] for r in group}:
+            continue
+        for column in one[0]["scores"]:
             if all(column in r.get("right", {}) for r in [*one, *group]):
                 by_seed, mean, error = difference(one, group, column)
                 gap = "none" if abs(mean) <= 2 * error else name if mean > 0 else other
@@ -100,10 +101,10 @@ def report(records, base, baseline):
         protocols[f"All at {rate:g}, which is best for {baseline}"] = shared
     parts = []
     for title, groups in protocols.items():
-        parts += [f"{title}:"] * (len(protocols) > 1) + [table(list(groups.values()), [base])]
-        if compared := "Bitune" in groups and differences(groups, "Bitune"):
-            parts.append(compared)
+        parts += [f"{title}:"] if len(protocols) > 1 else []
+        parts.append(table(list(groups.values()), [base]))
+        parts.append(differences(groups, "Bitune") if "Bitune" in groups else "")
     if len({r["lr"] for r in records}) > 1:
         every = [group for name in best for group in by_rate(records, name)]
         parts += ["At each learning rate:", table(every)]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))

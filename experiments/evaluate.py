@@ -294,8 +294,7 @@ def main(argv=None):
         template = about.get("template", "paper")
         stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
         longest = bitune.model.config.max_length
-        if args.forced_causal and not bitune.mixes:
-            raise ValueError(f"--forced-causal: method {bitune.method} mixes nothing")
+        bitune = causal_only(bitune) if args.forced_causal else bitune
         questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit,
                                              args.twice)
         if args.samples and questions[0].choices:
@@ -311,7 +310,6 @@ def main(argv=None):
 
     norms_once(bitune.model)
     hasten(bitune)
-    bitune = causal_only(bitune) if args.forced_causal else bitune
     begun = time.monotonic()
     if kept:
         print(f"{len(kept)} of {len(questions)} questions are from an earlier try")

@@ -363,17 +363,17 @@ class Run:
     def log(self, record):
         print(json.dumps({"step": self.at, **record}), file=self.file)
 
-    def keep(self, result):
-        """Log a validation, with α layer by layer; with --keep best, the save that has the lowest loss stays
-        in the folder best/."""
-        s, loss = self.settings, result["loss"]
-        if self.writes and s.keep == "best" and self.at and loss < self.best:
-            write_files(self.folder / "best", run_bytes(self.bitune, s.model, template=s.template,
-                                                        step=self.at))
-        self.best = min(self.best, loss if self.at else math.inf)
-        alphas = alpha_by_layer(self.bitune)
+    def log_validation(self, result):
+        """Log it, with α layer by layer; with --keep best, the save that has the lowest loss stays in the
+        folder best/."""
+        s = self.settings
+        if self.at and result["loss"] < self.best:              # at step 0 it is the base's loss
+            self.best = result["loss"]
+            if self.writes and s.keep == "best":
+                write_files(self.folder / "best", run_bytes(self.bitune, s.model, template=s.template,
+                                                            step=self.at))
         self.log({f"val_{name}": value for name, value in result.items()} |
-                 {f"alphas_{name}": alphas[name] for name in alphas})
+                 {f"alphas_{name}": by_layer for name, by_layer in alpha_by_layer(self.bitune).items()})
 
     def save(self):
         s = self.settings

@@ -11,9 +11,6 @@ import json
 import sys
 from pathlib import Path
 
-import lm_eval
-from lm_eval.tasks._yaml_loader import load_yaml
-
 CHOICES = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer",
            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
 
@@ -22,6 +19,9 @@ def task_of(file, rows):
     """The harness's task on the rows of a results file."""
     task = CHOICES
     if "choices" not in rows[0]:
+        import lm_eval
+        from lm_eval.tasks._yaml_loader import load_yaml
+
         own = Path(lm_eval.__file__).parent / "tasks/gsm8k/gsm8k.yaml"
         task = load_yaml(own) | {"doc_to_target": "{{answer}}", "num_fewshot": 0}
         for key in ("tag", "dataset_name", "fewshot_split", "training_split", "fewshot_config"):
@@ -42,6 +42,8 @@ def verdicts(samples):
 
 
 def main(model, *files):
+    import lm_eval
+
     differ = 0
     for file in map(Path, files):
         rows = [json.loads(line) for line in file.read_text().splitlines()]

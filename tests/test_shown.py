@@ -11,7 +11,7 @@ import train
 from cli.explain import causal_only, explain
 from experiments import curves, evaluate
 from files.run import load_run
-from test_commands import exits, flags, log  # noqa: F401 (a fixture)
+from test_commands import exits, flags  # noqa: F401 (a fixture)
 from test_evaluate import PUBLISHED, write_rows
 from tiny import ANSWERS, RAGGED, tiny_bitune, write_checkpoint
 
@@ -21,10 +21,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, capsys):  # noqa: F811
     train.main(flags("--lr", 0.5))
     train.main(flags("--method", "causal", "--out", tmp_path / "plain"))
-    validations = [r for r in log(tmp_path / "run", "val_loss")]
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     alphas = [r["alphas_key"] for r in records if "val_loss" in r]
-    assert alphas[0] == [0.5] * 3 and alphas[-1] != alphas[0] and len(alphas) == len(validations) == 3
+    assert alphas[0] == [0.5] * 3 and alphas[-1] != alphas[0] and len(alphas) == 3
     capsys.readouterr()
     out = tmp_path / "curves.svg"
     curves.main([str(tmp_path / "run"), str(tmp_path / "plain"), "--out", str(out)])
@@ -73,6 +72,8 @@ def test_a_prompt_is_explained_step_by_step(method, flags, tmp_path, capsys):  #
     sample.main(["--adapter", str(tmp_path / "run"), "--prompt", "Why?", "--explain",
                  "--max-new-tokens", "2"])
     said = capsys.readouterr().err
+    argv = ["--adapter", str(tmp_path / "run"), "--explain"]
+    assert "--prompt is empty" in exits(2, sample.main, argv, capsys)
     assert f"method {method}" in said and "who sees whom" in said and "opening: " in said
     assert ("α key" in said) == ("with the causal reading alone" in said) == (method == "bitune")
     assert ("each pass leaves behind, in each of 3 layers, K and V: 2 ×" in said) == (method != "causal")
@@ -99,7 +100,7 @@ def test_explained_masks_sizes_and_probabilities_are_the_model_s():
     assert page[-1].strip() == f"all of them together: {without:.3g} → {trained:.3g}"
 
 
-def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, capsys):
+def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, capsys, monkeypatch):
     bitune = tiny_bitune().eval()
     with torch.inference_mode():
         want = bitune(RAGGED, ANSWERS)[0]
@@ -110,15 +111,13 @@ def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, capsy
     model = write_checkpoint(tmp_path / "model")
     arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
     argv = ["--model", str(model), "--task", "arc", "--data", str(arc), "--out", str(tmp_path / "out")]
-    assert "--forced-causal: method causal mixes nothing" in exits(2, evaluate.main,
-                                                                   [*argv, "--forced-causal"], capsys)
+    line = exits(2, evaluate.main, [*argv, "--forced-causal"], capsys)
+    assert "method causal mixes nothing: there is no α to set to 0" in line
     seen, log_probs = [], evaluate.log_probs
-    evaluate.log_probs = lambda b, prompts, choices: seen.append(prompts) or log_probs(b, prompts, choices)
-    try:
-        evaluate.main(argv)
-        evaluate.main([*argv, "--twice"])
-    finally:
-        evaluate.log_probs = log_probs
+    monkeypatch.setattr(evaluate, "log_probs", lambda b, prompts, choices:
+                        seen.append(prompts) or log_probs(b, prompts, choices))
+    evaluate.main(argv)
+    evaluate.main([*argv, "--twice"])
     assert (tmp_path / "out/arc-arc-twice.json").exists() and (tmp_path / "out/arc-arc.json").exists()
     once, twice = (bytes(i for i in ids[0] if i < 256).decode() for ids in (seen[0], seen[-1]))
     assert len(twice) > len(once) and twice.count("\n\n") > once.count("\n\n")

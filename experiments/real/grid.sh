@@ -6,7 +6,7 @@
 #   easy.jsonl                           head -n 1000 ARC-Easy-Test.jsonl
 #   challenge.jsonl                      head -n 500 ARC-Challenge-Test.jsonl
 #   csqa.jsonl                           head -n 500 dev_rand_split.jsonl
-# What it has made so far lies in experiments/real: copied to ./real, no run that has a record is made again.
+# What it has made so far lies in experiments/real: copied to ./real, no run is made again that has a record, unless it still has to be scored.
 set -eu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for seeds in "42" "42 43" "42 43 44"; do

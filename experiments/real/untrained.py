@@ -13,7 +13,7 @@ import torch
 
 from bitune import Bitune, adapter_sets
 from cli.process import before_work, run_main
-from cli.settings import flag_adder, new_parser, number
+from cli.settings import add_device, flag_adder, new_parser, number
 from cli.speed import hasten
 from experiments.compare import markdown
 from files.checkpoint import load_base
@@ -39,10 +39,10 @@ def main(argv=None):
     arg("--data", metavar="FILE", required=True, help="examples; the last ones are taken")
     arg("--task", choices=TASKS, default="rows", help="how --data is read")
     arg("--n", type=number(int, 1), default=60, help="how many examples")
-    arg("--dtype", help="of the base")
+    add_device(arg)
     args = parser.parse_args(argv)
     with before_work():
-        model, tokenizer = load_base(args.model, dtype=args.dtype)
+        model, tokenizer = load_base(args.model, args.device, args.dtype)
         examples = load_examples(args.data, tokenizer, "paper", 512, args.task)[0][-args.n:]
         for name in adapter_sets("bitune"):
             add_adapter(model, name)
