@@ -1,6 +1,6 @@
 """The edits of docs/edits.md, made in a copy of the project:
 
-    python tests/edits.py NAME FOLDER
+    python tests/edits.py NAME [NAME ...] FOLDER
 
 An edit's definitions replace those of the same name, or are added, so that it survives changes around them.
 """
@@ -58,13 +58,13 @@ def subclass(name, of):
     return type(scope, (of,), own)
 
 
-def copy_project(folder, name=None, slips=()):
-    """A copy of the project in `folder`, with the edit `name`, and then slips, (file, old, new), in it."""
+def copy_project(folder, *names, slips=()):
+    """A copy of the project in `folder`, with the edits `names`, and then slips, (file, old, new), in it."""
     folder = Path(folder)
     shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=lambda at, names: [
         n for n in names if n.startswith((".", "__pycache__", "runs", "reference")) or
         Path(at) == ROOT and n not in FOLDERS and not n.endswith(".py")])
-    for file, scope, block in edits()[name] if name else ():
+    for file, scope, block in (block for name in filter(None, names) for block in edits()[name]):
         path = folder / file
         path.write_text(change(path.read_text(encoding="utf-8"), scope, block), encoding="utf-8")
     for file, old, new in slips:
@@ -94,8 +94,9 @@ def imported_from(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in edits():
-        sys.exit(f"error: expected a name and a folder; the names are {', '.join(edits())}")
-    if Path(sys.argv[2]).exists():
-        sys.exit(f"error: {sys.argv[2]} exists: expected a new name")
-    print(f"wrote {copy_project(sys.argv[2], sys.argv[1])}")
+    *names, folder = sys.argv[1:] or [""]
+    if not names or not edits().keys() >= {*names}:
+        sys.exit(f"error: expected names and a folder; the names are {', '.join(edits())}")
+    if Path(folder).exists():
+        sys.exit(f"error: {folder} exists: expected a new name")
+    print(f"wrote {copy_project(folder, *names)}")

@@ -151,7 +151,7 @@ def test_segments_see_themselves_and_what_comes_before(tmp_path):
 @pytest.mark.parametrize("slip", SLIPS)
 def test_a_slip_turns_an_identity_red(slip, tmp_path):
     name, lines, identity = SLIPS[slip]
-    assert failures(copy_project(tmp_path / "copy", name, lines), tmp_path, name, identity)
+    assert failures(copy_project(tmp_path / "copy", name, slips=lines), tmp_path, name, identity)
 
 
 def test_a_run_of_another_mixing_is_refused(tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_a_run_of_another_mixing_is_refused(tmp_path, capsys):
         ("heads", [], "theta_key is (3,), expected (3, 2, 1, 1)"),
         (None, other_pass, "was trained by bitune with the passes"),
     ):
-        with imported_from(copy_project(tmp_path / f"copy {message}", name, slips)) as module:
+        with imported_from(copy_project(tmp_path / f"copy {message}", name, slips=slips)) as module:
             with pytest.raises(SystemExit) as end:
                 module("sample").main(argv)
         assert end.value.code == 2 and message in capsys.readouterr().err
