@@ -15,6 +15,7 @@ import experiments.demo.__main__
 import experiments.demo.pretrain
 import experiments.evaluate
 import experiments.merge
+import experiments.real.alphas
 import sample
 import train
 from edits import ROOT
@@ -42,7 +43,8 @@ def test_flags_exist(capsys):
     """Every flag that a page names is one of a command's."""
     known = {"--reference", "--fuzz", "--local-dir"}
     mains = (train, sample, experiments.evaluate, experiments.merge, experiments.cost, experiments.ablate,
-             experiments.benchmark, experiments.demo.__main__, experiments.demo.pretrain)
+             experiments.benchmark, experiments.demo.__main__, experiments.demo.pretrain,
+             experiments.real.alphas)
     for module in mains:
         with pytest.raises(SystemExit):
             module.main(["--help"])

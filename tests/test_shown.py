@@ -10,6 +10,7 @@ import sample
 import train
 from cli.explain import causal_only, explain
 from experiments import curves, evaluate
+from experiments.real import alphas
 from files.run import load_run
 from test_commands import exits, flags  # noqa: F401 (a fixture)
 from test_evaluate import PUBLISHED, write_rows
@@ -63,6 +64,24 @@ def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):  #
     train.main(flags("--keep", "best", "--out", tmp_path / "second", "--steps", 3))
     assert load_run(tmp_path / "second/best")[3]["step"] == 3
     assert not (tmp_path / "run/best/state.safetensors").exists()
+
+
+def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_path, capsys):  # noqa: F811
+    train.main(flags("--lr", 0.1))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [r["val_loss"] for r in log if "val_loss" in r]
+
+    def table(*of):
+        capsys.readouterr()
+        alphas.main([*of, "--data", str(tmp_path / "data.jsonl"), "--n", "4", "--scales", "0", "1"])
+        rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line]
+        assert [row[0].strip() for row in rows[-3:]] == ["0", "1", "2"]         # layers, each alone
+        return [float(cell) for cell in rows[2][1:]], [float(cell) for cell in rows[3][1:]]
+
+    none, own = table("--adapter", str(tmp_path / "run"))
+    assert own[0] == pytest.approx(losses[-1], abs=6e-4) and len({*none}) == 1 and len({*own, *none}) == 4
+    none, _ = table("--model", str(tmp_path / "model"))
+    assert none[0] == pytest.approx(losses[0], abs=6e-4)                        # the base's
 
 
 @pytest.mark.parametrize("method", ["bitune", "naive-bidir", "causal"])
