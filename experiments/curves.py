@@ -37,11 +37,10 @@ def shades(n):
     return [f"hsl({230 - 200 * i / max(1, n - 1):.0f} 65% 55%)" for i in range(n)]
 
 
-def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None,
-          logarithmic=False):
+def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, logarithmic=False):
     """One diagram as a list of SVG elements, from the height 0 downwards. lines: name -> [(step, values)],
     a value for each seed; colour: name -> colour. low, high: ends of the axis, if not those of the values.
-    level: (value, words) of a dashed line."""
+    level: (value, words) of a dashed line. logarithmic: for what falls by factors, as losses do."""
     scale, unscale = (lambda v: math.log(max(v, 1e-6)), math.exp) if logarithmic else (float, float)
     values = [v for line in lines.values() for _, seeds in line for v in seeds]
     low = min(values) if low is None else low

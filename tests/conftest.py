@@ -11,6 +11,7 @@ and tokenizers are tested too.
 import importlib
 import json
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -32,12 +33,13 @@ os.fsync = lambda file: None  # no test cuts the power, and a disk may take its 
 
 def once(check):
     """`check`, which each command makes anew as it starts, made once for a model and the code it runs."""
-    rooms, found = ("model", "lora", "bitune", "fast.linear", "fast.traversal", "fast.product"), {}
+    found = {}
 
     def remembered(bitune):
         linears = lora.linears(bitune.model).items()
         adapted = {(path.split(".")[-1], *module.sets) for path, module in linears}
-        code = [v for room in rooms for v in vars(sys.modules[room]).values()]
+        rooms = [m for name, m in sys.modules.items() if re.match(r"(model|lora|bitune|fast)\b", name)]
+        code = [*lora.KINDS.values(), *(v for room in rooms for v in vars(room).values())]
         code += [v for kind in code if isinstance(kind, type) for v in vars(kind).values()]
         about = bitune.method, bitune.passes, bitune.c, bitune.model.config, bitune.model.sets
         key = repr(about), *sorted(adapted), type(bitune), *map(id, code)
