@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import train
-from experiments.ablate import add_record, main, read_records
+from experiments import ablate
+from experiments.ablate import add_record, listed, main, read_records
 from files.disk import hold
 from test_commands import files, log
 from tiny import write_checkpoint, write_data
@@ -102,19 +103,24 @@ def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
 
 
 def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
-    """All but one, which a third is at until it ends; then one of them makes this too."""
-    grid, kept = tmp_path / "run", "bitune-lr0.01-seed42"
+    """All but one, which a third is at until one of them waits for nothing else; then it is made too."""
+    grid, kept, waited = tmp_path / "run", "bitune-lr0.01-seed42", tmp_path / "waited"
     argv = flags("--steps", 2, "--lrs", 0.01, "--seeds", 42, 43)
 
     def third():
         hold(grid / kept)
-        while len(read_records(grid)) < 5:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        while not waited.exists():
+            time.sleep(0.01)
+
+    def left(runs):
+        if runs == [kept]:
+            waited.touch()
+        return listed(runs)
 
     def other():
         while not (grid / kept / ".lock").exists():
             time.sleep(0.01)
+        ablate.listed = left
         main(argv)
     assert at_once(third, other, other) == [0, 0, 0]
     said = capfd.readouterr().out
