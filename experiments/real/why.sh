@@ -1,7 +1,7 @@
 #!/bin/bash
 # What docs/real.md tries beside the paper's setting: one run each at the grid's best rate, told apart by validation
-# loss. From the working folder of grid.sh, with this project's folder as the argument. Start it once or several times at
-# once; killed, it goes on when it is started again.
+# loss. From the working folder of grid.sh, with this project's folder as the argument. Killed, it goes on when it is
+# started again. docs/real.md has the first three; the others were not run yet.
 set -eu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run() {                         # NAME COPY STEPS [flags]: train.py of a copy of the project
@@ -9,8 +9,7 @@ run() {                         # NAME COPY STEPS [flags]: train.py of a copy of
     local flags="--model smollm2 --dtype bfloat16 --template paper --task arc --data train.jsonl --lr 3e-3 --seed 42
                  --steps $steps --micro-batch-size 10 --eval-every 75 --save-every 25 --out $out $*"
     [ -e $out/bitune.json ] && flags="--resume $out"
-    grep -qs "\"step\": $steps, \"val_loss\"" $out/log.jsonl || PYTHONPATH=$copy nice -n 19 python -m train $flags ||
-        [ $? = 2 ] || exit      # 2: another process is at it
+    grep -qs "\"step\": $steps, \"val_loss\"" $out/log.jsonl || PYTHONPATH=$copy nice -n 19 python -m train $flags
     echo "$out: $(grep -o '"val_loss": [0-9.]*' $out/log.jsonl | tail -n +2 | paste -sd' ')"
 }
 edited() {                      # EDITS: a copy of the project with them
