@@ -9,7 +9,7 @@ tokens are cut like this:
         context      |         answer stream               its logits at row i predict y[i]
 
     1  causal pass   context, adapter set "answer",  each token sees earlier ones    ->  K_c, V_c a layer
-    2  second pass   context, adapter set "prompt",  each token sees all the others  ->  K_b, V_b a layer
+    2  second pass   context, adapter set "prompt",  each token sees all of them    ->  K_b, V_b a layer
     3  mixing        K = (1 - α) K_c + α K_b         α = |θ| / (|θ| + c), one θ a layer for K, one for V
     4  answer pass   answer stream, set "answer",    causal, and attending to K, V of the context
     5  decoding      goes on from that cache like any decoder: the prompt is never read again
@@ -18,10 +18,12 @@ Shapes are model.py's (B, T, S, G, D, L, V). Positions count from the start of t
 """
 
 from collections import namedtuple
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model import NONE, KVCache, Past, may_attend
 
@@ -36,6 +38,7 @@ METHODS = {
     "anticausal":     [("causal", "answer"), ("anticausal", "prompt")],
     "causal":         [],
 }
+LOGITS = 2**24      # how many are there at a time while a loss is computed
 Tokens = namedtuple("Tokens", "ids positions")               # (B, T) each, position -1 for padding
 
 
@@ -59,7 +62,6 @@ class Bitune(nn.Module):
     starts at 0.5 whatever it is: c sets how fast α moves for a given learning rate. Whatever parameters an
     edit adds are trained, saved and resumed.
     """
-    mixing = "abs"              # the name of how `alpha` and `mix` mix, which runs remember
 
     def __init__(self, model, method="bitune", c=0.01):
         super().__init__()
@@ -74,6 +76,12 @@ class Bitune(nn.Module):
         if self.mixes:
             with torch.device(self.device):
                 self.start_mixing()
+
+    def twin(self, kind):
+        """The same numbers under a subclass `kind`, which may override `encode`, `mix` or `answer`."""
+        twin = kind.__new__(kind)
+        vars(twin).update(vars(self))
+        return twin
 
     def start_mixing(self):
         """The parameters of the mixing, float32 whatever the base is: one θ a layer for K, one for V."""
@@ -102,61 +110,89 @@ class Bitune(nn.Module):
         streams = [opening + answer for opening, answer in zip(openings, answers)]
         return tokens(contexts, [0] * len(contexts)), tokens(streams, map(len, contexts))
 
+    def sight(self, positions, past, sees="causal"):
+        """Who sees whom: the mask of tokens at `positions` (B, T) over the S keys of the past and their own
+        T, (B, 1, T, S + T). Whoever has to know what is seen of a cache asks here."""
+        keys = positions if past is None else torch.cat((past.positions, positions), dim=1)
+        return may_attend(positions, keys, sees)
+
     # ---- 1-3: read the prompt ----------------------------------------------------------------------------
 
-    def alpha(self):
-        """The mixing coefficients α in [0, 1), by name: of the keys and of the values, (L,) each."""
+    def alpha(self, read, positions):
+        """The mixing coefficients α in [0, 1), by name: of the keys and of the values, (L,) each. They are
+        one number a layer, whatever was `read` and wherever; arguments as those of `mix`."""
         return {"key": self.theta_key.abs() / (self.theta_key.abs() + self.c),
                 "value": self.theta_value.abs() / (self.theta_value.abs() + self.c)}
 
     def encode(self, context, past=None):
-        """The keys and values of the context: a Past of L pairs (B, G, S, D), or None if that is empty. With
-        a past, they follow it: the passes see in it what their mask lets them see.
+        """The keys and values of the context, behind those of a past if there is one: a Past, or None if
+        there is neither.
 
         What gets no gradient: the last layer's q, o and MLP in the set "prompt", as only K and V go on from
         here. As long as B = 0, at the start: A, which acts through B, and θ[0], since both passes then give
         layer 0 the same K and V (always, if they have one set, or sets that leave k and v alone).
         """
-        ids, positions = context
-        if ids.shape[1] == 0:
+        if context.ids.shape[1] == 0:
             return past
-        before = torch.arange(len(past) if past else 0, device=self.device).expand(len(ids), -1)
-        keys = torch.cat((before, positions), dim=1)
-        read = []                               # by each pass, L pairs (B, G, T, D)
-        for sees, adapter in self.passes:
-            mask = may_attend(positions, keys, sees)                                      # (B, 1, T, S + T)
-            _, keys_values = self.model(ids, positions, mask, past, adapter, NONE)        # only K, V
-            read.append(keys_values)
-        new = self.mix(read, positions) if self.mixes else read[0]
-        return Past([past.join(i, *kv) for i, kv in enumerate(new)] if past else new)
+        read = self.read(context, past)
+        new = self.mix(read, context.positions) if self.mixes else read[0]
+        return past.extended(new, context.positions) if past else Past(new, context.positions)
+
+    def read(self, context, past=None):
+        """What each pass makes of the context: L pairs (k, v), (B, G, T, D) each."""
+        ids, positions = context
+        return [self.model.states(ids, positions, self.sight(positions, past, sees), past, adapter, NONE)[1]
+                for sees, adapter in self.passes]
 
     def mix(self, read, positions):
-        """What the passes have read, of each L pairs (B, G, T, D), to the keys and values of the cache.
-        Hidden states never meet: all that the second reading has to say, it says here. (Where in the context
-        a token stands, positions (B, T), makes no difference; it would to an α by position.)"""
+        """What the passes have read at `positions` (B, T), of each L pairs (B, G, T, D), to the keys and
+        values of the cache. Hidden states never meet: all that the second reading has to say, it says here.
+        RoPE has turned the keys already; those that are mixed stand at the same position and are turned by
+        the same angle, so to mix and to turn may be done in either order."""
         causal, second = read
-        alpha = self.alpha()
+        alpha = self.alpha(read, positions)
         return [(blend(alpha["key"][layer], k_c, k_b), blend(alpha["value"][layer], v_c, v_b))
                 for layer, ((k_c, v_c), (k_b, v_b)) in enumerate(zip(causal, second))]
 
     # ---- 4: the answer pass ------------------------------------------------------------------------------
 
-    def forward(self, prompts, answers):
-        """Logits (B, T', V) and labels (B, T') for lists of prompt ids and of answer ids: labels[b, t] is
-        the answer token that logits[b, t] should predict, -100 where there is none."""
+    def answer_pass(self, prompts, answers, past=None):
+        """The states (B, T', C) of the answer stream, of which the head makes logits; labels (B, T') on the
+        CPU: the answer token that each of them should predict, -100 where there is none; and the Past of the
+        context and the stream. past: what `encode` makes of the contexts, if that is there already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
-        before = [len(self.split(p)[1]) - 1 for p in prompts]    # stream tokens that come before x[P-1]
-        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, self.device)
+        before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens of the opening before x[P-1]
+        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")
 
-        keep = slice(min(before), None)
-        mask = may_attend(stream.positions, torch.cat((context.positions, stream.positions), dim=1))
-        logits, _ = self.model(*stream, mask, self.encode(context), self.answer_set, keep)
-        return logits, labels[:, keep]
+        past, keep = past or self.encode(context), slice(min(before), None)
+        sees = self.sight(stream.positions, past)
+        x, new = self.model.states(*stream, sees, past, self.answer_set, keep)
+        past = past.extended(new, stream.positions) if past else Past(new, stream.positions)
+        return x, labels[:, keep], past
+
+    def forward(self, prompts, answers):
+        """Logits (B, T', V) and labels (B, T') for lists of prompt ids and of answer ids."""
+        x, labels, _ = self.answer_pass(prompts, answers)
+        return self.model.head(x), labels.to(self.device)
+
+    def score(self, prompts, answers, measure, past=None):
+        """measure(logits (n, V), labels (n,)) -> (n, ...) of every answer token, as (B, T', ...), else 0.
+        Not all logits are there at once, and the backward pass computes them again: with a vocabulary of
+        128,256, those of a thousand tokens are 0.5 GB, and their gradients as much."""
+        x, labels, _ = self.answer_pass(prompts, answers, past)
+        at = (labels >= 0).nonzero(as_tuple=True)
+        x, of = x[at], labels[at].to(self.device)                                       # (N, C), (N,)
+        rows = max(1, LOGITS // self.model.config.vocab_size)
+        part = lambda x, labels: measure(self.model.head(x), labels)
+        if len(x) > rows:
+            part = partial(checkpoint, part, use_reentrant=False)
+        found = torch.cat([part(*pair) for pair in zip(x.split(rows), of.split(rows))])
+        return found.new_zeros(*labels.shape, *found.shape[1:]).index_put(at, found)
 
     def losses(self, prompts, answers):
         """Each example's loss (B,): the mean cross-entropy over its own answer tokens, in float32."""
-        logits, labels = self(prompts, answers)
-        return nll(logits, labels).sum(1) / (labels >= 0).sum(1)
+        lengths = torch.tensor([len(a) for a in answers], device=self.device)
+        return self.score(prompts, answers, nll).sum(1) / lengths
 
     # ---- 5: decoding -------------------------------------------------------------------------------------
 
@@ -173,36 +209,29 @@ class Bitune(nn.Module):
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
         generator = torch.Generator(self.device).manual_seed(seed)
 
-        context, stream = self.lay_out(prompts, [[]] * len(prompts))
-        keys = torch.cat((context.positions, stream.positions), dim=1)                        # (B, S)
-        past = self.encode(context)
-        ends = (stream.positions >= 0).sum(1) - 1                             # each prompt's last token
-        keep = slice(int(ends.min()), None)
-        logits, new = self.model(*stream, may_attend(stream.positions, keys), past, self.answer_set, keep)
-        logits = logits[torch.arange(len(prompts), device=self.device), ends - keep.start]    # (B, V)
-        cache = KVCache(new if past is None else [past.join(i, *kv) for i, kv in enumerate(new)],
-                        keys.shape[1] + max_new_tokens)
-
-        ragged = len({*map(len, prompts)}) > 1  # else the cache has no padding, and nothing is masked
+        x, labels, past = self.answer_pass(prompts, [[0]] * len(prompts))       # 0: to be predicted
+        logits = self.model.head(x[labels >= 0])                                              # (B, V)
+        cache = KVCache(past, len(past) + max_new_tokens)
         positions = torch.tensor([[len(p)] for p in prompts], device=self.device)             # (B, 1)
         rows = list(range(len(prompts)))        # the prompts whose answers have not ended
         for step in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)                # (B,)
-            stay = [b for b, i in enumerate(token.tolist()) if i not in stop_ids]
+            mask = self.sight(positions, cache)                                        # (B, 1, 1, S + 1)
+            *ids, whole = torch.cat((token, mask.all()[None])).tolist()         # the one wait for a GPU
+            if -1 in ids:
+                raise FloatingPointError("the model gives no numbers: its logits are not finite")
+            stay = [b for b, i in enumerate(ids) if i not in stop_ids]
             if len(stay) < len(rows):           # what has ended leaves the batch
-                rows = [rows[b] for b in stay]
-                token, positions, keys = token[stay], positions[stay], keys[stay]
+                rows, ids = [rows[b] for b in stay], [ids[b] for b in stay]
+                token, positions, mask = token[stay], positions[stay], mask[stay]
                 cache.keep(stay)
             if not rows:
                 return
-            ids = dict(zip(rows, token.tolist()))
-            yield [ids.get(row) for row in range(len(prompts))]
-            if step + 1 < max_new_tokens:
-                mask = None
-                if ragged:
-                    keys = torch.cat((keys, positions), dim=1)
-                    mask = may_attend(positions, keys)
+            yield [dict(zip(rows, ids)).get(row) for row in range(len(prompts))]
+            if step + 1 < max_new_tokens:       # where all is seen, attention is quicker without a mask
+                mask = None if whole else mask
                 logits = self.model(token[:, None], positions, mask, cache, self.answer_set)[0][:, -1]
+                cache.advance(positions)
                 positions = positions + 1
 
     def generate(self, prompts, max_new_tokens, **options):
@@ -219,22 +248,23 @@ def blend(a, causal, second):
 
 
 def nll(logits, labels):
-    """The negative log-likelihood of labels (B, T') under logits (B, T', V), float32; 0 for label -100."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    """-log p of labels (...) under logits (..., V), in float32; 0 for label -100."""
+    losses = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
     return losses.view(labels.shape)
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """The next token of each prompt: logits (B, V) to ids (B,)."""
-    if not logits.isfinite().all():
-        raise FloatingPointError("the model gives no numbers: its logits are not finite")
+    """The next token of each prompt: logits (B, V) to ids (B,), -1 where they are not finite."""
+    finite = logits.isfinite().all(dim=-1, keepdim=True)
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() - logits.amax(dim=-1, keepdim=True)     # 0 is the highest at any temperature
+        return torch.where(finite[:, 0], logits.argmax(dim=-1), -1)
+    logits = torch.where(finite, logits.float(), 0.0)
+    logits = logits - logits.amax(dim=-1, keepdim=True)             # 0 is the highest at any temperature
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
     if top_k:
         logits[:, top_k:] = -torch.inf
     p = logits.softmax(dim=-1)
     if top_p < 1:
         p[p.cumsum(dim=-1) - p >= top_p] = 0            # drop a token once those above it make up top_p
-    return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+    token = order.gather(1, torch.multinomial(p, 1, generator=generator))                     # (B, 1)
+    return torch.where(finite, token, -1).squeeze(1)

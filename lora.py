@@ -48,6 +48,22 @@ class Adapter(nn.Module):
         return {path: cls(linear, path, **options) for path, linear in linears.items()}
 
 
+class LowRank(torch.autograd.Function):
+    """B A x in float32. autograd by itself would keep a float32 copy of a bfloat16 x; this keeps x."""
+
+    @staticmethod
+    def forward(ctx, x, A, B):
+        low = F.linear(x.to(A.dtype), A)                                                       # (..., r)
+        ctx.save_for_backward(x, A, B, low)
+        return F.linear(low, B)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, A, B, low = ctx.saved_tensors
+        grad_low, rows = grad @ B, lambda t: t.flatten(0, -2).to(A.dtype)
+        return (grad_low @ A).to(x.dtype), rows(grad_low).t() @ rows(x), rows(grad).t() @ rows(low)
+
+
 class LoRA(Adapter):
     options = {"rank": Option(8, "r", "rank of the low-rank part", 1, 65536, "rank_pattern"),
                "lora_alpha": Option(1.0, "lora_alpha", "its scale is this / rank", 0, 1e9, "alpha_pattern"),
@@ -64,14 +80,15 @@ class LoRA(Adapter):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def low_rank(self, x):                                                                     # B A x
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        return F.linear(F.linear(x, self.lora_A), self.lora_B)
+        if self.dropout and self.training:
+            x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
+        return LowRank.apply(x, self.lora_A, self.lora_B)
 
     def weight(self, linear):                                                                  # W + s B A
         return linear.weight.to(self.lora_A.dtype) + self.s * self.lora_B @ self.lora_A
 
     def forward(self, x, linear):
-        y = F.linear(x, linear.weight, linear.bias)
+        y = linear.product(x, linear.bias)
         return torch.add(y, self.low_rank(x), alpha=self.s).to(y.dtype)
 
     def merged(self, linear):
@@ -93,7 +110,7 @@ class DoRA(LoRA):
         return self.lora_magnitude_vector / norm
 
     def forward(self, x, linear):
-        y = F.linear(x, linear.weight)
+        y = linear.product(x)
         y = (self.gain(linear) * torch.add(y, self.low_rank(x), alpha=self.s)).to(y.dtype)
         return y if linear.bias is None else y + linear.bias
 
@@ -114,8 +131,8 @@ class IA3(Adapter):
 
     def forward(self, x, linear):
         if self.of_input:
-            return F.linear((x * self.ia3_l.flatten()).to(x.dtype), linear.weight, linear.bias)
-        return (F.linear(x, linear.weight, linear.bias) * self.ia3_l.flatten()).to(x.dtype)
+            return linear.product((x * self.ia3_l.flatten()).to(x.dtype), linear.bias)
+        return (linear.product(x, linear.bias) * self.ia3_l.flatten()).to(x.dtype)
 
     def merged(self, linear):
         weight = (linear.weight * self.ia3_l).to(linear.weight.dtype)      # columns or rows, by its shape
@@ -184,14 +201,40 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
 
 
 @torch.no_grad()
+def merged_weights(model, name):
+    """Layer by layer: its path, and the weight and bias that compute what it does with the set `name`.
+    ValueError where they cannot be written down so."""
+    layers = linears(model)
+    for path, adapter in adapters(model, name).items():
+        linear = layers[path]
+        weight, bias = adapter.merged(linear)
+        if not weight.isfinite().all() or (bias is not None and linear.bias is None):
+            raise ValueError(f"{path}: merged, it is not finite in {weight.dtype}, or has a bias too many")
+        x = torch.linspace(-1, 1, linear.in_features, device=weight.device)[None].to(weight.dtype)
+        apart, together = adapter(x, linear), F.linear(x, weight, bias)
+        if (apart - together).norm() > (0.1 if weight.dtype == torch.bfloat16 else 1e-3) * apart.norm():
+            raise ValueError(f"{path}: merged, it computes something else; do forward and merged of the "
+                             f"kind {model.sets[name][0]}, in lora.py, go together?")
+        yield path, weight, bias
+
+
+def fold(model, name):
+    """Let the set `name` hold the merged weights, one copy beside each layer's own, as full finetuning has
+    them: it computes the same by one product a layer, and trains no more."""
+    layers = linears(model)
+    for path, weight, bias in merged_weights(model, name):
+        folded = Full(layers[path], path).requires_grad_(False)
+        folded.weight.copy_(weight)
+        if bias is not None:
+            folded.bias.copy_(bias)
+        layers[path].sets[name] = folded
+    model.sets[name] = "full", {}
+
+
 def merge(model, name):
     """A plain model with the set `name` merged into a copy of the weights it adapts; the rest is shared."""
-    layers = linears(model)
     weights = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
-    for path, adapter in adapters(model, name).items():
-        weight, bias = adapter.merged(layers[path])
-        if not weight.isfinite().all() or (bias is not None and layers[path].bias is None):
-            raise ValueError(f"{path}: merged, it is not finite in {weight.dtype}, or has a bias too many")
+    for path, weight, bias in merged_weights(model, name):
         weights |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
     with torch.device("meta"):
         plain = Llama(model.config)

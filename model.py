@@ -18,6 +18,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 gelu_tanh = partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_new": gelu_tanh, "gelu_pytorch_tanh": gelu_tanh}
@@ -89,53 +90,62 @@ def rotate(x, cos, sin):
 
 def may_attend(query_pos, key_pos, sees="causal"):
     """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
-    Position -1 marks padding, which nothing else sees, and which sees only padding, as no softmax may be
-    empty."""
+    Position -1 is padding. No other token sees it; it sees itself, as no softmax may be empty."""
     q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
     sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
     return sight & ((q >= 0) == (k >= 0))
 
 
 class Past:
-    """Keys and values of earlier tokens: one (k, v) a layer, each (B, G, S, D). Joining makes new tensors,
-    so that gradients flow back into the pass that made them."""
+    """Keys and values of earlier tokens: one (k, v) a layer, each (B, G, S, D), and the positions (B, S)
+    that they stand for. Joining makes new tensors, so that gradients flow back into the pass that made them.
+    (The model asks a past for its length and to `join`: whatever has both may take this one's place.)"""
 
-    def __init__(self, layers):
-        self.layers = layers
+    def __init__(self, layers, positions):
+        self.layers, self.positions = layers, positions
 
     def __len__(self):
-        return self.layers[0][0].shape[2]
+        return self.positions.shape[1]
 
     def join(self, layer, k, v):
         past_k, past_v = self.layers[layer]
         return torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
 
+    def extended(self, new, positions):
+        """A Past that holds the new (k, v) of each layer, too, which stand at `positions`."""
+        return Past([self.join(i, *kv) for i, kv in enumerate(new)],
+                    torch.cat((self.positions, positions), dim=1))
+
 
 class KVCache:
-    """The same for decoding, without copying: buffers of `size` tokens, filled from the left and written in
+    """A Past for decoding, without copying: buffers of `size` tokens, filled from the left and written in
     place. Only where no gradient flows: overwriting would destroy what a backward pass needs."""
 
-    def __init__(self, layers, size):
-        self.length = 0
-        self.buffers = [tuple(t.new_empty(*t.shape[:2], size, t.shape[3]) for t in kv) for kv in layers]
-        for i, (k, v) in enumerate(layers):
+    def __init__(self, past, size):
+        self.positions = past.positions[:, :0]
+        self.buffers = [tuple(t.new_empty(*t.shape[:2], size, t.shape[3]) for t in kv) for kv in past.layers]
+        for i, (k, v) in enumerate(past.layers):
             self.join(i, k, v)
+        self.advance(past.positions)
 
     def __len__(self):
-        return self.length
+        return self.positions.shape[1]
 
     def join(self, layer, k, v):
         assert not torch.is_grad_enabled(), "KVCache overwrites its buffers: use Past while gradients flow"
-        start, end = self.length, self.length + k.shape[2]
+        start, end = len(self), len(self) + k.shape[2]
         k_all, v_all = self.buffers[layer]
         k_all[:, :, start:end] = k
         v_all[:, :, start:end] = v
-        if layer == len(self.buffers) - 1:      # the last layer has seen the new tokens: they are now past
-            self.length = end
         return k_all[:, :, :end], v_all[:, :, :end]
+
+    def advance(self, positions):
+        """The tokens that every layer has joined, at these positions (B, T), are now past."""
+        self.positions = torch.cat((self.positions, positions), dim=1)
 
     def keep(self, rows):
         """Go on with these rows of the batch."""
+        self.positions = self.positions[rows]
         self.buffers = [(k[rows], v[rows]) for k, v in self.buffers]
 
 
@@ -152,7 +162,11 @@ class Linear(nn.Linear):
     def forward(self, x, adapter=None):
         if adapter in self.sets:
             return self.sets[adapter](x, self)
-        return F.linear(x, self.weight, self.bias)      # the bare base, or a set that is on other linears
+        return self.product(x, self.bias)               # the bare base, or a set that is on other linears
+
+    def product(self, x, bias=None):
+        """W x + bias, which adapters ask their layer for. (files/int8.py overrides it: W in 8 bits.)"""
+        return F.linear(x, self.weight, bias)
 
 
 class OffsetRMSNorm(nn.RMSNorm):
@@ -197,6 +211,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask, keep):
         mask = None if mask is None else mask[:, :, keep]                                 # (B, 1, T', S + T)
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # its backward pass takes 3 times as long
+            return self.attend(q.float(), k.float(), v.float(), mask, ALL).to(q.dtype)
         grouped = self.n_q != self.n_kv
         if grouped and mask is not None and q.is_cuda:      # no fused kernel takes both: spell the heads out
             k, v = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k, v))
@@ -263,6 +279,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.sets = {}          # the adapter sets that its layers carry, by name: see lora.py
+        self.checkpointing = False      # let each block keep its input alone for the backward pass
         phi = config.model_type == "phi"
         block, self.final = (PhiBlock, "final_layernorm") if phi else (Block, "norm")
         self.model = nn.ModuleDict({
@@ -282,6 +299,11 @@ class Llama(nn.Module):
         whose logits are wanted. Nothing reads what the last layer makes of the others, so there attention,
         MLP, final norm and head run for these T' alone: with NONE, for no token at all.
         """
+        x, keys_values = self.states(tokens, positions, mask, past, adapter, keep)
+        return self.head(x), keys_values
+
+    def states(self, tokens, positions, mask=None, past=None, adapter=None, keep=ALL):
+        """The same without the head: what it makes logits of, (B, T', C)."""
         if adapter is not None and adapter not in self.sets:
             raise ValueError(f"no layer carries an adapter set {adapter!r}: the model has {[*self.sets]}")
         if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
@@ -293,12 +315,16 @@ class Llama(nn.Module):
         keys_values = []
         last = len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
-            x, kv = block(x, rope, mask, past, i, adapter, keep if i == last else ALL)
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
+            x, kv = run(x, rope, mask, past, i, adapter, keep if i == last else ALL)
             keys_values.append(kv)
-        x = self.model[self.final](x)
+        return self.model[self.final](x), keys_values
+
+    def head(self, x):
+        """Logits (..., V) of hidden states (..., C)."""
         if self.config.tie_word_embeddings:
-            return F.linear(x, self.model.embed_tokens.weight), keys_values
-        return self.lm_head(x), keys_values
+            return F.linear(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):

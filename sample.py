@@ -8,17 +8,14 @@ the prompt as it stands. A run names its base, so --model is not needed; without
 the demonstration. The answer goes to standard output, everything else to standard error.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import sys
 from pathlib import Path
 
 from cli.chat import conversation
 from cli.explain import explain
+from cli.memory import fold_for_answers
 from cli.process import before_work, run_main
 from cli.settings import DEMO, add_chat, add_run, add_sampling, flag_adder, last_demonstration, new_parser
-from cli.speed import quick
 from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, settle, stop_id
@@ -47,9 +44,8 @@ def main(argv=None):
     arg("--prompt", metavar="TEXT", help="what to ask; -: all of standard input, as one prompt")
     arg("--prompt-file", metavar="FILE", help="a file with the prompt, which may have several lines")
     arg("--stop", metavar="TEXT", action="append", default=[], help="ends an answer, too; may be repeated")
-    arg("--show-mixing", action="store_true", help="show the mixing coefficients of the run, layer by layer")
+    arg("--show-mixing", action="store_true", help="show how --prompt is mixed, layer by layer")
     arg("--explain", action="store_true", help="show what becomes of --prompt, step by step")
-    arg("--unmerged", action="store_true", help="keep the set \"answer\" apart from the weights: slower")
     add_sampling(arg)
     add_chat(arg)
     args = parser.parse_args(argv)
@@ -65,11 +61,13 @@ def main(argv=None):
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
         first = encode(args.prompt or "")
         bitune.model.config.check_length(len(first) + 1)
-        if args.prompt is not None and not first or args.explain and args.prompt is None:
+        if args.prompt is not None and not first:
             raise ValueError("--prompt is empty: expected some text")
-        page = bars(bitune) if args.show_mixing else ""
+        if args.prompt is None and (args.explain or args.show_mixing):
+            raise ValueError("--explain and --show-mixing show what becomes of a prompt: give --prompt")
+        page = bars(bitune, first) if args.show_mixing else ""
         page = explain(bitune, tokenizer, first, stop_ids) if args.explain else page    # which has the bars
-        bitune = conversation(bitune if args.unmerged else quick(bitune), template, args.chat)
+        bitune = conversation(fold_for_answers(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     if page:
         say(page)

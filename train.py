@@ -11,57 +11,65 @@ Another stage starts from what a run, or a PEFT adapter, has learned: --adapter 
 run together by: torchrun --standalone --nproc-per-node N train.py ...
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import math
 import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from bitune import Bitune, adapter_sets, nll
-from cli.cards import add_up, first, in_turn, leave, share, sums
+from cli.cards import add_up, first, in_turn, leave, least, share, sums
+from cli.memory import tokens_that_fit
 from cli.process import before_work, guarded, run_main
 from cli.settings import check, options, read_flags
-from cli.speed import AdamW, eight_bits, hasten
 from cli.terminal import Progress, announce
 from files.checkpoint import default_device, load_base
 from files.disk import finish_writing, hold
-from files.run import Run, alpha_by_layer, start_from
+from files.int8 import eight_bits
+from files.run import Run, start_from
 from lora import KINDS, add_adapter
-from text.examples import batches, draw, load_examples, settle
+from text.examples import batches, draw, length, load_examples, settle
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The pieces: each can be used without the loop
 
-def learning_rate(step, steps, warmup_steps, peak):
-    """Linear from 0 to the peak over warmup_steps, then linear to 0 at `steps`."""
+def schedule(step, steps, warmup_steps):
+    """The part of the peak learning rate: linear from 0 to 1 over warmup_steps, then linear to 0 at `steps`.
+    """
     if step < warmup_steps:
-        return peak * step / warmup_steps
-    return peak * (steps - step) / max(1, steps - warmup_steps)
+        return step / warmup_steps
+    return (steps - step) / max(1, steps - warmup_steps)
 
 
-def make_optimizer(bitune, eps, weight_decay):
-    """AdamW on all that trains. Weight decay is for matrices: not for norms, biases and other vectors, nor
-    for the mixing."""
-    decayed, others = [], []
+def parameter_groups(bitune, lr, weight_decay):
+    """All that trains, as AdamW takes it: `peak` is what the schedule multiplies. Weight decay is for
+    matrices: not for norms, biases and other vectors, nor for the mixing."""
+    groups = defaultdict(list)
     for name, p in bitune.named_parameters():
         if p.requires_grad:
             matrix = name.startswith("model.") and p.dim() > 1 and min(p.shape) > 1
-            (decayed if matrix else others).append(p)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, betas=(0.9, 0.999), eps=eps, fused=True)
+            peak, decay = lr, weight_decay if matrix else 0.0      # a rate of its own for a name goes here
+            groups[peak, decay].append(p)
+    return [{"params": params, "peak": peak, "weight_decay": decay}
+            for (peak, decay), params in groups.items()]
 
 
-def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
+def make_optimizer(bitune, lr, eps, weight_decay):
+    return torch.optim.AdamW(parameter_groups(bitune, lr, weight_decay), betas=(0.9, 0.999), eps=eps,
+                             fused=True)
+
+
+def train_step(bitune, optimizer, examples, cut, rate, clip):
     """One optimizer step on the mean of the examples' losses, each of them a mean over its answer tokens.
-    How the examples are cut into micro-batches does not change the result. Returns the loss and the norm of
-    the gradient before clipping; FloatingPointError, with nothing changed, if either is not finite."""
+    How `cut` makes micro-batches of the examples does not change the result; rate: the part of the peak
+    learning rate. Returns the loss and the norm of the gradient before clipping; FloatingPointError, with
+    nothing changed, if either is not finite."""
     optimizer.zero_grad()
     total = torch.zeros((), device=bitune.device)
-    for batch in batches(share(examples), micro_batch_size):
+    for batch in cut(share(examples)):
         loss = bitune.losses(*zip(*batch)).sum() / len(examples)
         loss.backward()
         total = total + loss.detach()
@@ -72,43 +80,33 @@ def train_step(bitune, optimizer, examples, micro_batch_size, lr, clip):
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {total} and the gradient norm {norm}")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["peak"] * rate
     optimizer.step()
     return total, norm
 
 
 @torch.inference_mode()
-def validate(bitune, examples, batch_size, show=lambda text: None):
+def validate(bitune, examples, cut, show=lambda text: None):
     """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer
     token, `accuracy`: the part of the answer tokens that are the likeliest, given the right ones before,
     `exact_match`: the part of the answers of which all are, which greedy decoding writes word for word.
     FloatingPointError if the loss is not finite. `show` is told how far it is."""
     bitune.eval()
-    mean_sum = nll_sum = right = count = exact = done = 0
-    for batch in batches(mine := share(examples), batch_size):
-        logits, labels = bitune(*zip(*batch))
-        losses = nll(logits, labels)
-        n = (labels >= 0).sum(1)
-        mean_sum += (losses.sum(1) / n).sum().item()
-        nll_sum += losses.sum().item()
-        hits = (logits.argmax(-1) == labels).sum(1)
-        right += hits.sum().item()
-        count += n.sum().item()
-        exact += (hits == n).sum().item()
+    measure = lambda logits, labels: torch.stack((nll(logits, labels), logits.argmax(-1) == labels), dim=-1)
+    totals, done, mine = [0.0] * 5, 0, share(examples)
+    for batch in cut(mine):
+        losses, hits = bitune.score(*zip(*batch), measure).unbind(-1)                       # (B, T') each
+        n = torch.tensor([len(e.answer) for e in batch], device=bitune.device)
+        found = [(losses.sum(1) / n).sum(), losses.sum(), hits.sum(), n.sum(), (hits.sum(1) == n).sum()]
+        totals = [a + b for a, b in zip(totals, torch.stack(found).tolist())]
         done += len(batch)
         show(f"validating {done}/{len(mine)}")
     bitune.train()
-    mean_sum, nll_sum, right, count, exact = sums(mean_sum, nll_sum, right, count, exact)
-    if not math.isfinite(nll_sum):
-        raise FloatingPointError(f"the validation loss is {nll_sum}")
-    return {"loss": mean_sum / len(examples), "perplexity": math.exp(min(700, nll_sum / count)),
+    means, nlls, right, count, exact = sums(*totals)
+    if not math.isfinite(nlls):
+        raise FloatingPointError(f"the validation loss is {nlls}")
+    return {"loss": means / len(examples), "perplexity": math.exp(min(700, nlls / count)),
             "accuracy": right / count, "exact_match": exact / len(examples)}
-
-
-def try_longest(bitune, examples, micro_batch_size):
-    """The longest micro-batch, for nothing: if memory is short, it shows now and not some night."""
-    with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
-        bitune.losses(*zip(*batches(examples, micro_batch_size)[0])).sum().backward()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -123,31 +121,31 @@ def train(run, progress, stop):
     def validation():
         model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # new adapters: the base
         with stop.at_once():
-            result = validate(model, run.val, s.micro_batch_size, progress.update)
+            result = validate(model, run.val, cut, progress.update)
         progress.validated(run, result)
         run.log_validation(result)
 
-    try_longest(bitune, examples, s.micro_batch_size)
+    run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
+    cut = partial(batches, size=s.micro_batch_size, tokens=s.micro_batch_tokens)
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at 0, or cut short when killed
         validation()
     for step in run.steps_left():
         began = time.monotonic()
         batch = [examples[i] for i in draw(len(examples), s.batch_size, s.seed, step - 1)]
-        lr = learning_rate(step - 1, s.steps, int(s.warmup * s.steps), s.lr)
-        loss, norm = train_step(bitune, optimizer, batch, s.micro_batch_size, lr, s.clip)
+        rate = schedule(step - 1, s.steps, int(s.warmup * s.steps))
+        loss, norm = train_step(bitune, optimizer, batch, cut, rate, s.clip)
 
         seconds = time.monotonic() - began
-        tokens = sum(len(e.prompt) + len(e.answer) for e in batch)
-        record = {"loss": loss, "lr": lr, "grad_norm": norm, "seconds": round(seconds, 4),
-                  "tokens_per_s": round(tokens / seconds)}
-        for name, alphas in alpha_by_layer(bitune).items():
+        record = {"loss": loss, "lr": s.lr * rate, "grad_norm": norm, "seconds": round(seconds, 4),
+                  "tokens_per_s": round(sum(map(length, batch)) / seconds)}
+        for name, alphas in run.alphas().items():
             record[f"alpha_{name}"] = sum(alphas) / len(alphas)
         run.log(record)
         progress.step(run, record)
 
         validates, asked = bool(run.val) and due(s.eval_every), any(sums(bool(stop.asked)))
         if validates or due(s.save_every) or asked:
-            validate(bitune, batches(batch, 1)[0], 1)       # raises if this step has ruined the model
+            validate(bitune, [max(batch, key=length)], cut)     # raises if this step has ruined the model
             run.save()
         if asked and step < s.steps:
             raise KeyboardInterrupt
@@ -171,6 +169,7 @@ def prepare(s):
     if s.base_bits:
         eight_bits(model)
         model.to(s.device or default_device())
+    model.checkpointing = s.checkpointing
     s.template = settle(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
@@ -187,11 +186,10 @@ def prepare(s):
     if s.adapter and not (s.resume and KINDS[s.peft].trains_base):
         bitune = start_from(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
     else:
-        for name in adapter_sets(s.method):
+        for name in adapter_sets(s.method):         # each set might have options of its own
             add_adapter(model, name, s.peft, s.targets or (), **options(s))
         bitune = Bitune(model, s.method, s.c)
-    s.plain = not hasten(bitune, s.plain, s.checkpointing)
-    optimizer = make_optimizer(bitune, s.eps, s.weight_decay)
+    optimizer = make_optimizer(bitune, s.lr, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped, writes=first())
 
 

@@ -23,12 +23,12 @@ def first():
     return not several() or os.environ["RANK"] == "0"
 
 
-def total(tensor):
+def total(tensor, op=dist.ReduceOp.SUM):
     """The sum of all processes' tensors, in place. Where one has died, the first gets an OSError, and the
     others end without a word."""
     try:
         if dist.is_initialized():
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, op)
     except RuntimeError as problem:
         lost = OSError("another of the processes is gone: " + str(problem).split(". ")[0])
         raise (lost if first() else SystemExit) from None
@@ -39,6 +39,11 @@ def sums(*numbers):
     """Each number's sum over all processes. It is taken between CPUs, which notice that a process has died;
     cards would wait for it."""
     return total(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
+def least(number):
+    """The least of all processes' numbers."""
+    return int(total(torch.tensor(number), dist.ReduceOp.MIN))
 
 
 @contextmanager

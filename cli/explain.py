@@ -1,11 +1,10 @@
 """One prompt, step by step: the page that one shows a class (sample.py --explain)."""
 
-import copy
 import math
 
 import torch
 
-from bitune import adapter_sets, nll
+from bitune import Bitune, adapter_sets, nll
 from cli.terminal import bars
 
 SHOWN = 12          # tokens of a text, and rows of a mask, that are drawn
@@ -34,7 +33,7 @@ def explain(bitune, tokenizer, prompt, stop_ids=(), answer_length=ANSWER):
     if context and bitune.passes:
         parts.append(sizes(bitune, prompt))
     if bitune.mixes:
-        parts += ["α, how much of the cache comes from the second reading:\n" + bars(bitune),
+        parts += ["α, how much of the cache comes from the second reading:\n" + bars(bitune, prompt),
                   changes(bitune, tokenizer, prompt, answer)]
     return "\n\n".join(parts)
 
@@ -44,15 +43,24 @@ def cut(ids, words):
     return words(ids) if len(ids) <= SHOWN else f"{words(ids[:half])} … {words(ids[-half:])}"
 
 
+class Watched(Bitune):
+    """Writes down what is seen: the masks that it is asked for."""
+
+    def sight(self, *args):
+        self.told.append(super().sight(*args))
+        return self.told[-1]
+
+
 def masks_of(bitune, prompt, answer):
     """What the model is told about who sees whom, pass by pass and then in the answer stream, of the first
     few tokens."""
-    told, few, context = [], SHOWN // 2, len(bitune.split(prompt)[0])
-    hook = bitune.model.register_forward_pre_hook(lambda model, args: told.append(args[2][0, 0]))
-    bitune([prompt], [answer])
-    hook.remove()
-    stream = torch.cat((told[-1][:few, :min(few, context)], told[-1][:few, context:context + few]), dim=1)
-    return [*(mask[:few, :few] for mask in told[:-1]), stream]
+    watched, few, context = bitune.twin(Watched), SHOWN // 2, len(bitune.split(prompt)[0])
+    watched.told = []
+    watched([prompt], [answer])
+    *passes, stream = (mask[0, 0] for mask in watched.told)
+    new = stream.shape[1] - stream.shape[0]             # its own tokens stand behind those of the cache
+    stream = torch.cat((stream[:few, :min(few, context)], stream[:few, new:new + few]), dim=1)
+    return [*(mask[:few, :few] for mask in passes), stream]
 
 
 def side_by_side(masks):
@@ -80,23 +88,26 @@ def sizes(bitune, prompt):
 
 def changes(bitune, tokenizer, prompt, answer):
     """The probability of each token of the answer that is given, with α as it is and with α = 0."""
-    probabilities = []
-    for model in (causal_only(bitune), bitune):
-        logits, labels = model([prompt], [answer])
-        probabilities.append(torch.exp(-nll(logits, labels))[labels >= 0].tolist())
+    likely = lambda logits, labels: torch.exp(-nll(logits, labels))
+    before, after = (model.score([prompt], [answer], likely)[0].tolist()
+                     for model in (causal_only(bitune), bitune))
+    before, after = before[-len(answer):], after[-len(answer):]
     lines = ["the answer's first tokens: how likely with the causal reading alone (α = 0), and as trained"]
-    for token, p, q in zip(answer, *probabilities):
+    for token, p, q in zip(answer, before, after):
         gain = f"× {q / p:.3g}" if p > 0 else "× ∞"
         lines.append(f"    {tokenizer.decode([token]) or '(the end)'!r:<16} {p:>7.1%} → {q:>7.1%}   {gain}")
-    before, after = map(math.prod, probabilities)
-    return "\n".join([*lines, f"    all of them together: {before:.3g} → {after:.3g}"])
+    return "\n".join([*lines, f"    all of them together: {math.prod(before):.3g} → {math.prod(after):.3g}"])
+
+
+class CausalOnly(Bitune):
+    """α = 0: the answer reads what the first pass has left, the causal one."""
+
+    def mix(self, read, positions):
+        return read[0]
 
 
 def causal_only(bitune):
-    """The same Bitune with α = 0: the answer reads what the first pass has left, the causal one. ValueError
-    if it has no other."""
+    """The same Bitune with α = 0. ValueError if it mixes nothing."""
     if not bitune.mixes:
         raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
-    twin = copy.copy(bitune)
-    twin.mix = lambda read, positions: read[0]
-    return twin
+    return bitune.twin(CausalOnly)

@@ -16,21 +16,21 @@ from cli.process import fail
 from files.adapters import read_options
 from files.checkpoint import DTYPES
 from files.disk import finish_writing
-from files.run import FULL, base_of, finished, modern, read_about, read_settings
+from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS
 from text.words import listed, read_json
 
 # What may be given anew when a run is resumed.
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "checkpointing", "plain", "device")
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "micro-batch-tokens", "checkpointing", "device")
 
 WORDS = ("auto", "chat", *TEMPLATES)        # of --template
 
 # Without --model and --data: the demonstration. Its files come with this repository.
 HERE = os.path.relpath(Path(__file__).parent.parent / "experiments/demo")
 DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data": f"{HERE}/data/val.jsonl",
-        "steps": 200, "batch_size": 32, "micro_batch_size": 32, "lr": 2e-2, "eval_every": 20}
+        "steps": 200, "batch_size": 32, "lr": 2e-2, "eval_every": 20}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -160,15 +160,16 @@ def train_parser(description=None):
     arg = flag_adder(parser, "optimisation")
     arg("--steps", default=3000, type=number(int, 1, 10**9), help="optimizer steps")
     arg("--batch-size", default=10, type=number(int, 1, 10**9), help="examples a step")
-    arg("--micro-batch-size", default=1, type=number(int, 1), help="examples at a time (same result)")
+    arg("--micro-batch-size", type=number(int, 1), help="examples at a time, whatever their length (same "
+        "result)")
+    arg("--micro-batch-tokens", type=number(int, 1), help="tokens at a time, in examples of like length (same "
+        "result; default: as many as the memory has room for)")
     arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
     arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps in which the rate rises")
     arg("--checkpointing", action="store_true", help="compute each block twice, and keep its input alone: "
         "less memory, half more time (same result)")
     arg("--base-bits", type=int, choices=[8], help="the linears' frozen weights in 8 bits, with lora or "
         "dora: half the memory of bfloat16, slower, a little off (default: as --dtype has them)")
-    arg("--plain", action="store_true", help="pass by pass, as bitune.py has it, instead of in one "
-        "traversal of the layers: slower (same result)")
     arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
     arg("--eps", default=1e-6, type=number(float, 1e-12), help="AdamW's epsilon")
     arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
@@ -307,12 +308,10 @@ def check(s):
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
     made = Path(s.model) / "bitune.json"
-    if made.exists() and s.model != s.adapter and modern(read_json(made)).get("method") != "causal":
+    if made.exists() and s.model != s.adapter and read_json(made).get("method") != "causal":
         raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
                          "expected a base model, or a run of method causal")
     if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
         raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
-    if s.base_bits and s.plain:
-        raise ValueError("--plain would keep the expanded weights of --base-bits: expected one of them")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")

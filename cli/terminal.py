@@ -93,12 +93,14 @@ def memory(derived):
             "(float32, gradient, AdamW's moments); activations come on top")
 
 
-def bars(bitune):
-    """Each α, layer by layer, as bars: how much of the cache comes from a pass after the first. ValueError
-    if there is none."""
+def bars(bitune, prompt):
+    """Each α, layer by layer, as bars: how much of the cache of a prompt comes from a pass after the first.
+    ValueError if there is none."""
     if not bitune.mixes:
         raise ValueError(f"method {bitune.method} mixes nothing; give a run that does")
-    width, alphas = 30, alpha_by_layer(bitune)
+    width, alphas = 30, alpha_by_layer(bitune, prompt)
+    if not alphas:
+        raise ValueError("the prompt is a single token: there is no context to mix")
     lines = [f"{'layer':>5}" + "".join(f"  {f'α {name}':<{width + 6}}" for name in alphas)]
     for layer, values in enumerate(zip(*alphas.values())):
         drawn = [f"{a:.3f} " + ("█" * round(min(max(a, 0), 1) * width)).ljust(width, "·") for a in values]

@@ -12,9 +12,6 @@ was stopped goes on from its last save: repeat the command. Several processes, o
 folder, make one grid: give each of them the same command.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import argparse
 import json
 import sys
@@ -23,16 +20,16 @@ from itertools import product
 from pathlib import Path
 
 from bitune import METHODS, Bitune
+from cli.memory import fold_for_answers
 from cli.process import before_work, guarded, run_main
 from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_parser, number
 from cli.settings import read_flags, train_parser
-from cli.speed import hasten
 from cli.terminal import Progress
 from experiments.compare import chosen, report
-from experiments.evaluate import BATCH_SIZE, SCORED, evaluate, load_questions
+from experiments.evaluate import SCORED, evaluate, load_questions
 from files.checkpoint import load_base, read_config
 from files.disk import InUse, finish_writing, hold, json_bytes, let_go, one_at_a_time, write_files
-from files.run import finished, load_run, modern, read_settings
+from files.run import finished, load_run, read_settings
 from lora import KINDS, add_adapter
 from text.examples import settle, stop_id
 from text.tokenizer import Tokenizer
@@ -240,7 +237,7 @@ def read_questions(files, common, limit):
 def scorer(tasks, common, batch_size, max_new_tokens):
     """The function that scores a model on all tasks: see `measure`."""
     def score(bitune, tokenizer, progress):
-        hasten(bitune)
+        fold_for_answers(bitune)
         stop_ids, scores, right = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}, {}
         for task, name, questions in tasks:
             results, means = evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size,
@@ -281,7 +278,7 @@ def claim(out, grid):
         finish_writing(out)
         if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
             newer = vars(train_parser().parse_args([]))         # flags that the grid does not know
-            before = vars(complete(argparse.Namespace(**newer | modern(read_json(out / "grid.json")))))
+            before = vars(complete(argparse.Namespace(**newer | read_json(out / "grid.json"))))
             if differ := [k for k in grid if before.get(k) != grid[k]]:
                 raise ValueError(f"{out} holds a grid with other settings: " + listed(
                     [f"{k} was {before.get(k)} and is {grid[k]}" for k in differ]))
@@ -305,7 +302,7 @@ def main(argv=None):
     arg("--search", action="store_true", help="compare the --lrs with the first seed alone, unscored")
     arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="of each model")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
-    arg("--eval-batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
+    arg("--eval-batch-size", type=number(int, 1), help="questions at a time")
     arg("--max-new-tokens", type=number(int, 1), default=default(Bitune.answer, "max_new_tokens"),
         help="longest written answer")
     args, rest = parser.parse_known_args(argv)
@@ -318,7 +315,7 @@ def main(argv=None):
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
         # No result hangs on these.
-        free = (*OWN, "micro-batch-size", "checkpointing", "plain", "save-every", "keep", "device")
+        free = (*OWN, "micro-batch-size", "micro-batch-tokens", "checkpointing", "save-every", "keep", "device")
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.cs, given(rest))

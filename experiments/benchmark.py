@@ -11,9 +11,6 @@ timed is called in turn, so that a busy machine slows all alike; figures are med
 and, with the environment, written to a JSON file.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import json
 import os
 import platform
@@ -28,16 +25,13 @@ from safetensors.torch import save_file
 from torch.profiler import profile
 
 from bitune import Bitune, adapter_sets
+from cli.memory import fold_for_answers, step_bytes
 from cli.process import before_work, run_main
 from cli.settings import flag_adder, new_parser, number
-from experiments.cost import kept
-from fast.decoding import quick
-from fast.training import hasten
-from fast.traversal import NLL
-from files.checkpoint import DTYPES, check_device, default_device, default_dtype, parse_config
+from files.checkpoint import DTYPES, check_device, default_device, default_dtype, laid_out, parse_config
 from lora import add_adapter
 from model import Llama
-from text.examples import Example
+from text.examples import Example, batches
 from train import make_optimizer, train_step
 
 
@@ -64,6 +58,7 @@ def random_model(name, device, dtype):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
+            p.data = laid_out(p.data)
     return model
 
 
@@ -108,16 +103,16 @@ def reading(device):
 
 def training(model, args, device):
     tasks = {"lora": finetunable(model, "causal"), "bitune": finetunable(model, "bitune")}
-    for name, bitune in tasks.items():
-        hasten(bitune, args.plain, args.checkpointing)
-    optimizers = {name: make_optimizer(b, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
+    for bitune in tasks.values():
+        bitune.model.checkpointing = args.checkpointing
+    optimizers = {name: make_optimizer(b, 1e-4, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
     theirs = peft_step(model) if args.against and not args.checkpointing else None
     A = args.answer
     for B in args.batches:
         for P in args.prompts:
             ids = torch.randint(model.config.vocab_size, (B, P + A))
             examples = [Example(t[:P], t[P:]) for t in ids.tolist()]
-            step = lambda m: train_step(tasks[m], optimizers[m], examples, B, 1e-4, 1.0)
+            step = lambda m: train_step(tasks[m], optimizers[m], examples, partial(batches, size=B), 1.0, 1.0)
             steps = {name: partial(step, name) for name in tasks}
             if theirs:
                 steps["peft"] = lambda: theirs(ids.to(device), P)
@@ -129,9 +124,7 @@ def training(model, args, device):
                 row["bitune_over_peft_lora"] = seconds["bitune"] / seconds["peft"]
             for name, bitune in tasks.items():
                 row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
-                loss = lambda: bitune.losses(*zip(*examples)).sum()
-                logits = 0 if args.plain else NLL.bytes_at_once(B * A, model.config.vocab_size)
-                row[f"{name}_computed_MB"] = (parts(bitune) + kept(bitune, loss) + logits) / 1e6
+                row[f"{name}_computed_MB"] = (parts(bitune) + step_bytes(bitune, examples)) / 1e6
             yield row
 
 
@@ -163,8 +156,9 @@ def peak(step, device, bitune):
 
 def answering(model, args, device):
     theirs = hugging_face(model) if args.against else None
-    tasks = {"unmerged": finetunable(model, "bitune"), "bitune": quick(finetunable(model, "bitune")),
-             "lora": quick(finetunable(model, "causal")), "base": quick(Bitune(model, "causal"))}
+    tasks = {"unmerged": finetunable(model, "bitune"), 
+             "bitune": fold_for_answers(finetunable(model, "bitune")),
+             "lora": fold_for_answers(finetunable(model, "causal")), "base": Bitune(model, "causal")}
     read = [p for name, p in model.named_parameters()
             if model.config.tie_word_embeddings or "embed_tokens" not in name]
     weights, new = sum(p.numel() * p.element_size() for p in read), args.answer
@@ -273,7 +267,6 @@ def main(argv=None):
     arg("--repeats", type=number(int, 1), default=5, help="timed calls of each")
     arg("--parts", choices=["training", "answering"], nargs="+", default=["training", "answering"],
         help="what is measured")
-    arg("--plain", action="store_true", help="train with train.py's flag of this name")
     arg("--checkpointing", action="store_true", help="train with train.py's flag of this name")
     arg("--against", choices=["hf"], help="also time transformers and peft, which must be installed")
     arg("--out", default="benchmark.json", metavar="FILE", help="where the figures go")

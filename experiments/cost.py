@@ -9,22 +9,20 @@ and the hours that 3,000 steps of 10 examples take at --tflops. What a kernel ne
 top.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitune import Bitune, adapter_sets
+from cli.memory import step_bytes
 from cli.process import run_main
 from cli.settings import default, flag_adder, new_parser, number
-from fast.linear import eight_bits
-from fast.training import hasten
-from fast.traversal import NLL
 from files.checkpoint import parse_config
+from files.int8 import eight_bits
 from lora import KINDS, add_adapter
 from model import Llama
+from text.examples import Example
 
 SHAPES = {
     "gemma-2b": dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
@@ -57,56 +55,33 @@ class FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
 
-    @staticmethod
-    def apply_to(q, k, v, mask=None, is_causal=False, enable_gqa=False):
+
+class Fused(TorchFunctionMode):
+    """In here, attention is such a kernel's."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs or {})
+        q, k, v, mask = args
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         return FusedAttention.apply(q, k, v, mask)
 
 
-def kept(bitune, loss):
-    """How many bytes autograd keeps of a forward pass, which loss() makes, parameters aside; of blocks that
-    are computed a second time, their inputs."""
-    storages = {}                                       # held here, so that none is counted twice
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
-    def keep_input(x):
-        keep(x)
-    hooks = [block.register_forward_pre_hook(lambda _, args: keep_input(args[0]))
-             for block in bitune.model.model.layers] if hasattr(bitune, "model") else []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss()
-    for hook in hooks:
-        hook.remove()
-    for p in bitune.parameters():
-        storages.pop(p.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def cost(shape, method, kind, options, P, A, checkpointed=False, bits=None):
+def cost(shape, method, kind, options, P, A, checkpointing=False, bits=None):
     """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
     with torch.device("meta"):
         model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
     parameters = sum(p.numel() for p in model.parameters())
     if bits:
         eight_bits(model)
+    model.checkpointing = checkpointing
     for name in adapter_sets(method):
         add_adapter(model, name, kind, **options)
-    bitune = Bitune(model, method)
-    hasten(bitune, checkpointing=checkpointed)
-    loss = lambda: bitune.losses([[0] * P], [[0] * A]).sum()
+    bitune, example = Bitune(model, method), Example([0] * P, [0] * A)
     with FlopCounterMode(display=False) as counter:
-        loss().backward()
-    sdpa, F.scaled_dot_product_attention = F.scaled_dot_product_attention, FusedAttention.apply_to
-    try:
-        activations = kept(bitune, loss)
-    finally:
-        F.scaled_dot_product_attention = sdpa
-    if not KINDS[kind].trains_base:             # else the losses are not made in parts
-        activations += NLL.bytes_at_once(A, model.config.vocab_size)
+        bitune.losses([example.prompt], [example.answer]).sum().backward()
+    with Fused():
+        activations = step_bytes(bitune, [example])
     trained = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in bitune.parameters() if not p.requires_grad)
     return parameters, trained, frozen, activations, counter.get_total_flops()

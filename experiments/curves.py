@@ -6,9 +6,6 @@ All is read from the runs' log.jsonl, in which α by layer stands at each valida
 mean of several in a band from the lowest to the highest.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import json
 import math
 from html import escape

@@ -12,10 +12,6 @@ folder of files, as MMLU has one for each subject.
 Results are written as they come: a command that was stopped goes on where it was when it is repeated.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
-import copy
 import hashlib
 import json
 import math
@@ -29,19 +25,19 @@ from typing import NamedTuple
 
 import torch
 
-from bitune import nll, pad
+from bitune import nll
 from cli.explain import causal_only
+from cli.memory import fold_for_answers
 from cli.process import before_work, run_main
 from cli.settings import add_run, flag_adder, new_parser, number
-from cli.speed import hasten, norms_once
 from cli.terminal import Progress, clock
 from files.disk import json_bytes, write_files
 from files.run import base_of, load_run
-from model import Past, may_attend
+from model import Past
 from text.examples import batches, encode_answer, encode_prompt, joined, parse_row, right_choice, stop_id
 from text.rows import TASKS, read_rows
 
-BATCH_SIZE = 8          # questions at a time, if nothing else is said
+TOKENS = 4096           # at a time, if nothing else is said
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
 
 
@@ -100,7 +96,7 @@ def log_probs(bitune, prompts, choices):
     """The log-probability of each choice after its prompt, the sum over its tokens: lists of ids, a list of
     them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
-        bitune = copy.copy(bitune)
+        bitune = bitune.twin(type(bitune))
         bitune.passes = [("causal", bitune.answer_set)]
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
     past = bitune.encode(context)                               # once for all choices
@@ -108,11 +104,8 @@ def log_probs(bitune, prompts, choices):
     owner = [b for b, group in enumerate(choices) for _ in group]           # each choice's prompt
     choice = [ids for group in choices for ids in group]
     if past is not None:
-        past = Past([(k[owner], v[owner]) for k, v in past.layers])
-    _, stream = bitune.lay_out([prompts[b] for b in owner], [ids[:-1] for ids in choice])
-    sees = may_attend(stream.positions, torch.cat((context.positions[owner], stream.positions), dim=1))
-    logits, _ = bitune.model(*stream, sees, past, bitune.answer_set)
-    sums = -nll(logits, pad(choice, -100, bitune.device)).sum(1)
+        past = Past([(k[owner], v[owner]) for k, v in past.layers], past.positions[owner])
+    sums = -bitune.score([prompts[b] for b in owner], choice, nll, past).sum(1)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")
     return [group.tolist() for group in sums.split([len(group) for group in choices])]
@@ -176,8 +169,8 @@ def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_t
     metric's (mean, standard error). `kept` has those of an earlier try and gets each batch's as it comes."""
     kept = {} if kept is None else kept
     begun, before = time.monotonic(), len(kept)
-    length = lambda q: len(q.prompt) + max(map(len, q.choices), default=0)
-    for batch in batches(questions, batch_size, length):
+    length = lambda q: (len(q.prompt), sum(map(len, q.choices)) if q.choices else max_new_tokens)
+    for batch in batches(questions, batch_size, TOKENS, length):
         if all(q.place in kept for q in batch):
             continue
         prompts = [q.prompt for q in batch]
@@ -277,7 +270,7 @@ def main(argv=None):
     arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV; "
         "or a folder of such files")
     arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions (of each file)")
-    arg("--batch-size", type=number(int, 1), default=BATCH_SIZE, help="questions at a time")
+    arg("--batch-size", type=number(int, 1), help=f"questions at a time (default: of {TOKENS} tokens)")
     arg("--forced-causal", action="store_true", help="with α = 0: what does the second reading add?")
     arg("--twice", action="store_true", help="each prompt's text twice: what does repeating it add?")
     arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
@@ -308,8 +301,7 @@ def main(argv=None):
               args.dtype, str(bitune.device), weights, args.forced_causal]
         kept = Kept(out / f"{name}.part", of)
 
-    norms_once(bitune.model)
-    hasten(bitune)
+    fold_for_answers(bitune)
     begun = time.monotonic()
     if kept:
         print(f"{len(kept)} of {len(questions)} questions are from an earlier try")

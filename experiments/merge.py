@@ -6,9 +6,6 @@ For runs of method causal, but those of full finetuning, which are checkpoints a
 adapters. It is refused for a run with prompt passes: these need the base, or two sets of weights, at once.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 from pathlib import Path
 
 from cli.process import before_work, run_main

@@ -17,8 +17,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict
-from itertools import takewhile
+from dataclasses import asdict, replace
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, differences, load_base
 from files.disk import check_types, finish_writing, hold, json_bytes, read_tensors, tensor_bytes
 from files.disk import write_files
-from lora import KINDS, add_adapter, merge
+from lora import KINDS, add_adapter, linears, merge
+from model import Llama
 from text.examples import TEMPLATES
 from text.words import listed, read_json
 
@@ -36,45 +37,15 @@ FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 FOLDERS = {"answer": ".", "prompt": "bidirectional"}        # where a run's sets are, since its first version
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Runs that were written by earlier versions are read under today's names
-
-def modern(settings):
-    """Settings, or what bitune.json says, with the names and words that have changed since."""
-    settings = dict(settings)
-    for old, new in (("theta_init", "c"), ("alpha", "lora_alpha")):
-        if old in settings and not isinstance(settings[old], dict):
-            settings[new] = settings.pop(old)
-    if settings.get("method") == "lora":
-        settings["method"] = "causal"
-    mask = settings.pop("second_mask", "bidirectional")         # of any method's bidirectional pass
-    if mask != "bidirectional" and settings.get("method") in METHODS:
-        passes = [(mask if sees == "bidirectional" else sees, adapter)
-                  for sees, adapter in METHODS[settings["method"]]]
-        METHODS.setdefault(f"{settings['method']}, {mask}", passes)
-        settings["method"] = next(method for method in METHODS if METHODS[method] == passes)
-    return settings
-
-
-def modern_tensors(tensors):
-    """The tensors of a state or mixing file under the names that the modules have now."""
-    def rename(name):
-        for old, new in (("causal", "answer"), ("bidirectional", "prompt")):
-            name = name.replace(f".sets.{old}.", f".sets.{new}.")
-        return {"key": "theta_key", "value": "theta_value"}.get(name, name)
-
-    return {rename(name): tensor for name, tensor in tensors.items()}
-
-
 def read_settings(folder):
     """The settings of the run in a folder, and its derived numbers."""
     file = Path(folder) / "settings.json"
-    saved = read_json(file, "derived")
-    check_types(saved, file, settings=dict, args=dict, derived=dict)
+    saved = read_json(file, "settings", "derived")
+    check_types(saved, file, settings=dict, derived=dict)
     check_types(saved["derived"], file, data_hash=str, dtype=str, val_examples=int)
     if lacking := {"data_hash", "dtype", "val_examples"} - saved["derived"].keys():
         raise ValueError(f"{file} lacks {', '.join(sorted(lacking))}")
-    return modern(saved.get("settings") or saved.get("args") or {}), saved["derived"]
+    return saved["settings"], saved["derived"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -87,33 +58,54 @@ def own_tensors(bitune):
 
 @torch.no_grad()
 def fingerprint(bitune):
-    """What the mixing makes of made-up keys and values: two numbers a layer, others wherever `alpha` or
-    `mix` computes something else from the same parameters."""
-    if not bitune.mixes:
-        return []
-    c, at = bitune.model.config, torch.arange(5, device=bitune.device)
-    wave = torch.arange(c.num_key_value_heads * 5 * c.head_dim, device=bitune.device).float()
-    wave = wave.view(1, c.num_key_value_heads, 5, c.head_dim)
-    made_up = [[((wave + 3 * p).sin(), (wave + 2 * p).cos())] * c.num_hidden_layers
-               for p in range(len(bitune.passes))]
-    weight = (0.7 * wave).sin() / wave.numel() ** 0.5
-    return [[(t * weight).sum().item() for t in pair] for pair in bitune.mix(made_up, at[None])]
+    """What a Bitune of this one's make computes from made-up numbers, in float64: where it cuts a prompt,
+    what its passes and its mixing leave in the cache, and its logits. It is other wherever the code has come
+    to compute something else: passes, opening, masks, mixing, adapters or the decoder itself."""
+    c, waves = bitune.model.config, count()
+    config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
+                     num_attention_heads=4, num_key_value_heads=min(4, c.num_key_value_heads),
+                     rotary_dim=8 if c.rotary_dim == c.head_dim else 4, max_position_embeddings=512,
+                     sliding_window=None)
+
+    def fill(module):
+        """Every number a wave of its own around where it starts, if that is not drawn at random."""
+        for p in module.parameters():
+            wave = torch.sin(1.7 * next(waves) + torch.arange(p.numel()).view(p.shape))
+            p.copy_(wave / p.shape[-1] ** 0.5 if p.dim() > 1 else p * (1 + wave / 2) + wave * 0.1 * (p == 0))
+        return module
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = fill(Llama(config))
+        targets = {path.split(".")[-1] for path, linear in linears(bitune.model).items() if linear.sets}
+        for name, (kind, options) in bitune.model.sets.items():
+            add_adapter(model, name, kind, targets, **options)
+        small = fill(type(bitune)(model, bitune.method, bitune.c)).double().eval()
+    ids = [7 * i * i % 61 for i in range(90)]
+    wave = lambda t: torch.cos(torch.arange(t.numel()).view(t.shape) * 0.37)
+    past = small.encode(small.lay_out([ids], [[]])[0])
+    cache = [(t * wave(t)).sum().item() for kv in past.layers for t in kv] if past else []
+    logits, labels = small([ids, ids[:40]], [[5, 9, 8], [3]])
+    return {"opening": len(small.split(ids)[1]), "cache": cache,
+            "logits": [(row * wave(row)).sum().item() for row in logits[labels >= 0]]}
 
 
 @torch.no_grad()
-def alpha_by_layer(bitune):
-    """α in numbers, whatever its shape: name -> its mean in each layer. One that has not the layers as its
-    first dimension is the same in all of them."""
+def alpha_by_layer(bitune, prompt):
+    """What the mixing does with a prompt: name -> each layer's α, its mean if there are several. One that
+    has not the layers as its first dimension is the same in all of them."""
+    context, _ = bitune.lay_out([prompt], [[]])
+    if not bitune.mixes or not context.ids.shape[1]:
+        return {}
     L = bitune.model.config.num_hidden_layers
     by_layer = lambda a: a.reshape(L, -1).mean(1) if a.shape[:1] == (L,) else a.mean().expand(L)
-    return {name: by_layer(a.float()).tolist() for name, a in bitune.alpha().items()} if bitune.mixes else {}
+    alphas = bitune.alpha(bitune.read(context), context.positions)
+    return {name: by_layer(a.float()).tolist() for name, a in alphas.items()}
 
 
 def run_bytes(bitune, base, **about):
     """The files, name to bytes, of a run on the base called `base`; `about` is added to its bitune.json."""
     files = {"bitune.json": json_bytes({
-        "method": bitune.method, "passes": bitune.passes, "mixing": bitune.mixing, "c": bitune.c, **about,
-        "alpha": alpha_by_layer(bitune), "fingerprint": fingerprint(bitune), "base": base,
+        "method": bitune.method, "c": bitune.c, **about, "fingerprint": fingerprint(bitune), "base": base,
         "base_config": asdict(bitune.model.config)})}
     if own := own_tensors(bitune):
         files["mixing.safetensors"] = tensor_bytes(own)
@@ -140,10 +132,6 @@ def load_bitune(model, folder, base=""):
                          "base, give no other")
     check_base(folder, about, model, base)
     n, method = 0, about.get("method", "causal")
-    ours = [list(p) for p in METHODS.get(method, [])]
-    if (passes := about.get("passes", ours)) != ours and method in METHODS:
-        raise ValueError(f"{folder} was trained by {method} with the passes {passes}: here METHODS has "
-                         f"{METHODS[method]}")
     for name in adapter_sets(method):
         if whole and not model.sets:
             add_adapter(model, name, FULL)
@@ -151,7 +139,9 @@ def load_bitune(model, folder, base=""):
         else:
             n += load_adapter(model, name, folder / FOLDERS.get(name, name))
     bitune = Bitune(model, method, about["c"]) if about else Bitune(model, method)
-    return bitune, n + load_own(bitune, folder, about), about
+    n += load_own(bitune, folder)
+    check_code(bitune, folder, about)
+    return bitune, n, about
 
 
 def start_from(model, folder, base, method, c):
@@ -173,7 +163,7 @@ def start_from(model, folder, base, method, c):
             load_adapter(model, name, folder / FOLDERS.get(source, source))
     bitune = Bitune(model, method, c)
     if len(METHODS[about.get("method", "causal")]) > 1:
-        load_own(bitune, folder, about)
+        load_own(bitune, folder)
     return bitune
 
 
@@ -190,9 +180,9 @@ def read_about(folder):
     """A run's bitune.json, {} for a bare PEFT adapter."""
     if (folder / "bitune.json").exists():
         file = folder / "bitune.json"
-        about = modern(read_json(file, "method", "base", "base_config"))
+        about = read_json(file, "method", "base", "base_config")
         check_types(about, file, method=str, base=str, base_config=dict, c=(int, float), template=str,
-                    mixing=str, passes=list, fingerprint=list, step=int)
+                    fingerprint=dict, step=int)
         if "c" not in about:
             raise ValueError(f"{file} lacks c")
         return about
@@ -201,28 +191,31 @@ def read_about(folder):
     return {}
 
 
-def load_own(bitune, folder, about):
+def load_own(bitune, folder):
     """Read what `own_tensors` wrote; returns how many tensors there are."""
     own = own_tensors(bitune)
-    if not bitune.mixes:
-        return 0
-    if (mixing := about.get("mixing", "abs")) != bitune.mixing:
-        raise ValueError(f"{folder} was trained with the mixing {mixing!r}, and this code's is "
-                         f"{bitune.mixing!r}: Bitune.mixing, in bitune.py, names it")
-    tensors = modern_tensors(read_tensors(folder / "mixing.safetensors")) if own else {}
+    tensors = read_tensors(folder / "mixing.safetensors") if own else {}
     shapes = [{n: tuple(t.shape) for n, t in side.items()} for side in (own, tensors)]
     if wrong := differences(*shapes):
         raise ValueError(f"{folder / 'mixing.safetensors'} does not fit: {listed(wrong)}")
     for n, t in own.items():
         t.copy_(tensors[n])
-    try:
-        here, there = (torch.tensor(f) for f in (fingerprint(bitune), about.get("fingerprint", [])))
-    except (TypeError, ValueError):
-        raise ValueError(f"{folder / 'bitune.json'}: fingerprint is not a list of numbers") from None
-    if there.numel() and (here.shape != there.shape or (here - there).abs().max() > 1e-3):
-        raise ValueError(f"{folder}: in training, other keys and values were mixed from the same parameters:"
-                         " have Bitune.alpha or Bitune.mix, in bitune.py, been edited since?")
     return len(own)
+
+
+def check_code(bitune, folder, about):
+    """ValueError if the code that has trained a run computes something else than this one."""
+    if about:
+        here, there = fingerprint(bitune), about.get("fingerprint", {})
+        try:
+            wrong = [key for key in here if not torch.allclose(
+                *(torch.tensor(side[key], dtype=torch.float64) for side in (here, there)), 1e-6, 1e-6)]
+        except (TypeError, ValueError, KeyError, RuntimeError):
+            wrong = [*here]
+        if wrong:
+            raise ValueError(f"{folder} was trained by code that computes something else (from the same made-"
+                             f"up numbers another {' and '.join(wrong)}): what has been edited since, in "
+                             "bitune.py, lora.py or model.py?")
 
 
 def base_of(run):
@@ -278,7 +271,7 @@ def load_state(path, bitune, optimizer):
     """Put back what `state_bytes` holds; returns the number of steps done."""
     if not path.exists():
         raise ValueError(f"{path.parent} holds no save yet: start again, with the same --out")
-    tensors = modern_tensors(read_tensors(path))
+    tensors = read_tensors(path)
     trained = {f"param.{n}": p for n, p in bitune.named_parameters() if p.requires_grad}
     want = trained | {f"buffer.{n}": b for n, b in bitune.named_buffers()}
     moments = {f"{key}.{n.removeprefix('param.')}": p for key in ("exp_avg", "exp_avg_sq")
@@ -322,14 +315,14 @@ class Run:
                 raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} "
                                  "began")
             self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
-            check_base(self.folder, read_about(self.folder), bitune.model, settings.model)
+            about = read_about(self.folder)
+            check_base(self.folder, about, bitune.model, settings.model)
+            check_code(bitune, self.folder, about)
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
                              "or choose another --out")
-        elif writes:
-            write_files(self.folder, {"settings.json": json_bytes({"settings": vars(settings),
-                                                                   "derived": self.derived})})
-        alpha_by_layer(bitune), fingerprint(bitune)     # what an edit has broken of them shows now
+        self.asked = next((e.prompt for e in examples + val if bitune.split(e.prompt)[0]), examples[0].prompt)
+        self.alphas(), fingerprint(bitune)              # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
         self.validated = {r["step"] for r in kept if "val_loss" in r}
@@ -337,6 +330,17 @@ class Run:
         if writes:
             write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
         self.file = open(self.folder / "log.jsonl" if writes else os.devnull, "a", buffering=1)
+
+    def begin(self, tokens):
+        """Write down the settings, now that it is known how many tokens go at a time."""
+        self.settings.micro_batch_tokens = tokens
+        if self.writes:
+            write_files(self.folder, {"settings.json": json_bytes({"settings": vars(self.settings),
+                                                                   "derived": self.derived})})
+
+    def alphas(self):
+        """The mixing's α by layer, name -> numbers, as it takes the first prompt that there is to read."""
+        return alpha_by_layer(self.bitune, self.asked)
 
     def derive(self, dropped):
         """The numbers that follow from the settings and the data."""
@@ -370,16 +374,18 @@ class Run:
         if self.at and result["loss"] < self.best:              # at step 0 it is the base's loss
             self.best = result["loss"]
             if self.writes and s.keep == "best":
-                write_files(self.folder / "best", run_bytes(self.bitune, s.model, template=s.template,
-                                                            step=self.at))
+                write_files(self.folder / "best", self.run_bytes())
         self.log({f"val_{name}": value for name, value in result.items()} |
-                 {f"alphas_{name}": by_layer for name, by_layer in alpha_by_layer(self.bitune).items()})
+                 {f"alphas_{name}": by_layer for name, by_layer in self.alphas().items()})
+
+    def run_bytes(self):
+        s = self.settings
+        return run_bytes(self.bitune, s.model, template=s.template, step=self.at, alpha=self.alphas())
 
     def save(self):
-        s = self.settings
         if self.writes:
-            write_files(self.folder, {"state.safetensors": state_bytes(self.bitune, self.optimizer, self.at),
-                                      **run_bytes(self.bitune, s.model, template=s.template, step=self.at)})
+            state = state_bytes(self.bitune, self.optimizer, self.at)
+            write_files(self.folder, {"state.safetensors": state, **self.run_bytes()})
         self.saved = self.at
 
 

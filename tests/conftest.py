@@ -11,7 +11,6 @@ and tokenizers are tested too.
 import importlib
 import json
 import os
-import re
 import struct
 import sys
 import tempfile
@@ -21,35 +20,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import lora
-from fast import training
-
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and those of the commands run by the tests
 os.fsync = lambda file: None  # no test cuts the power, and a disk may take its time
-
-
-def once(check):
-    """`check`, which each command makes anew as it starts, made once for a model and the code it runs."""
-    found = {}
-
-    def remembered(bitune):
-        linears = lora.linears(bitune.model).items()
-        adapted = {(path.split(".")[-1], *module.sets) for path, module in linears}
-        rooms = [m for name, m in sys.modules.items() if re.match(r"(model|lora|bitune|fast)\b", name)]
-        code = [*lora.KINDS.values(), *(v for room in rooms for v in vars(room).values())]
-        code += [v for kind in code if isinstance(kind, type) for v in vars(kind).values()]
-        about = bitune.method, bitune.passes, bitune.c, bitune.model.config, bitune.model.sets
-        key = repr(about), *sorted(adapted), type(bitune), *map(id, code)
-        if key not in found:
-            found[key] = check(bitune), code        # kept, so that no other gets its id
-        return found[key][0]
-    return remembered
-
-
-training.agrees = once(training.agrees)
 
 
 def pytest_addoption(parser):

@@ -5,6 +5,7 @@ where the prompt ends is a matter of ids and never of text. Training, evaluation
 `encode_prompt`.
 """
 
+import math
 import random
 from functools import lru_cache
 from typing import NamedTuple
@@ -277,7 +278,23 @@ def draw(n, count, seed, step):
     return [shuffled(n, seed, i // n)[i % n] for i in range(step * count, (step + 1) * count)]
 
 
-def batches(examples, size, length=lambda e: len(e.prompt) + len(e.answer)):
-    """Examples cut into batches of similar length, the longest first."""
-    examples = sorted(examples, key=length, reverse=True)
-    return [examples[i:i + size] for i in range(0, len(examples), size)]
+def length(example):
+    return len(example.prompt) + len(example.answer)
+
+
+def batches(examples, size=None, tokens=math.inf, length=lambda e: (len(e.prompt), len(e.answer))):
+    """Examples cut into batches of similar length, the longest first: of `size` examples, or else as large
+    as `tokens` with padding allow (one example, if need be), where a quarter of these is padding at most.
+    Prompts and answers are padded each by themselves; `length` gives both."""
+    examples = sorted(examples, key=lambda e: sum(length(e)), reverse=True)
+    if size:
+        return [examples[i:i + size] for i in range(0, len(examples), size)]
+    cut, batch = [], []
+    for example in examples:
+        prompts, answers = zip(*map(length, [*batch, example]))
+        padded = (len(batch) + 1) * (max(prompts) + max(answers))
+        if batch and (padded > tokens or padded - sum(prompts + answers) > padded / 4):
+            cut.append(batch)
+            batch = []
+        batch.append(example)
+    return cut + [batch] if batch else cut

@@ -7,10 +7,8 @@ compared on validation data; what is reported comes from test data, on which not
 FOLDER it goes on where it was stopped.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import statistics
+from functools import partial
 from pathlib import Path
 
 from cli.process import before_work, run_main
@@ -22,7 +20,7 @@ from experiments.curves import colours, panel, picture
 from experiments.demo.language import TASKS, write
 from files.checkpoint import load_base
 from files.run import load_run
-from text.examples import encode_prompt, load_examples, stop_id
+from text.examples import batches, encode_prompt, load_examples, stop_id
 from text.rows import read_rows
 from train import validate
 
@@ -58,8 +56,9 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     chance = statistics.mean(1 / (1 + row["prompt"].count(";")) for row in rows)
     print(f"\n{task}: {rows[0]['prompt']} -> {rows[0]['completion']}", flush=True)
 
+    in_hundreds = partial(batches, size=100)
     score = lambda bitune, *_: {
-        "scores": {"exact match, test": validate(bitune, test, 100)["exact_match"]}}
+        "scores": {"exact match, test": validate(bitune, test, in_hundreds)["exact_match"]}}
     claim(out, {"task": task, "steps": steps})
     best = chosen(grid({name: flags + more for name, more in models.items()}, lrs, seeds, out, score))
     if best.keys() != models.keys():
@@ -71,7 +70,7 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
     first = {name: load_run(out / records[0]["run"])[0] for name, records in best.items()}
     print(f"{answers(first, rows[:3], tokenizer)}\n")
-    print(f"Bitune's mixing coefficients:\n{bars(first['Bitune'])}\n")
+    print(f"Bitune's mixing coefficients:\n{bars(first['Bitune'], test[0].prompt)}\n")
     print(f"Exact match over steps: {out / 'curves.svg'}. Ask the last run yourself: python sample.py")
 
 

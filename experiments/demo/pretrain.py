@@ -7,9 +7,6 @@ trains on follows from the seed and the step alone, so the same machine makes th
 some ten minutes.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import base64
 import random
 import time
@@ -24,9 +21,9 @@ from experiments.demo.language import AGAIN, KINDS, PIECES, document, row
 from files.checkpoint import parse_config
 from files.disk import json_bytes, tensor_bytes, write_files
 from model import Llama, may_attend
-from text.examples import Example, encode_answer, encode_prompt
+from text.examples import Example, batches, encode_answer, encode_prompt
 from text.tokenizer import Tokenizer
-from train import learning_rate, validate
+from train import schedule, validate
 
 SPECIAL = ["<s>", "</s>"]                                       # ids after the bytes and pieces
 CONFIG = {
@@ -88,7 +85,7 @@ def scores(model, tokenizer, n=300):
             found.setdefault(f"{kind.__name__} {question.split()[0]}", []).append(
                 (f"{facts} {question}".strip(), answer))
     found["behind What"] = [tuple(row("behind", rng).values()) for _ in range(n)]
-    return {form: validate(bare, [example(tokenizer, *turn) for turn in turns], 100)["exact_match"]
+    return {form: validate(bare, [example(tokenizer, *turn) for turn in turns], batches)["exact_match"]
             for form, turns in found.items()}
 
 
@@ -112,7 +109,7 @@ def main(argv=None):
         optimizer.zero_grad()
         now.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, WARMUP, PEAK)
+        optimizer.param_groups[0]["lr"] = PEAK * schedule(step, args.steps, WARMUP)
         optimizer.step()
 
         average = now.item() if average is None else 0.99 * average + 0.01 * now.item()

@@ -7,21 +7,17 @@ A base gets new adapters, so both passes read with its own weights, and α is th
 is the base's. A run's own α are scaled.
 """
 
-from cli.early import answer_flags
-answer_flags(__name__)          # before torch is imported, which takes two seconds
-
 import torch
 
 from bitune import Bitune, adapter_sets
 from cli.process import before_work, run_main
 from cli.settings import add_device, flag_adder, new_parser, number
-from cli.speed import hasten
 from cli.terminal import Progress
 from experiments.compare import markdown
 from files.checkpoint import load_base
 from files.run import load_run
 from lora import add_adapter
-from text.examples import load_examples
+from text.examples import batches, load_examples
 from text.rows import TASKS
 from train import validate
 
@@ -29,19 +25,32 @@ SCALES = 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1
 PARTS = 6           # of the layers
 
 
+class Scaled(Bitune):
+    """α times `scales`, by name one for each layer (L,)."""
+
+    def alpha(self, read, positions):
+        along = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * a
+        return {name: along(self.scales[name], a) for name, a in super().alpha(read, positions).items()}
+
+
+class Alone(Bitune):
+    """α is `scales`."""
+
+    def alpha(self, read, positions):
+        return self.scales
+
+
 def load(args):
-    """The Bitune, its tokenizer and template, and the α that are scaled, (L, ...) of keys and of values."""
+    """The Bitune, whose α are scaled, its tokenizer and template."""
     if args.adapter:
         bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
-        if not bitune.mixes or {*bitune.alpha()} != {"key", "value"}:
-            raise ValueError(f"{args.adapter} (method {bitune.method}) mixes no keys and values by α")
-        template = about.get("template", "paper")
-        return bitune, tokenizer, template, [a.detach() for a in bitune.alpha().values()]
+        if not bitune.mixes:
+            raise ValueError(f"{args.adapter} (method {bitune.method}) mixes nothing")
+        return bitune.twin(Scaled), tokenizer, about.get("template", "paper")
     model, tokenizer = load_base(args.model, args.device, args.dtype)
     for name in adapter_sets("bitune"):
         add_adapter(model, name)
-    bitune = Bitune(model)
-    return bitune, tokenizer, "paper", [torch.ones_like(a) for a in bitune.alpha().values()]
+    return Bitune(model).twin(Alone), tokenizer, "paper"
 
 
 def main(argv=None):
@@ -58,29 +67,28 @@ def main(argv=None):
     with before_work():
         if not (args.model or args.adapter):
             raise ValueError("neither --model nor --adapter given: see --help")
-        bitune, tokenizer, template, (key, value) = load(args)
+        bitune, tokenizer, template = load(args)
         examples = load_examples(args.data, tokenizer, template, 512, args.task)[0][-args.n:]
-        hasten(bitune)
-    progress = Progress()
+    progress, L = Progress(), bitune.model.config.num_hidden_layers
 
     def loss(key, value):
-        bitune.alpha = lambda: {"key": key, "value": value}
-        return f"{validate(bitune, examples, 10, progress.update)['loss']:.3f}"
+        bitune.scales = {"key": torch.zeros(L, device=bitune.device) + key,
+                         "value": torch.zeros(L, device=bitune.device) + value}
+        return f"{validate(bitune, examples, batches, progress.update)['loss']:.3f}"
 
-    none, own = loss(0 * key, 0 * value), "α times" if args.adapter else "α"
+    none, own = loss(0, 0), "α times" if args.adapter else "α"
     lines = [[own, "keys and values", "keys alone", "values alone"], ["0", none, none, none]]
     for s in args.scales:
-        of_each = (s * key, s * value), (s * key, 0 * value), (0 * key, s * value)
-        lines.append([f"{s:g}", *(loss(*alpha) for alpha in of_each)])
+        lines.append([f"{s:g}", loss(s, s), loss(s, 0), loss(0, s)])
     progress.note(markdown(lines) + "\n")
 
     s = 1 if args.adapter else 0.5
     lines = [[f"{own} {s:g} in layers, 0 in the others", "loss"]]
-    for layers in torch.arange(len(key)).split(-(-len(key) // PARTS)):
-        only = torch.zeros(len(key), *[1] * (key.dim() - 1), device=key.device)
+    for layers in torch.arange(L).split(-(-L // PARTS)):
+        only = torch.zeros(L, device=bitune.device)
         only[layers] = s
         first, last = layers[0].item(), layers[-1].item()
-        lines.append([f"{first} to {last}" if first < last else f"{first}", loss(only * key, only * value)])
+        lines.append([f"{first} to {last}" if first < last else f"{first}", loss(only, only)])
     progress.note(markdown(lines))
 
 

@@ -1,0 +1,92 @@
+"""How much memory a step takes, and how many tokens at a time there is room for."""
+
+from pathlib import Path
+
+import torch
+
+from bitune import LOGITS
+from lora import fold
+from text.examples import length
+
+
+def free_bytes(device):
+    """What a device's memory has room for, as far as that is known; of a CPU's, Linux tells it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2**63)
+
+
+def out_of_memory(problem):
+    """Whether an exception says that memory has run out."""
+    return isinstance(problem, torch.OutOfMemoryError) or "not enough memory" in str(problem)
+
+
+def kept(bitune, loss):
+    """How many bytes autograd keeps of a forward pass, which loss() makes, parameters aside; of blocks that
+    are computed a second time, their inputs."""
+    storages = {}                                       # held here, so that none is counted twice
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    hooks = [block.register_forward_pre_hook(lambda _, args: [keep(args[0]), None][1])
+             for block in bitune.model.model.layers]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss()
+    for hook in hooks:
+        hook.remove()
+    for p in bitune.parameters():
+        storages.pop(p.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def step_bytes(bitune, examples):
+    """What a step on these examples at once takes beside the weights: what autograd keeps, the logits that
+    are there at a time with their probabilities, and the block that is computed again, if it is."""
+    loss, model = lambda: bitune.losses(*zip(*examples)).sum(), bitune.model
+    activations = kept(bitune, loss)
+    if model.checkpointing:
+        model.checkpointing = False
+        activations += kept(bitune, loss) // model.config.num_hidden_layers
+        model.checkpointing = True
+    logits = min(LOGITS, sum(len(e.answer) for e in examples) * model.config.vocab_size)
+    return activations + 2 * 4 * logits
+
+
+def tokens_that_fit(bitune, examples, s):
+    """How many tokens, with padding, a micro-batch may have. Where the settings say no number, a step's of
+    its longest examples, halved until what they take, reckoned by one of them, fits into the memory that
+    gradients and moments leave. Then such a batch goes forward and backward, for nothing: if memory is short
+    all the same, it shows now and not some night."""
+    longest = max(examples, key=length)
+    with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
+        n = s.micro_batch_size or (s.micro_batch_tokens or 0) // length(longest)
+        if not n:
+            trained = sum(p.numel() * p.element_size() for p in bitune.parameters() if p.requires_grad)
+            room = 0.8 * free_bytes(bitune.device) - 3 * trained
+            n, one = s.batch_size, step_bytes(bitune, [longest])
+            while n > 1 and n * one > room:
+                n = -(-n // 2)
+        while True:
+            try:
+                bitune.losses(*zip(*[longest] * n)).sum().backward()
+                return n * length(longest)
+            except RuntimeError as problem:
+                if n == 1 or s.micro_batch_size or not out_of_memory(problem):
+                    raise
+            bitune.zero_grad()
+            n = -(-n // 2)
+
+
+def fold_for_answers(bitune):
+    """Fold the set "answer", so that each layer writes a token by one product: where there is room for the
+    copies, and only in float32. A bfloat16 weight is too coarse for most of what was learned."""
+    weight = bitune.model.model.embed_tokens.weight
+    size = sum(p.numel() * p.element_size() for p in bitune.model.parameters())
+    if bitune.answer_set and weight.dtype != torch.bfloat16 and 2 * size < free_bytes(bitune.device):
+        fold(bitune.model, bitune.answer_set)
+    return bitune
