@@ -148,7 +148,7 @@ class Full(Adapter):
 
     def __init__(self, linear, path):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().clone())                             # (out, in)
+        self.weight = nn.Parameter(linear.weight.detach().contiguous().clone())                # (out, in)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x, linear):
@@ -193,6 +193,9 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     model.sets[name] = kind, options
     if first:
         model.requires_grad_(maker.trains_base)
+    if first and maker.trains_base:
+        for p in model.parameters():
+            p.data = p.data.contiguous()        # AdamW takes gradient and moments to lie as the weight does
     chosen = {p: layer for p, layer in layers.items() if p in targets or p.split(".")[-1] in targets}
     new = {} if first and maker.trains_base else maker.make(chosen, **options)
     for path, adapter in new.items():
@@ -223,11 +226,10 @@ def fold(model, name):
     them: it computes the same by one product a layer, and trains no more."""
     layers = linears(model)
     for path, weight, bias in merged_weights(model, name):
-        folded = Full(layers[path], path).requires_grad_(False)
-        folded.weight.copy_(weight)
-        if bias is not None:
-            folded.bias.copy_(bias)
-        layers[path].sets[name] = folded
+        folded = Full(layers[path], path)
+        folded.weight = nn.Parameter(torch.empty_like(layers[path].weight).copy_(weight))   # laid out alike
+        folded.bias = None if bias is None else nn.Parameter(bias.clone())
+        layers[path].sets[name] = folded.requires_grad_(False)
     model.sets[name] = "full", {}
 
 

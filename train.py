@@ -57,6 +57,11 @@ def parameter_groups(bitune, lr, weight_decay):
             for (peak, decay), params in groups.items()]
 
 
+def set_options(s, name):
+    """The options of the adapters of the set `name`: the same for all of a method's sets."""
+    return options(s)
+
+
 def make_optimizer(bitune, lr, eps, weight_decay):
     return torch.optim.AdamW(parameter_groups(bitune, lr, weight_decay), betas=(0.9, 0.999), eps=eps,
                              fused=True)
@@ -127,6 +132,8 @@ def train(run, progress, stop):
 
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
     cut = partial(batches, size=s.micro_batch_size, tokens=s.micro_batch_tokens)
+    progress.note(f"micro-batches of at most {s.micro_batch_size or s.micro_batch_tokens:,} "
+                  f"{'examples' if s.micro_batch_size else 'tokens'}")
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at 0, or cut short when killed
         validation()
     for step in run.steps_left():
@@ -186,8 +193,8 @@ def prepare(s):
     if s.adapter and not (s.resume and KINDS[s.peft].trains_base):
         bitune = start_from(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
     else:
-        for name in adapter_sets(s.method):         # each set might have options of its own
-            add_adapter(model, name, s.peft, s.targets or (), **options(s))
+        for name in adapter_sets(s.method):
+            add_adapter(model, name, s.peft, s.targets or (), **set_options(s, name))
         bitune = Bitune(model, s.method, s.c)
     optimizer = make_optimizer(bitune, s.lr, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped, writes=first())

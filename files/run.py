@@ -67,19 +67,25 @@ def fingerprint(bitune):
                      rotary_dim=8 if c.rotary_dim == c.head_dim else 4, max_position_embeddings=512,
                      sliding_window=None)
 
-    def fill(module):
-        """Every number a wave of its own around where it starts, if that is not drawn at random."""
-        for p in module.parameters():
+    def fill(module, but=()):
+        """Every number of the module a wave, around 1 in norms, or around where training starts."""
+        for name, p in module.named_parameters():
             wave = torch.sin(1.7 * next(waves) + torch.arange(p.numel()).view(p.shape))
-            p.copy_(wave / p.shape[-1] ** 0.5 if p.dim() > 1 else p * (1 + wave / 2) + wave * 0.1 * (p == 0))
+            if p.dim() > 1:
+                p.copy_(wave / p.shape[-1] ** 0.5)
+            elif not but:
+                p.copy_(wave / 4 + ("norm" in name))
+            elif name.removeprefix("model.") not in but:
+                p.copy_(p * (1 + 2 * wave) + 0.1 * wave * (p == 0))
         return module
 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         model = fill(Llama(config))
+        base = dict(model.named_parameters())
         targets = {path.split(".")[-1] for path, linear in linears(bitune.model).items() if linear.sets}
         for name, (kind, options) in bitune.model.sets.items():
             add_adapter(model, name, kind, targets, **options)
-        small = fill(type(bitune)(model, bitune.method, bitune.c)).double().eval()
+        small = fill(type(bitune)(model, bitune.method, bitune.c), base).double().eval()
     ids = [7 * i * i % 61 for i in range(90)]
     wave = lambda t: torch.cos(torch.arange(t.numel()).view(t.shape) * 0.37)
     past = small.encode(small.lay_out([ids], [[]])[0])

@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from edits import edits
+
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
@@ -35,6 +37,8 @@ def pytest_addoption(parser):
         metavar="FOLDER",
         help="also test against every folder of reference numbers below FOLDER (repeatable)",
     )
+    parser.addoption("--edits", action="store_true", help="take every edit of docs/edits.md through every "
+                     "command, and the whole suite through every edit (half an hour)")
     parser.addoption("--fuzz", type=int, default=20, metavar="N", help="random files of a kind")
 
 
@@ -93,16 +97,11 @@ class Reports:
         print(json.dumps(data), file=self.file)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Tell a failed number of the paper's from a failed identity."""
-    failed = [r for r in terminalreporter.stats.get("failed", []) if "call" == r.when]
-    recorded = [r for r in failed if "reference" in r.keywords]
-    if recorded:
-        terminalreporter.write_line(
-            f"{len(recorded)} of the {len(failed)} failures are of the group `reference`: numbers of the "
-            "paper's code and of public libraries, which an edit of the method changes. What must hold of "
-            "any edit: "
-            'python -m pytest -m "not reference"')
+def pytest_collection_modifyitems(items):
+    """What is no identity and no reference is about a command."""
+    for item in items:
+        if not {"identity", "reference"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("command")
 
 
 def references(config):
@@ -127,6 +126,8 @@ def pytest_generate_tests(metafunc):
     def parametrize(name, values):
         metafunc.parametrize(name, [v for _, v in values], ids=[i for i, _ in values])
 
+    if "edit" in metafunc.fixturenames:
+        metafunc.parametrize("edit", edits() if metafunc.config.getoption("--edits") else ["token", "opening"])
     if "base" in metafunc.fixturenames:
         parametrize(
             "base",

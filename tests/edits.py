@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("cli", "fast", "files", "text", "experiments", "tests")
+FOLDERS = ("cli", "files", "text", "experiments", "tests")
 BLOCK = re.compile(r"In\s+`(\w+\.py)`(?:,\s+class\s+`(\w+)`)?:\n\n```python\n(.*?)```", re.S)
 
 
@@ -29,6 +29,8 @@ def defines(node):
     """What a statement gives a name to."""
     if isinstance(node, ast.Assign):
         return ast.unparse(node.targets[0])
+    if isinstance(node, ast.ImportFrom):
+        return f"from {node.module}"
     return getattr(node, "name", None)
 
 

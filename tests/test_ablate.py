@@ -146,26 +146,26 @@ def test_a_run_killed_in_its_last_validation_is_validated_before_it_is_scored(ar
 def test_a_run_goes_on_with_the_flags_that_may_change(argv, tmp_path, monkeypatch):
     step, sizes = train.train_step, []
 
-    def counted(bitune, optimizer, examples, micro_batch_size, *args):
-        sizes.append(micro_batch_size)
+    def counted(bitune, optimizer, examples, cut, *args):
+        sizes.append(cut.keywords["size"])
         if len(sizes) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(bitune, optimizer, examples, micro_batch_size, *args)
+        return step(bitune, optimizer, examples, cut, *args)
 
     monkeypatch.setattr(train, "train_step", counted)
     with pytest.raises(SystemExit):
         ablate.main(argv)
     ablate.main([*argv, "--seeds", "42", "--micro-batch-size", "2"])
-    assert sizes == [1] * 3 + [2] * (1 + 2 * 4)
+    assert sizes == [None] * 3 + [2] * (1 + 2 * 4)
 
 
 def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, capsys):
     step = train.train_step
 
-    def fails(bitune, *args):
-        if bitune.method == "bitune" and args[3] > 0.01:  # the learning rate
+    def fails(bitune, optimizer, *args):
+        if bitune.method == "bitune" and optimizer.param_groups[0]["peak"] > 0.01:
             raise FloatingPointError("the loss is nan and the gradient norm nan")
-        return step(bitune, *args)
+        return step(bitune, optimizer, *args)
 
     monkeypatch.setattr(train, "train_step", fails)
     with pytest.raises(SystemExit) as end:

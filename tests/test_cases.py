@@ -251,7 +251,8 @@ def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
 def test_weight_decay_is_for_matrices():
     for kind in ("full", "dora", "ia3"):
         bitune = tiny_bitune("bitune", kind, {"attention_bias": True})
-        decayed = {id(p) for p in make_optimizer(bitune, 1e-6, 0.1).param_groups[0]["params"]}
+        groups = make_optimizer(bitune, 0.01, 1e-6, 0.1).param_groups
+        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
         names = {n.split(".")[-1] for n, p in bitune.named_parameters() if id(p) in decayed}
         assert names == {"full": {"weight"}, "dora": {"lora_A", "lora_B"}, "ia3": set()}[kind]
         assert all(p.dim() == 2 for p in bitune.parameters() if id(p) in decayed)

@@ -11,11 +11,10 @@ import torch
 import chats
 import sample
 import train
-from cli.chat import Alternating
+from cli.chat import conversation
 from cli.settings import read_flags
 from experiments import ablate
 from experiments.evaluate import load_questions
-from model import may_attend
 from text.chat import CHATS, KNOWN, Special
 from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id, template_in_words
 from text.tokenizer import Tokenizer
@@ -180,14 +179,13 @@ FIRST, SAID, NEXT = [5, 9, 250, 3, 7, 7, 1, 80], [3, 2, 1], [11, 12, 13, 14, 80]
 
 def alternating(*args, **options):
     bitune = tiny_bitune(*args, dtype=torch.float64, **options)
-    return bitune, Alternating(bitune)
+    return bitune, conversation(bitune, "chat-chatml", "alternating")
 
 
 def read(alternating, prompt):
     """The keys and values that a prompt has after all that went before."""
-    alternating.opening = prompt[-1:]
     with torch.inference_mode():
-        return alternating.encode(alternating.bitune.lay_out([prompt], [[]])[0]).layers
+        return alternating.encode(alternating.lay_out([prompt], [[]])[0]).layers
 
 
 def assert_same(some, others):
@@ -215,20 +213,20 @@ def test_without_a_second_reading_nothing_is_lost(method):
         said = [ids for (ids,) in goes_on.answer([prompt], 3)]
         assert said == bitune.generate([prompt], 3)[0]
         prompt = prompt + said + NEXT
-        assert_same(goes_on.past.layers, bitune.encode(bitune.lay_out([goes_on.read + [0]], [[]])[0]).layers)
+        assert_same(goes_on.kept.layers,
+                    bitune.encode(bitune.lay_out([goes_on.read_ids + [0]], [[]])[0]).layers)
 
 
 def test_what_was_read_and_answered_stays():
     bitune, goes_on = alternating("bitune")
     said = [ids for (ids,) in goes_on.answer([FIRST], 3)]
-    before, whole = goes_on.past.layers, FIRST + said + NEXT
+    before, whole = goes_on.kept.layers, FIRST + said + NEXT
     again = read(goes_on, whole)
     n, m = len(FIRST) - 1, len(FIRST) + len(said)
     assert_same([(k[:, :, :n], v[:, :, :n]) for k, v in again], before)
     with torch.inference_mode():                # what the answer pass made of its tokens
-        context, stream = bitune.lay_out([FIRST], [said])
-        sees = may_attend(stream.positions, torch.cat((context.positions, stream.positions), 1))
-        _, made = bitune.model(*stream, sees, bitune.encode(context), "answer")
+        _, _, past = bitune.answer_pass([FIRST], [said + [0]])
+        made = [(k[:, :, n:], v[:, :, n:]) for k, v in past.layers]
     assert_same([(k[:, :, n:m], v[:, :, n:m]) for k, v in again], made)
     fresh = bitune.encode(bitune.lay_out([whole], [[]])[0]).layers
     assert again[0][0].shape == fresh[0][0].shape and (again[1][0] - fresh[1][0]).abs().max() > 1e-3
@@ -257,7 +255,7 @@ def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch
 
     asked = []
     monkeypatch.setattr(sample, "encode_prompt", lambda *a: asked.append(a[2]) or encode_prompt(*a))
-    runs = [["--adapter", run, "--chat"], ["--adapter", run, "--chat", "alternating", "--show-mixing"],
+    runs = [["--adapter", run, "--chat"], ["--adapter", run, "--chat", "alternating"],
             ["--model", base, "--chat"]]
     for how in runs:
         monkeypatch.setattr("sys.stdin", io.StringIO("d\ne\n"))

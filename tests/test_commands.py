@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 import sample
 import train
 from bitune import METHODS, Bitune, adapter_sets
+from cli import memory
 from experiments import merge
-from fast import training
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import HELD, finish_writing, hold, write_files
 from files.run import alpha_by_layer, load_bitune, load_run, run_bytes
 from lora import adapters, add_adapter
-from text.examples import Example
+from text.examples import Example, batches
 from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint, write_data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -136,34 +136,17 @@ def test_a_run_loaded_answers_as_the_one_trained(flags, tmp_path):
             assert torch.equal(p, state[f"param.{name}"]), name
 
 
-def test_micro_batches_do_not_change_a_step():
-    results = []
-    for size in (1, 3, 4):
-        bitune = tiny_bitune(dtype=torch.float64)
-        optimizer = train.make_optimizer(bitune, 1e-6, 0.0)
-        examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
-        results.append(
-            (
-                *train.train_step(bitune, optimizer, examples, size, 0.01, 1.0),
-                *(p.detach().clone() for p in bitune.parameters() if p.requires_grad),
-            )
-        )
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=1e-6, rtol=1e-6)
-
-
 def test_the_schedule_rises_and_falls_linearly():
-    rates = [train.learning_rate(s, 10, 2, 1.0) for s in range(10)]
+    rates = [train.schedule(s, 10, 2) for s in range(10)]
     assert rates == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert train.learning_rate(0, 10, 0, 1.0) == 1.0
+    assert train.schedule(0, 10, 0) == 1.0
 
 
 def test_validation_numbers():
     bitune = tiny_bitune()
     examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
     losses = [bitune.losses([p], [a]).item() for p, a in examples]
-    result = train.validate(bitune, examples, 3)
+    result = train.validate(bitune, examples, batches)
     n = [len(a) for a in ANSWERS]
     assert result["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
     assert result["perplexity"] == pytest.approx(
@@ -261,22 +244,33 @@ def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp
     assert log(tmp_path / "run", "val_loss") == log(tmp_path / "whole", "val_loss")
 
 
-def test_the_longest_micro_batch_is_tried_before_the_first_step(flags, tmp_path, monkeypatch, capsys):
-    losses, seen = training.losses, []
+def test_as_many_tokens_go_at_a_time_as_fit(flags, tmp_path, monkeypatch, capsys):
+    """By what one example takes beside the memory that is free, by trying, or by what was typed; it is said,
+    and a resumed run goes on with the same."""
+    losses, sizes = Bitune.losses, []
 
     def limited(self, prompts, answers):
-        seen.append(max(len(p) + len(a) for p, a in zip(prompts, answers)))
-        if len(seen) == 1:
+        sizes.append(len(prompts))
+        if len(prompts) > limit:
             raise torch.OutOfMemoryError("out of memory")
         return losses(self, prompts, answers)
 
-    monkeypatch.setattr(training, "losses", limited)
-    monkeypatch.setattr(training, "agrees", lambda bitune: True)
-    assert "step 0: out of memory: try a smaller --micro-batch-size. Nothing was saved yet." in exits(
-        1, train.main, flags(), capsys
-    )
-    train.main(flags())
-    assert seen[0] == max(seen)
+    monkeypatch.setattr(Bitune, "losses", limited)
+    at_once = lambda run: json.loads((tmp_path / run / "settings.json").read_text())["settings"]
+    longest, limit = 48, 99
+    train.main(flags("--out", tmp_path / "all"))
+    assert at_once("all")["micro_batch_tokens"] == 4 * longest and sizes[:2] == [1, 4]
+    limit, sizes[:] = 2, []
+    train.main(flags("--out", tmp_path / "tried", "--steps", 2))
+    assert at_once("tried")["micro_batch_tokens"] == 2 * longest and sizes[:3] == [1, 4, 2]
+    with monkeypatch.context() as patch:
+        limit, sizes[:] = 99, []
+        patch.setattr(memory, "free_bytes", lambda device: 10**6)
+        train.main(flags("--out", tmp_path / "reckoned", "--steps", 2))
+        assert at_once("reckoned")["micro_batch_tokens"] == longest and sizes[:2] == [1, 1]
+    limit = 0
+    line = exits(1, train.main, flags("--out", tmp_path / "none"), capsys)
+    assert "step 0: out of memory: try a smaller --micro-batch-size. Nothing was saved yet." in line
 
 
 @pytest.mark.parametrize(
@@ -313,11 +307,11 @@ def test_what_goes_wrong_later_loses_nothing_that_was_saved(
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied():
     bitune = tiny_bitune()
-    optimizer = train.make_optimizer(bitune, 1e-6, 0.0)
+    optimizer = train.make_optimizer(bitune, 0.01, 1e-6, 0.0)
     bitune.theta_key.data[0] = float("nan")
     before = [p.detach().clone() for p in bitune.parameters()]
     with pytest.raises(FloatingPointError, match="the loss is nan"):
-        train.train_step(bitune, optimizer, [Example(RAGGED[0], ANSWERS[0])], 1, 0.01, 1.0)
+        train.train_step(bitune, optimizer, [Example(RAGGED[0], ANSWERS[0])], batches, 1.0, 1.0)
     assert all(torch.equal(a, b.detach()) or a.isnan().any() for a, b in zip(before, bitune.parameters()))
 
 
@@ -372,7 +366,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
     assert "nowhere has no adapter_config.json" in bad(
         *model, "--adapter", tmp_path / "nowhere", "--prompt", "x"
     )
-    assert "method causal mixes nothing; give a run that does" in bad(*model, *run, "--show-mixing")
+    assert "method causal mixes nothing; give a run that does" in bad(*model, *run, "--show-mixing", "--prompt", "x")
     assert "are more than the model's max_position_embeddings of 256" in bad(
         *model, *run, "--prompt", "x" * 300
     )
@@ -412,7 +406,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
         (lambda run: change(run / "adapter_config.json", r=None), "adapter_config.json lacks r"),
         (lambda run: (run / "mixing.safetensors").unlink(), "has no mixing.safetensors"),
         (
-            lambda run: save_file({"key": torch.ones(2)}, run / "mixing.safetensors"),
+            lambda run: save_file({"theta_key": torch.ones(2)}, run / "mixing.safetensors"),
             "missing theta_value (3,); theta_key is (2,), expected (3,)",
         ),
         (
@@ -655,7 +649,7 @@ def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
     )
     lines = capsys.readouterr().err.splitlines()
     assert "α key" in lines[1] and [l.split()[0] for l in lines[2:5]] == ["0", "1", "2"]
-    alpha = alpha_by_layer(load_bitune(tiny_model(), tmp_path / "run")[0])
+    alpha = alpha_by_layer(load_bitune(tiny_model(), tmp_path / "run")[0], RAGGED[0])
     assert float(lines[3].split()[1]) == pytest.approx(alpha["key"][1], abs=5e-4)
 
 

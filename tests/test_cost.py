@@ -1,9 +1,10 @@
 """The computed costs, against closed forms and against real tensors."""
 
 import torch
-import torch.nn.functional as F
 
+from cli.memory import kept, step_bytes
 from experiments import cost
+from text.examples import Example
 from tiny import tiny_bitune
 
 SHAPE = dict(
@@ -46,15 +47,14 @@ def test_operations_of_a_step_are_those_of_its_tokens():
     assert frozen == 0 and trained == n + 3 * (4 * 256**2 + 3 * 256 * 512) + 6 and full > bitune
 
 
-def test_what_autograd_keeps_is_counted_once(monkeypatch):
+def test_what_autograd_keeps_is_counted_once():
     x, w = torch.randn(10, 4), torch.nn.Parameter(torch.randn(4, 4))
-    module = torch.nn.ParameterList([w])
-    y = lambda: (x @ w @ w).exp().sin()  # keeps x, the first product, exp's result (twice); and w
-    assert cost.kept(module, y) == 3 * 10 * 4 * 4
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", cost.FusedAttention.apply_to)
     bitune = tiny_bitune()
-    loss = lambda: bitune.losses([[5] * 30], [[7] * 10]).sum()
-    real = cost.kept(bitune, loss)
-    bitune.to("meta")
-    assert cost.kept(bitune, loss) == real > 30 * 32 * 4 * 3  # more than an activation a layer
+    bitune.w = w
+    y = lambda: (x @ w @ w).exp().sin()  # keeps x, the first product, exp's result (twice); and w
+    assert kept(bitune, y) == 3 * 10 * 4 * 4
+
+    example = Example([5] * 30, [7] * 10)
+    with cost.Fused():
+        real = step_bytes(bitune, [example])
+        assert step_bytes(bitune.to("meta"), [example]) == real > 30 * 32 * 4 * 3  # an activation a layer

@@ -3,17 +3,13 @@ a slip in them they do not."""
 
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from edits import ROOT, copy_project, edits, imported_from
 from tiny import write_checkpoint, write_data
@@ -22,12 +18,12 @@ from tiny import write_checkpoint, write_data
 USED_BY = {"vera": (["--peft", "vera", "--rank", "8"], {"kind": "vera"}),
            "segments": (["--method", "segments"], {"method": "segments"})}
 
-# Slips: the edit, the lines that go wrong, and an identity that must see it.
+# Slips: the edit, (file, line, what becomes of it), and an identity that must see it.
 SLIPS = {
     "softmax over layers instead of passes": (
         "third", [("bitune.py", "self.theta_key.softmax(1), self.theta_value.softmax(1)         # (L",
                    "self.theta_key.softmax(0), self.theta_value.softmax(0)         # (L")],
-        "equal_passes_are_mixed_to_themselves"),
+        "the_passes_are_what_is_mixed"),
     "a θ index off by half": (
         "upper", [("bitune.py", '(blend(alpha["key"][layer], k_c',
                    '(blend(alpha["key"][layer - self.lower], k_c')],
@@ -62,6 +58,32 @@ SLIPS = {
         "sigmoid", [("bitune.py", '"value": self.theta_value.sigmoid()',
                      '"value": self.theta_key.sigmoid()')],
         "every_parameter_has_a_gradient_and_moves_the_output"),
+    "a factor in the groups that is never used": (
+        "rate", [("train.py", '(10 if name.startswith("theta") else 1) * lr', "lr"),
+                 ("train.py", '"peak": peak, ', '"peak": peak, "factor": 10, ')],
+        "every_rate_acts"),
+    "keys detached": (
+        "token", [("bitune.py", "k.transpose(1, 2).flatten(2)", "k.detach().transpose(1, 2).flatten(2)")],
+        "gradients_are_slopes"),
+    "a window open on one side": (
+        "window", [("model.py", "(k - q).abs() <= 64", "k - q <= 64")], "both_sides_are_seen_alike"),
+    "the scale of one rank used for both": (
+        "ranks", [("lora.py", "lora_alpha / rank, dropout", "lora_alpha / 16, dropout")],
+        "a_rank_is_only_a_size"),
+    "keys not turned again": (
+        "reversed", [("bitune.py", "rotate(k.take_along_dim(index, 2), cos, sin).to(k.dtype)",
+                      "k.take_along_dim(index, 2)")],
+        "layer_0_is_read_alike"),
+    "positions interleaved": (
+        "beside", [("bitune.py", "    return both\n",
+                    "    both.positions = context.positions.repeat_interleave(len(self.passes), 1)\n"
+                    "        return both\n")],
+        "batched_is_alone"),
+    "no lower bound at short prompts": (
+        "opening", [("bitune.py", "max(0, len(prompt) - 4)", "len(prompt) - 4")], "prompts_are_cut_in_two"),
+    "merged without the gain": (
+        "gain", [("lora.py", "return (self.gain * self.weight(linear))", "return (self.weight(linear))")],
+        "merged_is_unmerged"),
 }
 
 
@@ -73,37 +95,28 @@ def failures(folder, tmp_path, name, *only):
         return identities.failures(make, tmp_path / "identities", only or identities.IDENTITIES)
 
 
-def test_without_fast_the_program_still_runs(tmp_path, capsys):
-    """Only slower, and by the same numbers."""
-    base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
-    folder, saved = copy_project(tmp_path / "copy", "heads"), []
-    for name in ("with", "without"):
-        with imported_from(folder) as module:
-            flags = ["--model", base, "--data", data, "--steps", 3, "--lr", 0.01, "--out", tmp_path / name]
-            module("train").main(list(map(str, flags)))
-            module("sample").main(["--adapter", str(tmp_path / name), "--prompt", "What?"])
-            with pytest.raises(SystemExit) if name == "without" else nullcontext():
-                module("train").main([*map(str, flags[:-1]), f"{tmp_path / name}2", "--checkpointing"])
-        saved.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-        shutil.rmtree(folder / "fast", ignore_errors=True)
-    assert "--checkpointing needs the folder fast/" in capsys.readouterr().err
-    for key, tensor in saved[0].items():
-        torch.testing.assert_close(saved[1][key], tensor, atol=1e-4, rtol=1e-4)
-
-
+@pytest.mark.identity
 @pytest.mark.parametrize("name", edits())
-def test_a_right_edit_keeps_every_identity_and_every_command(name, tmp_path, capsys):
-    folder = copy_project(tmp_path / "copy", name)
-    if {file for file, _, _ in edits()[name]} != {"train.py"}:          # the identities are of a Bitune
-        assert failures(folder, tmp_path, name) == {}
-    if name in ("relu", "window", "segments", "start"):  # no new parameter, nothing new to show
-        return
+def test_a_right_edit_keeps_every_identity(name, tmp_path):
+    assert failures(copy_project(tmp_path / "copy", name), tmp_path, name) == {}
 
+
+@pytest.mark.identity
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_turns_an_identity_red(slip, tmp_path):
+    name, lines, identity = SLIPS[slip]
+    folder = copy_project(tmp_path / "copy", name, slips=lines)
+    assert failures(folder, tmp_path, name, identity).keys() == {identity}
+
+
+def test_an_edit_goes_through_every_command(edit, tmp_path, capsys):
+    """Trained, killed, resumed to the same bytes, shown, asked alone and in a chat, evaluated."""
     base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
-    run = tmp_path / "run"
-    flags = ["--model", base, "--data", data, "--steps", 4, "--batch-size", 4, "--micro-batch-size", 4,
-             "--lr", 0.01, "--save-every", 2, "--eval-every", 4, *USED_BY.get(name, ([], {}))[0]]
-    with imported_from(folder) as module:
+    choices, run = tmp_path / "choices.jsonl", tmp_path / "run"
+    choices.write_text('{"question": "Which?", "choices": ["a", "bcd"], "answer": 0}\n')
+    flags = ["--model", base, "--data", data, "--steps", 20, "--batch-size", 4, "--lr", 0.01, "--save-every", 5,
+             "--eval-every", 10, *USED_BY.get(edit, ([], {}))[0]]
+    with imported_from(copy_project(tmp_path / "copy", edit)) as module:
         train, sample, evaluate = module("train"), module("sample"), module("experiments.evaluate")
         call = lambda main, *argv: main([str(a) for a in argv])
         call(train.main, *flags, "--out", tmp_path / "whole")
@@ -111,7 +124,7 @@ def test_a_right_edit_keeps_every_identity_and_every_command(name, tmp_path, cap
 
         def stopped(*args):
             taken.append(1)
-            if len(taken) == 2:
+            if len(taken) == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(*args)
 
@@ -120,17 +133,25 @@ def test_a_right_edit_keeps_every_identity_and_every_command(name, tmp_path, cap
             call(train.main, *flags, "--out", run)
         train.train_step = step
         call(train.main, "--resume", run)
-        for file in ("adapter_model.safetensors", "mixing.safetensors"):
-            assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-        capsys.readouterr()
-        call(sample.main, "--adapter", run, "--prompt", "What is 3?", "--max-new-tokens", 3, "--show-mixing")
-        said = capsys.readouterr().err
+        for file in run.rglob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "whole" / file.relative_to(run)).read_bytes()
+        mixes = bool(json.loads((run / "bitune.json").read_text())["alpha"])
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         shown = [key for key in log[-2] if key.startswith("alpha_")]
-        assert "layer  α " in said and len(shown) == said.splitlines()[1].count("α") and "█" in said
-        assert re.findall(r"^    (\d)  \d\.\d+ ", said, re.M) == ["0", "1", "2"]
-        call(evaluate.main, "--adapter", run, "--task", "rows", "--data", data, "--limit", 4,
-             "--max-new-tokens", 2)
+        capsys.readouterr()
+        call(sample.main, "--adapter", run, "--prompt", "What is 3?", "--max-new-tokens", 3,
+             *["--show-mixing"] * mixes)
+        said = capsys.readouterr().err
+        assert not mixes or len(shown) == said.splitlines()[1].count("α") and "█" in said
+        bitune, text = module("files.run").load_run(run)[0], [5, 9, 250, 3, 7, 7, 1, 80]
+        for kind in ("recompute", "alternating"):
+            chat = module("cli.chat").conversation(bitune, "chat-chatml", kind)
+            (said,) = chat.generate([text], 3)
+            assert said == bitune.generate([text], 3)[0]
+            assert len(chat.generate([text + said + text], 3)[0]) == 3
+        for file in (data, choices):
+            call(evaluate.main, "--adapter", run, "--task", "rows", "--data", file, "--limit", 4,
+                 "--max-new-tokens", 2)
 
 
 def test_segments_see_themselves_and_what_comes_before(tmp_path):
@@ -138,7 +159,8 @@ def test_segments_see_themselves_and_what_comes_before(tmp_path):
     told, prompts = [], [[1, 5, 6, 1, 7, 8, 9], [3, 1, 4, 4]]
     with imported_from(copy_project(tmp_path / "copy", "segments")) as module:
         bitune = module("tiny").tiny_bitune("segments").eval()
-        bitune.model.register_forward_pre_hook(lambda model, args: told.append(args[2][:, 0]))
+        states = bitune.model.states
+        bitune.model.states = lambda *args: told.append(args[2][:, 0]) or states(*args)
         bitune(prompts, [[2], [2]])
         naive = module("bitune").Bitune(bitune.model, "naive-bidir")
         torch.testing.assert_close(bitune([[1, 5, 6, 7]], [[2, 3]]), naive([[1, 5, 6, 7]], [[2, 3]]))
@@ -148,35 +170,31 @@ def test_segments_see_themselves_and_what_comes_before(tmp_path):
         assert torch.equal(mask[:n, :n], turn[:, None] >= turn) and not mask[:n, n:].any()
 
 
-@pytest.mark.parametrize("slip", SLIPS)
-def test_a_slip_turns_an_identity_red(slip, tmp_path):
-    name, lines, identity = SLIPS[slip]
-    assert failures(copy_project(tmp_path / "copy", name, slips=lines), tmp_path, name, identity)
-
-
-def test_a_run_of_another_mixing_is_refused(tmp_path, capsys):
-    """By its name; and, where somebody forgot to change that, by what it makes of given keys and values."""
+def test_a_run_of_other_code_is_refused(tmp_path, capsys):
+    """By what it computes: passes, masks, mixing, opening, adapters, whatever their names."""
     run, argv = tmp_path / "run", ["--prompt", "x", "--adapter", str(tmp_path / "run")]
     base, data = write_checkpoint(tmp_path / "base"), write_data(tmp_path / "data.jsonl")
+    flags = ["--model", base, "--data", data, "--steps", 4, "--save-every", 2, "--val-size", 0, "--out", run]
     with imported_from(ROOT) as module:
-        module("train").main([str(a) for a in (
-            "--model", base, "--data", data, "--steps", 2, "--out", run, "--val-size", 0)])
+        module("train").main([str(a) for a in flags])
+    (run / "settings.json").write_text((run / "settings.json").read_text().replace('"steps": 4', '"steps": 5'))
     line = '("bidirectional", "prompt")],\n    "naive'
     other_pass = [("bitune.py", line, line.replace("bidirectional", "causal"))]
-    forgotten = [("bitune.py", '    mixing = "sigmoid"', '    mixing = "abs"')]
-    of_values = [("bitune.py", '    mixing = "relu"', '    mixing = "abs"'),
-                 ("bitune.py", 'blend(alpha["key"][layer], k_c, k_b)', "k_c")]
+    other = "was trained by code that computes something else (from the same made-up numbers another"
     for name, slips, message in (
-        ("sigmoid", [], "was trained with the mixing 'abs', and this code's is 'sigmoid'"),
-        ("sigmoid", forgotten, "other keys and values were mixed from the same parameters"),
-        ("relu", of_values, "other keys and values were mixed from the same parameters"),
+        ("sigmoid", [], f"{other} cache and logits)"), ("relu", [], f"{other} cache and logits)"),
+        ("window", [], f"{other} cache and logits)"), ("opening", [], f"{other} opening and cache and logits)"),
+        ("gain", [], "model.layers.0.self_attn.q_proj.gain"),
         ("heads", [], "theta_key is (3,), expected (3, 2, 1, 1)"),
-        (None, other_pass, "was trained by bitune with the passes"),
+        (None, other_pass, f"{other} cache and logits)"),
     ):
-        with imported_from(copy_project(tmp_path / f"copy {message}", name, slips=slips)) as module:
-            with pytest.raises(SystemExit) as end:
-                module("sample").main(argv)
-        assert end.value.code == 2 and message in capsys.readouterr().err
+        with imported_from(copy_project(tmp_path / f"copy {name}", name, slips=slips)) as module:
+            for main, more in ((module("sample").main, argv), (module("train").main, ["--resume", str(run)])):
+                with pytest.raises(SystemExit) as end:
+                    main(more)
+                module("files.disk").let_go(run)
+                said = capsys.readouterr().err
+                assert end.value.code == 2 and (message in said or "does not fit the model" in said), said
 
 
 def test_a_new_kind_of_adapters_is_known_to_every_command(tmp_path, monkeypatch, capsys):

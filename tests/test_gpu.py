@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitune import Bitune
-from text.examples import Example
+from text.examples import Example, batches
 from tiny import ANSWERS, RAGGED, tiny_bitune
 from train import make_optimizer, train_step
 
@@ -21,7 +21,8 @@ def test_a_training_step_and_answers(method, dtype, tolerance):
     want, got = cpu.losses(RAGGED, ANSWERS), gpu.losses(RAGGED, ANSWERS).cpu()
     assert (got - want).norm() <= tolerance * want.norm()
     examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
-    steps = [train_step(b, make_optimizer(b, 1e-6, 0.0), examples, 2, 1e-3, 1.0) for b in (cpu, gpu)]
+    steps = [train_step(b, make_optimizer(b, 1e-3, 1e-6, 0.0), examples, batches, 1.0, 1.0)
+             for b in (cpu, gpu)]
     assert steps[1] == pytest.approx(steps[0], rel=2 * tolerance)
     if dtype == torch.float32:
         assert gpu.generate(RAGGED, 8) == cpu.generate(RAGGED, 8)

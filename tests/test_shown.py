@@ -92,7 +92,7 @@ def test_a_prompt_is_explained_step_by_step(method, flags, tmp_path, capsys):  #
                  "--max-new-tokens", "2"])
     said = capsys.readouterr().err
     argv = ["--adapter", str(tmp_path / "run"), "--explain"]
-    assert "--prompt is empty" in exits(2, sample.main, argv, capsys)
+    assert "what becomes of a prompt: give --prompt" in exits(2, sample.main, argv, capsys)
     assert f"method {method}" in said and "who sees whom" in said and "opening: " in said
     assert ("α key" in said) == ("with the causal reading alone" in said) == (method == "bitune")
     assert ("each pass leaves behind, in each of 3 layers, K and V: 2 ×" in said) == (method != "causal")

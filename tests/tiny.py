@@ -25,6 +25,7 @@ CONFIG = {
     "eos_token_id": 257,
 }
 RAGGED = [[5, 9, 250, 3, 7, 7, 1, 80], [4], [11, 12], [9, 8, 7, 6, 5, 4, 3, 2, 1, 77, 66, 55, 44]]
+LONG = [(13 * i * i + 5) % 256 for i in range(90)]      # longer than a window that somebody might try
 ANSWERS = [[3, 2, 1], [7, 9, 200, 14, 15], [8], [1, 2]]
 
 
@@ -54,8 +55,10 @@ def scatter(module, seed=1):
 def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options):
     """A method on a tiny model, its adapters as training finds them."""
     model = tiny_model(**config)
-    for name in adapter_sets(method):
-        add_adapter(model, name, kind, **({"rank": 4} if "rank" in KINDS[kind].options else {}) | adapters)
+    for rank, name in enumerate(adapter_sets(method), 4):          # each set with a rank of its own
+        own = {"rank": rank, "lora_alpha": 2.0}
+        own = {key: value for key, value in own.items() if key in KINDS[kind].options}
+        add_adapter(model, name, kind, **own | adapters)
     bitune = Bitune(model, method, **options)
     bitune.tiny_config = config             # of which `write_checkpoint` makes the same base
     return bitune
