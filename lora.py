@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import Linear, Llama
+from model import Linear
 
 
 class Option(NamedTuple):
@@ -29,6 +29,12 @@ class Option(NamedTuple):
     low: float = 0
     high: float = math.inf
     pattern: str | None = None  # PEFT's field in which layers of other values are listed
+
+
+class Plain(NamedTuple):
+    """A layer without adapters."""
+    weight: torch.Tensor        # (out, in)
+    bias: torch.Tensor | None
 
 
 class Adapter(nn.Module):
@@ -115,7 +121,7 @@ class DoRA(LoRA):
         return y if linear.bias is None else y + linear.bias
 
     def merged(self, linear):
-        return (self.gain(linear)[:, None] * self.weight(linear)).to(linear.weight.dtype), linear.bias
+        return (self.weight(linear) * self.gain(linear)[:, None]).to(linear.weight.dtype), linear.bias
 
 
 class IA3(Adapter):
@@ -148,7 +154,7 @@ class Full(Adapter):
 
     def __init__(self, linear, path):
         super().__init__()
-        self.weight = nn.Parameter(linear.weight.detach().contiguous().clone())                # (out, in)
+        self.weight = nn.Parameter(linear.weight.detach().clone())                             # (out, in)
         self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone())
 
     def forward(self, x, linear):
@@ -204,41 +210,33 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
 
 
 @torch.no_grad()
-def merged_weights(model, name):
-    """Layer by layer: its path, and the weight and bias that compute what it does with the set `name`.
-    ValueError where they cannot be written down so."""
-    layers = linears(model)
+def merged(model, name):
+    """The set `name` as plain layers: path and (weight, bias), one after the other. ValueError where these
+    cannot be written down or would compute something else."""
     for path, adapter in adapters(model, name).items():
-        linear = layers[path]
-        weight, bias = adapter.merged(linear)
-        if not weight.isfinite().all() or (bias is not None and linear.bias is None):
-            raise ValueError(f"{path}: merged, it is not finite in {weight.dtype}, or has a bias too many")
-        x = torch.linspace(-1, 1, linear.in_features, device=weight.device)[None].to(weight.dtype)
-        apart, together = adapter(x, linear), F.linear(x, weight, bias)
-        if (apart - together).norm() > (0.1 if weight.dtype == torch.bfloat16 else 1e-3) * apart.norm():
-            raise ValueError(f"{path}: merged, it computes something else; do forward and merged of the "
-                             f"kind {model.sets[name][0]}, in lora.py, go together?")
-        yield path, weight, bias
+        linear = model.get_submodule(path)
+        plain = Plain(*adapter.merged(linear))
+        if not plain.weight.isfinite().all() or (plain.bias is not None and linear.bias is None):
+            raise ValueError(f"{path}: merged, it is not finite in {plain.weight.dtype}, or has a bias too many")
+        x = torch.linspace(-1, 1, linear.in_features).to(plain.weight)[None]
+        y, tolerance = adapter(x, linear), 0.1 if x.dtype == torch.bfloat16 else 1e-3
+        if (F.linear(x, *plain) - y).norm() > tolerance * y.norm():
+            raise ValueError(f"{path}: merged, it computes something else: in lora.py, do forward and merged "
+                             f"of the kind {model.sets[name][0]} go together?")
+        yield path, plain
 
 
 def fold(model, name):
-    """Let the set `name` hold the merged weights, one copy beside each layer's own, as full finetuning has
-    them: it computes the same by one product a layer, and trains no more."""
-    layers = linears(model)
-    for path, weight, bias in merged_weights(model, name):
-        folded = Full(layers[path], path)
-        folded.weight = nn.Parameter(torch.empty_like(layers[path].weight).copy_(weight))   # laid out alike
-        folded.bias = None if bias is None else nn.Parameter(bias.clone())
-        layers[path].sets[name] = folded.requires_grad_(False)
+    """Let the set `name` hold its layers' merged weights beside their own, as a full copy does: it computes
+    the same by one product a layer, and trains no more."""
+    for path, plain in merged(model, name):
+        model.get_submodule(path).sets[name] = Full(plain, path).requires_grad_(False)
     model.sets[name] = "full", {}
 
 
 def merge(model, name):
-    """A plain model with the set `name` merged into a copy of the weights it adapts; the rest is shared."""
-    weights = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
-    for path, weight, bias in merged_weights(model, name):
-        weights |= {f"{path}.weight": weight} | ({} if bias is None else {f"{path}.bias": bias})
-    with torch.device("meta"):
-        plain = Llama(model.config)
-    plain.load_state_dict(weights, assign=True)
-    return plain.requires_grad_(False)
+    """The tensors, by name, of a model without adapters that computes what this one does with a set."""
+    tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
+    for path, plain in merged(model, name):
+        tensors |= {f"{path}.{part}": t for part, t in plain._asdict().items() if t is not None}
+    return tensors

@@ -362,10 +362,9 @@ def checkpoint_dtype(folder):
         return f.get_tensor(next(iter(f.keys()))).dtype
 
 
-def checkpoint_bytes(model, base):
-    """The files, name to bytes, of a checkpoint with a plain model's weights, and with all that says how to
-    read them as it lies in the folder `base`."""
-    weights = model.state_dict()
+def checkpoint_bytes(weights, base):
+    """The files, name to bytes, of a checkpoint with these weights, and with all that says how to read them
+    as it lies in the folder `base`."""
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     config = read_json(Path(base) / "config.json")
     config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config}
