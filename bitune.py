@@ -68,7 +68,7 @@ class Bitune(nn.Module):
         lacking = [s for s in adapter_sets(method) if s not in model.sets]
         if lacking and METHODS[method]:
             raise ValueError(f"method {method!r} needs the adapter set {lacking[0]!r}: see lora.add_adapter")
-        if not (isinstance(c, (int, float)) and c > 0):
+        if not c > 0:
             raise ValueError(f"c is {c}: expected a number above 0")
         self.model, self.method, self.c, self.passes = model, method, float(c), METHODS[method]
         self.answer_set = "answer" if "answer" in model.sets else None         # None is the base itself
@@ -78,7 +78,7 @@ class Bitune(nn.Module):
                 self.start_mixing()
 
     def twin(self, kind):
-        """The same numbers under a subclass `kind`, which may override `encode`, `mix` or `answer`."""
+        """The same numbers under a subclass, which may override `encode`, `mix`, `answer` or any other."""
         twin = kind.__new__(kind)
         vars(twin).update(vars(self))
         return twin
@@ -111,26 +111,25 @@ class Bitune(nn.Module):
         return tokens(contexts, [0] * len(contexts)), tokens(streams, map(len, contexts))
 
     def sight(self, positions, past, sees="causal"):
-        """Who sees whom: the mask of tokens at `positions` (B, T) over the S keys of the past and their own
-        T, (B, 1, T, S + T). Whoever has to know what is seen of a cache asks here."""
+        """Who sees whom, in every pass: the mask (B, 1, T, S + T) of tokens at `positions` (B, T) over the S
+        keys of a past, if there is one, and their own."""
         keys = positions if past is None else torch.cat((past.positions, positions), dim=1)
         return may_attend(positions, keys, sees)
 
     # ---- 1-3: read the prompt ----------------------------------------------------------------------------
 
     def alpha(self, read, positions):
-        """The mixing coefficients α in [0, 1), by name: of the keys and of the values, (L,) each. They are
-        one number a layer, whatever was `read` and wherever; arguments as those of `mix`."""
+        """The mixing coefficients α in [0, 1), by name: of the keys and of the values, (L,) each. Here they
+        do not depend on what was read; the arguments are those of `mix`."""
         return {"key": self.theta_key.abs() / (self.theta_key.abs() + self.c),
                 "value": self.theta_value.abs() / (self.theta_value.abs() + self.c)}
 
     def encode(self, context, past=None):
-        """The keys and values of the context, behind those of a past if there is one: a Past, or None if
-        there is neither.
+        """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
+        of an earlier past if there is one (None if there is neither).
 
-        What gets no gradient: the last layer's q, o and MLP in the set "prompt", as only K and V go on from
-        here. As long as B = 0, at the start: A, which acts through B, and θ[0], since both passes then give
-        layer 0 the same K and V (always, if they have one set, or sets that leave k and v alone).
+        No gradient reaches q, o and MLP of the last layer in the set "prompt": only K and V go on from here.
+        At the start, where B = 0, none reaches A, nor θ[0]: both passes give layer 0 the same K and V.
         """
         if context.ids.shape[1] == 0:
             return past
@@ -145,10 +144,10 @@ class Bitune(nn.Module):
                 for sees, adapter in self.passes]
 
     def mix(self, read, positions):
-        """What the passes have read at `positions` (B, T), of each L pairs (B, G, T, D), to the keys and
-        values of the cache. Hidden states never meet: all that the second reading has to say, it says here.
-        RoPE has turned the keys already; those that are mixed stand at the same position and are turned by
-        the same angle, so to mix and to turn may be done in either order."""
+        """The keys and values of the cache, from those that each pass has read at `positions` (B, T).
+        Hidden states never meet: all that the second reading has to say, it says here. RoPE has turned the
+        keys already. The two that are mixed stand at one position and are turned by one angle, so that to
+        mix turned keys is to turn mixed ones."""
         causal, second = read
         alpha = self.alpha(read, positions)
         return [(blend(alpha["key"][layer], k_c, k_b), blend(alpha["value"][layer], v_c, v_b))
@@ -157,9 +156,9 @@ class Bitune(nn.Module):
     # ---- 4: the answer pass ------------------------------------------------------------------------------
 
     def answer_pass(self, prompts, answers, past=None):
-        """The states (B, T', C) of the answer stream, of which the head makes logits; labels (B, T') on the
-        CPU: the answer token that each of them should predict, -100 where there is none; and the Past of the
-        context and the stream. past: what `encode` makes of the contexts, if that is there already."""
+        """Of the answer stream: its states (B, T', C), which the head makes logits of; labels (B, T'), on
+        the CPU, the answer token that each should predict or -100; and the Past of context and stream. past:
+        what `encode` makes of the contexts, if that is there already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens of the opening before x[P-1]
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")
@@ -176,9 +175,9 @@ class Bitune(nn.Module):
         return self.model.head(x), labels.to(self.device)
 
     def score(self, prompts, answers, measure, past=None):
-        """measure(logits (n, V), labels (n,)) -> (n, ...) of every answer token, as (B, T', ...), else 0.
-        Not all logits are there at once, and the backward pass computes them again: with a vocabulary of
-        128,256, those of a thousand tokens are 0.5 GB, and their gradients as much."""
+        """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
+        The logits are never all there at once, and the backward pass computes them again: those of a thousand
+        tokens with a vocabulary of 128,256 take 0.5 GB, their gradients as much."""
         x, labels, _ = self.answer_pass(prompts, answers, past)
         at = (labels >= 0).nonzero(as_tuple=True)
         x, of = x[at], labels[at].to(self.device)                                       # (N, C), (N,)
@@ -199,11 +198,9 @@ class Bitune(nn.Module):
     @torch.inference_mode()
     def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Answer a batch of prompts, yielding after each step a list of each one's next id, None once ended.
-
-        One ends at a stop id, which is not yielded, and all of them end where the longest is at the model's
-        limit. temperature 0 takes the likeliest token; else it is sampled, from the top_k likeliest (0: all)
-        that make up the first top_p of the mass.
-        """
+        One ends at a stop id, which is not yielded; all end where the longest is at the model's limit.
+        temperature 0 takes the likeliest token; else it is sampled, from the top_k likeliest (0: all) that
+        make up the first top_p of the mass."""
         config, longest = self.model.config, max(map(len, prompts))
         config.check_length(longest + 1)
         max_new_tokens = min(max_new_tokens, config.max_length - longest)

@@ -12,6 +12,7 @@ read stale. Adapters are float32 on a base of any dtype (a full copy has the bas
 """
 
 import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -29,12 +30,6 @@ class Option(NamedTuple):
     low: float = 0
     high: float = math.inf
     pattern: str | None = None  # PEFT's field in which layers of other values are listed
-
-
-class Plain(NamedTuple):
-    """A layer without adapters."""
-    weight: torch.Tensor        # (out, in)
-    bias: torch.Tensor | None
 
 
 class Adapter(nn.Module):
@@ -210,33 +205,19 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
 
 
 @torch.no_grad()
-def merged(model, name):
-    """The set `name` as plain layers: path and (weight, bias), one after the other. ValueError where these
-    cannot be written down or would compute something else."""
+def fold(model, name):
+    """Let the set `name` hold its layers' merged weights beside their own, as full copies do: it computes the
+    same by one product a layer, and trains no more. ValueError where a layer would compute something else."""
     for path, adapter in adapters(model, name).items():
         linear = model.get_submodule(path)
-        plain = Plain(*adapter.merged(linear))
-        if not plain.weight.isfinite().all() or (plain.bias is not None and linear.bias is None):
-            raise ValueError(f"{path}: merged, it is not finite in {plain.weight.dtype}, or has a bias too many")
-        x = torch.linspace(-1, 1, linear.in_features).to(plain.weight)[None]
+        weight, bias = adapter.merged(linear)
+        if not weight.isfinite().all() or (bias is not None and linear.bias is None):
+            raise ValueError(f"{path}: merged, it is not finite in {weight.dtype}, or has a bias too many")
+        folded = Full(SimpleNamespace(weight=weight, bias=bias), path).requires_grad_(False)
+        x = torch.linspace(-1, 1, linear.in_features).to(weight)[None]
         y, tolerance = adapter(x, linear), 0.1 if x.dtype == torch.bfloat16 else 1e-3
-        if (F.linear(x, *plain) - y).norm() > tolerance * y.norm():
-            raise ValueError(f"{path}: merged, it computes something else: in lora.py, do forward and merged "
-                             f"of the kind {model.sets[name][0]} go together?")
-        yield path, plain
-
-
-def fold(model, name):
-    """Let the set `name` hold its layers' merged weights beside their own, as a full copy does: it computes
-    the same by one product a layer, and trains no more."""
-    for path, plain in merged(model, name):
-        model.get_submodule(path).sets[name] = Full(plain, path).requires_grad_(False)
+        if (folded(x, linear) - y).norm() > tolerance * y.norm():
+            raise ValueError(f"{path}: merged, it computes something else: do forward and merged of the kind "
+                             f"{model.sets[name][0]}, in lora.py, go together?")
+        linear.sets[name] = folded
     model.sets[name] = "full", {}
-
-
-def merge(model, name):
-    """The tensors, by name, of a model without adapters that computes what this one does with a set."""
-    tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
-    for path, plain in merged(model, name):
-        tensors |= {f"{path}.{part}": t for part, t in plain._asdict().items() if t is not None}
-    return tensors

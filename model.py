@@ -9,7 +9,7 @@ Shapes, here and in every other file:
 
 The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens
 and the name of the adapter set come in as arguments; logits and the new tokens' keys and values go out.
-Modules carry the checkpoint's own names, so a Hugging Face checkpoint loads without a rename table.
+Modules carry the checkpoint's own names, so one is loaded without a rename table: files/checkpoint.py.
 """
 
 from dataclasses import dataclass
@@ -97,9 +97,9 @@ def may_attend(query_pos, key_pos, sees="causal"):
 
 
 class Past:
-    """Keys and values of earlier tokens: one (k, v) a layer, each (B, G, S, D), and the positions (B, S)
-    that they stand for. Joining makes new tensors, so that gradients flow back into the pass that made them.
-    (The model asks a past for its length and to `join`: whatever has both may take this one's place.)"""
+    """Keys and values of earlier tokens: one (k, v) a layer, (B, G, S, D) each, and the positions (B, S) that
+    they stand for. Joining makes new tensors, so gradients flow back into the pass that made them. (Whatever
+    has a length and `join` may take this one's place in the model.)"""
 
     def __init__(self, layers, positions):
         self.layers, self.positions = layers, positions
@@ -112,14 +112,14 @@ class Past:
         return torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
 
     def extended(self, new, positions):
-        """A Past that holds the new (k, v) of each layer, too, which stand at `positions`."""
+        """A Past with the new (k, v) of each layer behind its own."""
         return Past([self.join(i, *kv) for i, kv in enumerate(new)],
                     torch.cat((self.positions, positions), dim=1))
 
 
 class KVCache:
-    """A Past for decoding, without copying: buffers of `size` tokens, filled from the left and written in
-    place. Only where no gradient flows: overwriting would destroy what a backward pass needs."""
+    """A Past for decoding: buffers of `size` tokens, filled from the left without copying. Only where no
+    gradient flows: overwriting would destroy what a backward pass needs."""
 
     def __init__(self, past, size):
         self.positions = past.positions[:, :0]
@@ -325,9 +325,3 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """The model of a checkpoint folder: see files/checkpoint.py."""
-        from files.checkpoint import load_model
-        return load_model(folder, dtype, device)

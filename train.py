@@ -57,11 +57,6 @@ def parameter_groups(bitune, lr, weight_decay):
             for (peak, decay), params in groups.items()]
 
 
-def set_options(s, name):
-    """The options of the adapters of the set `name`: the same for all of a method's sets."""
-    return options(s)
-
-
 def make_optimizer(bitune, lr, eps, weight_decay):
     return torch.optim.AdamW(parameter_groups(bitune, lr, weight_decay), betas=(0.9, 0.999), eps=eps,
                              fused=True)
@@ -194,7 +189,7 @@ def prepare(s):
         bitune = start_from(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
     else:
         for name in adapter_sets(s.method):
-            add_adapter(model, name, s.peft, s.targets or (), **set_options(s, name))
+            add_adapter(model, name, s.peft, s.targets or (), **options(s, name))
         bitune = Bitune(model, s.method, s.c)
     optimizer = make_optimizer(bitune, s.lr, s.eps, s.weight_decay)
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped, writes=first())

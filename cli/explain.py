@@ -96,7 +96,8 @@ def changes(bitune, tokenizer, prompt, answer):
     for token, p, q in zip(answer, before, after):
         gain = f"× {q / p:.3g}" if p > 0 else "× ∞"
         lines.append(f"    {tokenizer.decode([token]) or '(the end)'!r:<16} {p:>7.1%} → {q:>7.1%}   {gain}")
-    return "\n".join([*lines, f"    all of them together: {math.prod(before):.3g} → {math.prod(after):.3g}"])
+    lines.append(f"    all of them together: {math.prod(before):.3g} → {math.prod(after):.3g}")
+    return "\n".join(lines)
 
 
 class CausalOnly(Bitune):

@@ -23,7 +23,8 @@ from text.rows import TASKS
 from text.words import listed, read_json
 
 # What may be given anew when a run is resumed.
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "micro-batch-tokens", "checkpointing", "device")
+MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "micro-batch-tokens", "checkpointing",
+              "device")
 
 WORDS = ("auto", "chat", *TEMPLATES)        # of --template
 
@@ -162,8 +163,8 @@ def train_parser(description=None):
     arg("--batch-size", default=10, type=number(int, 1, 10**9), help="examples a step")
     arg("--micro-batch-size", type=number(int, 1), help="examples at a time, whatever their length (same "
         "result)")
-    arg("--micro-batch-tokens", type=number(int, 1), help="tokens at a time, in examples of like length (same "
-        "result; default: as many as the memory has room for)")
+    arg("--micro-batch-tokens", type=number(int, 1), help="tokens at a time, in examples of like length "
+        "(same result; default: as many as the memory has room for)")
     arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
     arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps in which the rate rises")
     arg("--checkpointing", action="store_true", help="compute each block twice, and keep its input alone: "
@@ -217,8 +218,8 @@ def complete(s):
     return s
 
 
-def options(s):
-    """The options of the adapters that settings stand for, as `lora.add_adapter` takes them."""
+def options(s, name):
+    """The options of the adapters of the set `name`, as `lora.add_adapter` takes them: all sets' the same."""
     values = {name: getattr(s, name) for name in KINDS[s.peft].options}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 

@@ -100,7 +100,7 @@ def bars(bitune, prompt):
         raise ValueError(f"method {bitune.method} mixes nothing; give a run that does")
     width, alphas = 30, alpha_by_layer(bitune, prompt)
     if not alphas:
-        raise ValueError("no α to show: the method has none, or the prompt is a single token without a context")
+        raise ValueError("no α to show: there is none, or the prompt is one token and has no context")
     lines = [f"{'layer':>5}" + "".join(f"  {f'α {name}':<{width + 6}}" for name in alphas)]
     for layer, values in enumerate(zip(*alphas.values())):
         drawn = [f"{a:.3f} " + ("█" * round(min(max(a, 0), 1) * width)).ljust(width, "·") for a in values]

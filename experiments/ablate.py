@@ -315,7 +315,7 @@ def main(argv=None):
         if len(lrs) > 1 and not common.val_data and not common.val_size:
             raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
         # No result hangs on these.
-        free = (*OWN, "micro-batch-size", "micro-batch-tokens", "checkpointing", "save-every", "keep", "device")
+        free = (*OWN, *MAY_CHANGE[3:], "save-every", "keep")
         claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
         score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
         models = variants(args.methods, args.pefts, args.cs, given(rest))

@@ -28,7 +28,8 @@ from bitune import Bitune, adapter_sets
 from cli.memory import fold_for_answers, step_bytes
 from cli.process import before_work, run_main
 from cli.settings import flag_adder, new_parser, number
-from files.checkpoint import DTYPES, check_device, default_device, default_dtype, laid_out, parse_config
+from files.checkpoint import DTYPES, check_device, default_device, default_dtype, laid_out, load_model
+from files.checkpoint import parse_config
 from lora import add_adapter
 from model import Llama
 from text.examples import Example, batches
@@ -190,7 +191,7 @@ def loading(model, name, device, dtype):
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(PRESETS[name]))
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, f"{folder}/model.safetensors")
-        return medians(device, 3, {"load": lambda: Llama.from_pretrained(folder, dtype, device)})["load"]
+        return medians(device, 3, {"load": lambda: load_model(folder, dtype, device)})["load"]
 
 
 # ----------------------------------------------------------------------------------------------------------

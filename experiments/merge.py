@@ -10,10 +10,9 @@ from pathlib import Path
 
 from cli.process import before_work, run_main
 from cli.settings import new_parser
-from files.checkpoint import checkpoint_bytes, checkpoint_dtype, load_model
+from files.checkpoint import checkpoint_bytes, checkpoint_dtype, load_model, merged_tensors
 from files.disk import finish_writing, write_files
 from files.run import base_of, load_bitune, read_about
-from lora import merge
 
 
 def main(argv=None):
@@ -34,7 +33,7 @@ def main(argv=None):
         base = args.model or base_of(run)
         model = load_model(base, checkpoint_dtype(base))
         bitune, _, _ = load_bitune(model, run, base)
-        write_files(out, checkpoint_bytes(merge(model, bitune.answer_set), base))
+        write_files(out, checkpoint_bytes(merged_tensors(model, bitune.answer_set), base))
     print(f"wrote {out}: use it as --model")
 
 

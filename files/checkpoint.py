@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from files.disk import json_bytes, tensor_bytes
+from lora import adapters, fold
 from model import ACTIVATIONS, Config, Llama
 from text.tokenizer import Tokenizer
 from text.words import listed, read_json
@@ -360,6 +361,16 @@ def checkpoint_dtype(folder):
     """The dtype that a checkpoint's weights are stored in."""
     with safe_open(checkpoint_files(Path(folder))[0], framework="pt") as f:
         return f.get_tensor(next(iter(f.keys()))).dtype
+
+
+def merged_tensors(model, name):
+    """The tensors, by name, of a model without adapters that computes what this one does with the set `name`,
+    which is folded."""
+    fold(model, name)
+    tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
+    for path, adapter in adapters(model, name).items():
+        tensors |= {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
+    return tensors
 
 
 def checkpoint_bytes(weights, base):

@@ -25,10 +25,10 @@ import torch
 
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
-from files.checkpoint import checkpoint_bytes, differences, load_base
+from files.checkpoint import checkpoint_bytes, differences, load_base, merged_tensors
 from files.disk import check_types, finish_writing, hold, json_bytes, read_tensors, tensor_bytes
 from files.disk import write_files
-from lora import KINDS, add_adapter, linears, merge
+from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
 from text.words import listed, read_json
@@ -118,7 +118,7 @@ def run_bytes(bitune, base, **about):
     for name in reversed(adapter_sets(bitune.method)):
         kind, _ = bitune.model.sets[name]
         if KINDS[kind].trains_base and name == bitune.answer_set:
-            one = checkpoint_bytes(merge(bitune.model, name), base)
+            one = checkpoint_bytes(merged_tensors(bitune.model, name), base)
         else:
             one = adapter_bytes(bitune.model, name, base)
         files |= {str(Path(FOLDERS.get(name, name), f)): data for f, data in one.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("cli", "files", "text", "experiments", "tests")
-BLOCK = re.compile(r"In\s+`(\w+\.py)`(?:,\s+class\s+`(\w+)`)?:\n\n```python\n(.*?)```", re.S)
+BLOCK = re.compile(r"In\s+`([\w/]+\.py)`(?:,\s+class\s+`(\w+)`)?:\n\n```python\n(.*?)```", re.S)
 
 
 def edits():

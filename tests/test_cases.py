@@ -17,7 +17,7 @@ from experiments import evaluate
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
-from lora import adapters, add_adapter, merge
+from lora import adapters, add_adapter, fold
 from model import may_attend
 from text.examples import encode_prompt, load_examples, parse_row, stop_id
 from text.tokenizer import Tokenizer
@@ -245,7 +245,7 @@ def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
     adapter = add_adapter(model, "answer")["model.layers.1.mlp.up_proj"]
     adapter.lora_A.data.fill_(1e3), adapter.lora_B.data.fill_(1e3)
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj: merged, it is not finite in torch.float16"):
-        merge(model, "answer")
+        fold(model, "answer")
 
 
 def test_weight_decay_is_for_matrices():

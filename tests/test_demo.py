@@ -12,7 +12,7 @@ from cli.settings import DEMO
 from edits import ROOT
 from experiments.demo import __main__ as demo
 from experiments.demo import language, pretrain
-from model import Llama
+from files.checkpoint import load_model
 from text.examples import encode_prompt
 from text.tokenizer import Tokenizer
 
@@ -53,7 +53,7 @@ def test_the_data_that_come_with_the_project_are_the_generator_s(tmp_path):
 
 
 def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn(tokenizer):
-    scores = pretrain.scores(Llama.from_pretrained(BASE), tokenizer, n=60)
+    scores = pretrain.scores(load_model(BASE), tokenizer, n=60)
     new = scores.pop("behind What")
     assert min(scores.values()) > 0.9 and new < 0.4, (scores, new)
 

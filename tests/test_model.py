@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from files.checkpoint import parse_config
+from files.checkpoint import load_model, parse_config
 from model import Llama, may_attend, rotary
 from tiny import CONFIG, RAGGED, tiny_model, write_checkpoint
 
@@ -44,7 +44,7 @@ def logits(model, ids=RAGGED[3]):
 )
 def test_an_unsupported_config_is_named_with_what_is_supported(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        Llama.from_pretrained(write_checkpoint_config(tmp_path, change))
+        load_model(write_checkpoint_config(tmp_path, change))
 
 
 def write_checkpoint_config(folder, change):
@@ -101,7 +101,7 @@ def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
     state["lm_head.weight"] = torch.zeros(299, 32)
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError) as error:
-        Llama.from_pretrained(folder)
+        load_model(folder)
     for part in (
         "4 tensors do not fit",
         "missing model.norm.weight (32,)",
@@ -118,14 +118,14 @@ def test_other_files_are_refused_by_name(tmp_path):
     with pytest.raises(
         ValueError, match="lacks model.safetensors. It has pytorch_model.bin, which are not read: write"
     ):
-        Llama.from_pretrained(folder)
+        load_model(folder)
     (folder / "model.safetensors").write_bytes(b"half a downl")
     with pytest.raises(ValueError, match="cannot be read .*is the download complete?"):
-        Llama.from_pretrained(folder)
+        load_model(folder)
     with pytest.raises(
         ValueError, match="has no config.json: expected a Hugging Face checkpoint folder"
     ):
-        Llama.from_pretrained(tmp_path)
+        load_model(tmp_path)
 
 
 def test_weights_that_are_not_floats_are_refused(tmp_path):
@@ -134,19 +134,19 @@ def test_weights_that_are_not_floats_are_refused(tmp_path):
     state["model.norm.weight"] = state["model.norm.weight"].to(torch.int8)
     save_file(state, folder / "model.safetensors")
     with pytest.raises(ValueError, match="model.norm.weight is I8, expected floats"):
-        Llama.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_an_index_that_names_an_absent_shard_is_refused(tmp_path, request):
     folder = shutil.copytree(request.path.parent / "reference/base/llama3.2", tmp_path / "m")
     (folder / "model-00003-of-00005.safetensors").unlink()
     with pytest.raises(ValueError, match="lacks model-00003-of-00005.safetensors"):
-        Llama.from_pretrained(folder)
+        load_model(folder)
 
 
 def test_a_tied_head_may_stand_in_the_file_and_old_exports_may_hold_rope(tmp_path):
     folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=True)
-    want = logits(Llama.from_pretrained(folder))
+    want = logits(load_model(folder))
     state = load_file(folder / "model.safetensors")
     assert "lm_head.weight" not in state
     save_file(
@@ -157,18 +157,18 @@ def test_a_tied_head_may_stand_in_the_file_and_old_exports_may_hold_rope(tmp_pat
         },
         folder / "model.safetensors",
     )
-    assert torch.equal(logits(Llama.from_pretrained(folder)), want)
+    assert torch.equal(logits(load_model(folder)), want)
 
 
 def test_bfloat16_weights_are_read_into_the_dtype_asked_for(tmp_path):
     folder = write_checkpoint(tmp_path / "m")
-    want = logits(Llama.from_pretrained(folder))
+    want = logits(load_model(folder))
     save_file(
         {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()},
         folder / "model.safetensors",
     )
     for dtype in (torch.float32, torch.bfloat16):
-        model = Llama.from_pretrained(folder, dtype)
+        model = load_model(folder, dtype)
         assert {p.dtype for p in model.parameters()} == {dtype}
         assert (logits(model) - want).norm() < 0.05 * want.norm()
 
@@ -176,9 +176,9 @@ def test_bfloat16_weights_are_read_into_the_dtype_asked_for(tmp_path):
 @torch.no_grad()
 def test_weights_that_are_written_to_leave_the_file_alone(tmp_path):
     folder, want = write_checkpoint(tmp_path), tiny_model().state_dict()
-    for p in Llama.from_pretrained(folder).parameters():        # stored in float32: not copied
+    for p in load_model(folder).parameters():        # stored in float32: not copied
         p.zero_()
-    assert all(torch.equal(t, want[name]) for name, t in Llama.from_pretrained(folder).state_dict().items())
+    assert all(torch.equal(t, want[name]) for name, t in load_model(folder).state_dict().items())
 
 
 def test_padding_sees_only_padding():
@@ -210,4 +210,4 @@ def test_the_same_logits_as_transformers(config, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.inference_mode():
         want = theirs(torch.tensor([RAGGED[3]])).logits
-    torch.testing.assert_close(logits(Llama.from_pretrained(folder)), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(load_model(folder)), want, atol=1e-4, rtol=0)

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from bitune import METHODS, Bitune, adapter_sets
 from edits import subclass
+from files.checkpoint import load_model
 from lora import KINDS, add_adapter
-from model import Llama, may_attend
+from model import may_attend
 from text.examples import Example, batches, encode_prompt
 from text.tokenizer import Tokenizer
 from train import make_optimizer, schedule, train_step
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.reference
 
 def checkpoint(folder):
     try:
-        return Llama.from_pretrained(folder)
+        return load_model(folder)
     except ValueError as error:
         if "model_type" in str(error):
             pytest.skip(str(error))
