@@ -325,3 +325,9 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """The model of a checkpoint folder: see files/checkpoint.py."""
+        from files.checkpoint import load_model
+        return load_model(folder, dtype, device)
