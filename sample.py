@@ -8,14 +8,13 @@ the prompt as it stands. A run names its base, so --model is not needed; without
 the demonstration. The answer goes to standard output, everything else to standard error.
 """
 
-import sys
 from pathlib import Path
 
 from cli.chat import conversation
 from cli.explain import explain
 from cli.memory import fold_for_answers
-from cli.process import before_work, run_main
-from cli.settings import DEMO, add_chat, add_run, add_sampling, flag_adder, last_demonstration, new_parser
+from cli.process import Failed, command
+from cli.settings import ASKED, DEMO, PROMPT, SAMPLING, last_demonstration, new_parser
 from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, settle, stop_id
@@ -37,40 +36,29 @@ def ask(bitune, tokenizer, prompt, stop_ids, args):
     return shown.shown
 
 
+@command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = flag_adder(parser)
-    add_run(arg)
-    arg("--prompt", metavar="TEXT", help="what to ask; -: all of standard input, as one prompt")
-    arg("--prompt-file", metavar="FILE", help="a file with the prompt, which may have several lines")
-    arg("--stop", metavar="TEXT", action="append", default=[], help="ends an answer, too; may be repeated")
-    arg("--show-mixing", action="store_true", help="show how --prompt is mixed, layer by layer")
-    arg("--explain", action="store_true", help="show what becomes of --prompt, step by step")
-    add_sampling(arg)
-    add_chat(arg)
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, ASKED, PROMPT, SAMPLING).parse_args(argv)
     demonstrates = not (args.model or args.adapter)
-    with before_work():
-        args.prompt = whole_prompt(args.prompt, args.prompt_file)
-        args.adapter = last_demonstration() if demonstrates else args.adapter
-        bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
-        template = about.get("template", "plain") if about else "auto"
-        template = settle(args.template or template, tokenizer, otherwise="plain")
-        turns = [("system", args.system)] if args.system else []
-        encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
-        stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
-        first = encode(args.prompt or "")
-        bitune.model.config.check_length(len(first) + 1)
-        if args.prompt is not None and not first:
-            raise ValueError("--prompt is empty: expected some text")
-        if args.prompt is None and (args.explain or args.show_mixing):
-            raise ValueError("--explain and --show-mixing show what becomes of a prompt: give --prompt")
-        page = bars(bitune, first) if args.show_mixing else ""
-        page = explain(bitune, tokenizer, first, stop_ids) if args.explain else page    # which has the bars
-        bitune = conversation(fold_for_answers(bitune), template, args.chat)
+    args.prompt = whole_prompt(args.prompt, args.prompt_file)
+    args.adapter = last_demonstration() if demonstrates else args.adapter
+    bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
+    template = about.get("template", "plain") if about else "auto"
+    template = settle(args.template or template, tokenizer, otherwise="plain")
+    turns = [] if args.system is None else [("system", args.system)]
+    encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
+    stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
+    begin = encode(args.prompt or "")           # which is refused now, if it is
+    bitune.model.config.check_length(len(begin) + 1)
+    if args.prompt is None and (args.explain or args.show_mixing):
+        raise ValueError("--explain and --show-mixing show what becomes of a prompt: give --prompt")
+    if args.prompt is not None and not begin:
+        raise ValueError("--prompt is empty: expected some text")
+    page = bars(bitune, begin) if args.show_mixing else ""
+    page = explain(bitune, tokenizer, begin, stop_ids) if args.explain else page    # which has the bars
+    bitune = conversation(fold_for_answers(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
-    if page:
-        say(page)
+    say(page) if page else None
     if demonstrates and args.prompt is None:
         say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
         unseen = [row["prompt"] for _, row in read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))]
@@ -86,8 +74,8 @@ def main(argv=None):
             say(f"error: {problem}")
             failed = True
     if failed:
-        sys.exit(1)
+        raise Failed("")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

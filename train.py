@@ -14,21 +14,21 @@ run together by: torchrun --standalone --nproc-per-node N train.py ...
 import math
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from bitune import Bitune, adapter_sets, nll
-from cli.cards import add_up, first, in_turn, leave, least, share, sums
+from cli.cards import add_up, apart, first, in_turn, least, processes, share, sums
 from cli.memory import tokens_that_fit
-from cli.process import before_work, guarded, run_main
-from cli.settings import check, options, read_flags
-from cli.terminal import Progress, announce
+from cli.process import command, signals, to_type, work
+from cli.settings import check, options, settings_of, typed
+from cli.terminal import Progress
 from files.checkpoint import default_device, load_base
-from files.disk import finish_writing, hold
+from files.disk import locked
 from files.int8 import eight_bits
-from files.run import Run, start_from
+from files.run import Run, load_bitune
 from lora import KINDS, add_adapter
 from text.examples import batches, draw, length, load_examples, settle
 
@@ -162,15 +162,9 @@ def train(run, progress, stop):
 def prepare(s):
     """The Run that settings stand for, new or resumed, ready to be trained. ValueError says what is wrong
     with them: all that can be wrong shows here, before the work begins."""
-    check(s)
-    if first() and Path(s.out).exists():    # if another process trains there, it shows before any loading
-        hold(s.out)
-        finish_writing(s.out)
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
-    model, tokenizer = load_base(s.model, "cpu" if s.base_bits else s.device, dtype)
-    if s.base_bits:
-        eight_bits(model)
-        model.to(s.device or default_device())
+    device = s.device or default_device()
+    model, tokenizer = load_base(s.model, device, dtype, s.base_bits)
     model.checkpointing = s.checkpointing
     s.template = settle(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
@@ -186,7 +180,7 @@ def prepare(s):
 
     torch.manual_seed(s.seed)
     if s.adapter and not (s.resume and KINDS[s.peft].trains_base):
-        bitune = start_from(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
+        bitune, _, _ = load_bitune(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
     else:
         for name in adapter_sets(s.method):
             add_adapter(model, name, s.peft, s.targets or (), **options(s, name))
@@ -195,15 +189,33 @@ def prepare(s):
     return Run(s, tokenizer, bitune, optimizer, examples, val, dropped, writes=first())
 
 
+def finetune(s, progress):
+    """Train the run that settings stand for. Failed if the work goes wrong."""
+    with ExitStack() as held:
+        with in_turn():
+            check(s)
+            if first():
+                held.enter_context(locked(s.out))       # if another trains there, it shows before any loading
+            run = prepare(s)
+        apart()
+        progress.begins(run)
+        where = lambda: f"step {run.at}"
+        rest = lambda: (f"The save of step {run.saved} is whole: " + to_type("train.py", "--resume", run.folder)
+                        if run.saved else "Nothing was saved yet.")
+        advice = lambda what: {MemoryError: ": try a smaller --micro-batch-size", FloatingPointError:
+                               ": start again with a lower --lr" if run.at > 1 else ""}[what]
+        stop = held.enter_context(signals())
+        with work(where, rest, advice, stop):
+            train(run, progress, stop)
+
+
+@command
 def main(argv=None):
-    with before_work(), in_turn():
-        run = prepare(read_flags(argv, __doc__))
-    announce(run)
-    progress = Progress()
-    with guarded(run, progress) as stop:
-        train(run, progress, stop)
-    leave()
+    with processes():
+        with in_turn():
+            s = settings_of(typed(argv, __doc__))
+        finetune(s, Progress())
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

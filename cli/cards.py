@@ -8,6 +8,7 @@ writes and speaks. Without torchrun nothing in here does anything.
 import os
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -47,26 +48,35 @@ def least(number):
 
 
 @contextmanager
-def in_turn():
-    """Join the processes that torchrun has started. What stands in here the first does alone, and says what
-    is wrong with the input; when it is through, the others do."""
+def processes():
+    """Join the processes that torchrun has started. They wait for each other as long as it takes: one that
+    dies is noticed otherwise."""
     if several():
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(days=30))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if not first():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    yield
+    if several():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def in_turn():
+    """What stands in here the first process does alone, and says what is wrong with the input; when it is
+    through, the others do."""
     if not first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
         sums(0)
     yield
     if first():
         sums(0)
-    else:
-        torch.manual_seed(torch.randint(2**62, ()) + dist.get_rank())       # each has a dropout of its own
 
 
-def leave():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def apart():
+    """Let each process draw random numbers of its own, such as for dropout."""
+    if several() and not first():
+        torch.manual_seed(torch.randint(2**62, ()) + dist.get_rank())
 
 
 def share(examples):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from bitune import LOGITS
+from cli.process import out_of_memory
 from lora import fold
 from text.examples import length
 
@@ -16,11 +17,6 @@ def free_bytes(device):
     meminfo = Path("/proc/meminfo")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2**63)
-
-
-def out_of_memory(problem):
-    """Whether an exception says that memory has run out."""
-    return isinstance(problem, torch.OutOfMemoryError) or "not enough memory" in str(problem)
 
 
 def kept(bitune, loss):

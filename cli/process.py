@@ -1,45 +1,67 @@
-"""How a command ends: in one line on standard error, whatever went wrong, and without losing a save.
+"""How a command ends: in one line on standard error, whatever went wrong and wherever, without losing a save.
 
 Exit status 2: the input was wrong, and no work has begun. 1: the work went wrong. 128 + n: signal n.
 """
 
+import os
+import shlex
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from functools import wraps
 
 import torch
 
-from files.disk import let_go
+from cli.cards import first
 
 
-def fail(message):
-    """End with one line and exit status 2."""
-    print("error:", " ".join(str(message).split())[:1000], file=sys.stderr)
-    sys.exit(2)
+class Failed(Exception):
+    """Work that went wrong, and the exit status."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
 
 
-@contextmanager
-def before_work():
-    """What goes wrong in here, before the work begins, is the input's fault."""
-    try:
-        yield
-    except (ValueError, OSError) as problem:
-        fail(problem)
-    except RuntimeError as problem:
-        if "memory" not in str(problem):
-            raise
-        fail(problem)
+def out_of_memory(problem):
+    """Whether an exception says that memory has run out."""
+    words = str(problem)
+    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in words \
+        or "can't allocate memory" in words
 
 
-def run_main(main):
-    """Call a command's main; Ctrl-C where nothing else catches it, such as while loading, ends quietly."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):          # what a terminal cannot show ends no run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+def command(main):
+    """Make of a function the main of a command, which ends as the head of this file says."""
+    @wraps(main)
+    def ends(argv=None):
+        for stream in (sys.stdin, sys.stdout, sys.stderr):      # what a terminal cannot show ends no run
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        try:
+            main(argv)
+            return
+        except KeyboardInterrupt:
+            problem, status = None, 130
+        except BrokenPipeError:                                 # nobody reads on: that is no fault
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            problem, status = None, 141
+        except Failed as failed:
+            problem, status = failed, failed.status
+        except (ValueError, OSError) as wrong:
+            problem, status = wrong, 2
+        except RuntimeError as wrong:
+            if not out_of_memory(wrong):
+                raise
+            problem, status = f"not enough memory: {str(wrong).splitlines()[0]}", 2
+        if str(problem or ""):
+            print("error:", " ".join(str(problem).split())[:1000], file=sys.stderr)
+        sys.exit(status)
+    return ends
+
+
+def to_type(*words):
+    """A command of ours as it is typed: `to_type("sample.py", "--adapter", run)`."""
+    return shlex.join(["python", *map(str, words)])
 
 
 class Stop:
@@ -67,30 +89,39 @@ class Stop:
 
 
 @contextmanager
-def guarded(run, progress):
-    """The work of training `run`: yields a Stop. What goes wrong in here ends the process with one line that
-    says at which step, what to do, and which save is whole."""
+def work(where, rest, advice, stop=None):
+    """What goes wrong in here is not the input's fault: it becomes a Failed that says where() it happened,
+    what can be done, by advice(FloatingPointError or MemoryError), and the rest() of what is known."""
+    asked = stop.asked if stop else [signal.SIGINT]
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as problem:
+        what, status = f"{problem}", 1
+        if out_of_memory(problem):
+            what = f"not enough memory ({what.splitlines()[0][:200]}){advice(MemoryError)}"
+        elif isinstance(problem, RuntimeError):
+            raise
+        elif not first() and not isinstance(problem, OSError):
+            sys.exit()          # as the one that writes does, and says why: with another status here, torchrun
+                                # would end it in the midst of its last save
+        elif isinstance(problem, FloatingPointError):
+            what += advice(FloatingPointError)
+        elif isinstance(problem, KeyboardInterrupt):
+            what = "stopped by " + (" and ".join(signal.Signals(n).name for n in asked)
+                                    or "a signal to another of the processes")
+            status = 128 + asked[0] if asked else 1
+        raise Failed(f"{where()}: {what}. {rest()}", status) from None
+
+
+@contextmanager
+def signals():
+    """A Stop that hears SIGINT and SIGTERM."""
     stop = Stop()
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
-    except (FloatingPointError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as problem:
-        what = {FloatingPointError: f"{problem}: start again with a lower --lr",
-                torch.OutOfMemoryError: f"{problem}: try a smaller --micro-batch-size",
-                KeyboardInterrupt: "stopped by " + (" and ".join(signal.Signals(n).name for n in stop.asked)
-                                                   or "a signal to another of the processes")}
-        if not run.writes and isinstance(problem, (FloatingPointError, KeyboardInterrupt)):
-            sys.exit()          # so does the process that writes, and says why: with another status here,
-                                # torchrun would end it in the midst of its last save
-        progress.clear()
-        rest = "Nothing was saved yet."
-        if run.saved:
-            rest = f"The save of step {run.saved} is whole: python train.py --resume {run.folder}"
-        print(f"error: step {run.at}: {what.get(type(problem), problem)}. {rest}", file=sys.stderr)
-        sys.exit(128 + stop.asked[0] if stop.asked else 1)
     finally:
-        for s, handler in old.items():
+        for s, handler in before.items():
             signal.signal(s, handler)
-        with suppress(OSError):                 # a disk that is full has been reported
-            run.file.close()
-        let_go(run.folder)

@@ -1,32 +1,191 @@
-"""Flags to settings: train.py's parser, the demonstration's settings, those of a run that is resumed.
+"""Settings: one table, from which the flags, the checks of settings.json and a grid's variations follow.
 
-A default stands once: in the constructor that takes it, or here.
+A training's settings are three layers, joined once: the defaults, what lies below (the demonstration, a run
+that is resumed, an adapter that is started from), and what was typed.
 """
 
 import argparse
 import inspect
-import math
 import os
 import sys
+from argparse import Namespace
 from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 from bitune import METHODS, Bitune
-from cli.process import fail
 from files.adapters import read_options
 from files.checkpoint import DTYPES
-from files.disk import finish_writing
+from files.disk import settle
 from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS
 from text.words import listed, read_json
 
-# What may be given anew when a run is resumed.
-MAY_CHANGE = ("model", "data", "val-data", "micro-batch-size", "micro-batch-tokens", "checkpointing",
-              "device")
 
-WORDS = ("auto", "chat", *TEMPLATES)        # of --template
+def default(function, name):
+    """The default of a function's argument."""
+    return inspect.signature(function).parameters[name].default
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What a value may be: the keywords of its flag for argparse, from which `fits` tells it, too
+
+class Number:
+    """A number of a kind, int or float, within [low, high]: of a text, or an error."""
+
+    def __init__(self, kind, low, high):
+        self.kind, self.low, self.high = kind, low, high
+        self.__name__ = {int: "whole number", float: "number"}[kind]    # argparse puts it into its message
+
+    def fits(self, value):
+        return type(value) in (int, self.kind) and self.low <= value <= self.high
+
+    def __call__(self, text):
+        value = self.kind(text)
+        if not self.fits(value):
+            limit = f" and at most {self.high}" if self.high < sys.float_info.max else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {self.low}{limit}")
+        return value
+
+
+def number(kind, low=0, high=sys.float_info.max):          # nan and inf are out of range, too
+    return {"type": Number(kind, low, high)}
+
+
+def words(*choices):
+    return {"choices": choices}
+
+
+def text(name, **more):
+    return {"metavar": name} | more
+
+
+SWITCH = {"action": "store_true"}
+
+
+def fits(form, value):
+    """Whether a value that stands in a file could have been typed."""
+    if "type" in form:
+        return form["type"].fits(value)
+    if "choices" in form:
+        return value in form["choices"]
+    if "nargs" in form:
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    return isinstance(value, bool if form == SWITCH else str)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The table
+
+class Setting(NamedTuple):
+    group: str
+    help: str
+    form: dict
+    default: object = None
+    may_change: bool = False    # when a run is resumed; no number that it comes to hangs on it
+
+
+def kind_options():
+    """Every option of a kind of adapters, by its name, as a Setting."""
+    found = {}
+    for kind, maker in KINDS.items():
+        for name, option in maker.options.items():
+            found.setdefault(name, (option, []))[1].append(kind)
+    settings = {}
+    for name, (option, kinds) in found.items():
+        names = isinstance(option.default, tuple)
+        shown = " ".join(option.default) if names else option.default
+        if any(KINDS[kind].options[name].default != option.default for kind in kinds):
+            shown = "each kind's own"
+        form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
+        settings[name] = Setting("method", f"of {', '.join(kinds)}: {option.help} (default: {shown})", form)
+    return settings
+
+
+SEED = number(int, 0, 2**63 - 1)
+TEMPLATE = words("auto", "chat", *TEMPLATES)
+SETTINGS = {
+    "model": Setting("what", "base model: a Hugging Face checkpoint folder", text("FOLDER"), None, True),
+    "data": Setting("what", "training data: JSON Lines or a JSON list, see docs/data.md", text("FILE"), None, True),
+    "out": Setting("what", "folder to write the run to", text("RUN")),
+    "adapter": Setting("what", "start from what this run, or PEFT adapter, has learned: its base, adapters and "
+                       "template, its method and mixing; a set that --method needs more starts as its first",
+                       text("RUN")),
+    "resume": Setting("what", "continue RUN from its last save, with its own settings", text("RUN")),
+
+    "method": Setting("method", "how the prompt is read", words(*METHODS), default(Bitune, "method")),
+    "c": Setting("method", "the constant in α, where every θ starts: the smaller, the faster α moves",
+                 number(float, 1e-9, 1e9), default(Bitune, "c")),
+    "peft": Setting("method", "kind of adapters", words(*KINDS), default(add_adapter, "kind")),
+    **kind_options(),
+    "targets": Setting("method", "linears to adapt (default: those of lora.is_target)", text("NAME", nargs="+")),
+
+    "task": Setting("data", "form of the data: rows of the forms in docs/data.md, or a task's published files",
+                    words(*TASKS), "rows"),
+    "template": Setting("data", "words around prompt and answer; chat: the model's own chat markup, auto: the "
+                        "same if it is one of chat-*, else paper", TEMPLATE, "auto"),
+    "max_length": Setting("data", "longest example in tokens, longer ones are dropped (default: 512, or what "
+                          "the model can read)", number(int, 2)),
+    "val_data": Setting("data", "validation data; without it the last examples of --data", text("FILE"), None,
+                        True),
+    "val_size": Setting("data", "how many of these, at most a tenth; 0: none", number(int), 1000),
+
+    "steps": Setting("optimisation", "optimizer steps", number(int, 1, 10**9), 3000),
+    "batch_size": Setting("optimisation", "examples a step", number(int, 1, 10**9), 10),
+    "micro_batch_size": Setting("optimisation", "examples at a time, whatever their length (same result)",
+                                number(int, 1), None, True),
+    "micro_batch_tokens": Setting("optimisation", "tokens at a time, in examples of like length (same result; "
+                                  "default: as many as the memory has room for)", number(int, 1), None, True),
+    "lr": Setting("optimisation", "peak learning rate", number(float), 3e-4),
+    "warmup": Setting("optimisation", "part of the steps in which the rate rises", number(float, 0, 1), 0.1),
+    "checkpointing": Setting("optimisation", "compute each block twice, and keep its input alone: less memory, "
+                             "half more time (same result)", SWITCH, False, True),
+    "base_bits": Setting("optimisation", "the linears' frozen weights in 8 bits, with lora or dora: half the "
+                         "memory of bfloat16, slower, a little off (default: as --dtype has them)",
+                         number(int, 8, 8)),
+    "clip": Setting("optimisation", "largest gradient norm", number(float, 1e-9), 1.0),
+    "eps": Setting("optimisation", "AdamW's epsilon", number(float, 1e-12), 1e-6),
+    "weight_decay": Setting("optimisation", "AdamW's weight decay", number(float), 0.0),
+    "seed": Setting("optimisation", "of adapters and order of examples", SEED, 42),
+
+    "eval_every": Setting("running", "steps between validations (default: a tenth of --steps)", number(int, 1)),
+    "save_every": Setting("running", "steps between saves (default: a tenth of --steps)", number(int, 1)),
+    "keep": Setting("running", "best: beside the last save also the one with the lowest validation loss, in "
+                    "RUN/best", words("last", "best"), "last"),
+    "dtype": Setting("running", "of the base model (default: bfloat16 on a GPU, float32 on a CPU and where the "
+                     "base trains)", words(*DTYPES)),
+    "device": Setting("running", "cpu, cuda or mps (default: cuda if there is one, else cpu)", text("DEVICE"),
+                      None, True),
+}
+SAMPLING = {
+    name: Setting("sampling", help, form, default(Bitune.answer, name)) for name, help, form in (
+        ("temperature", "0 takes the likeliest token", number(float)),
+        ("top_k", "sample from the k likeliest; 0: all", number(int)),
+        ("top_p", "sample from the likeliest that make up this mass", number(float, 1e-9, 1)),
+        ("seed", "of the sampling", SEED))
+}
+ASKED = {               # what is asked or scored
+    "model": Setting("what", "base model: a checkpoint folder (default: the run's own)", text("FOLDER")),
+    "adapter": Setting("what", "a run of train.py, or a PEFT adapter (default: the bare model)", text("RUN")),
+    "max_new_tokens": Setting("what", "longest answer", number(int, 1), default(Bitune.answer, "max_new_tokens")),
+    "dtype": SETTINGS["dtype"], "device": SETTINGS["device"],
+}
+
+PROMPT = {
+    "prompt": Setting("what", "what to ask; -: all of standard input, as one prompt", text("TEXT")),
+    "prompt_file": Setting("what", "a file with the prompt, which may have several lines", text("FILE")),
+    "template": Setting("chat", "words around the text (default: the run's; without one auto: the model's own "
+                        "chat markup if it is one of chat-*, else plain)", TEMPLATE),
+    "chat": Setting("chat", "each line goes on from those before; recompute (the default) reads all again, "
+                    "alternating only what is new", words("recompute", "alternating") |
+                    {"nargs": "?", "const": "recompute"}),
+    "system": Setting("chat", "what the system says before the first line", text("TEXT")),
+    "stop": Setting("sampling", "ends an answer, too; may be repeated", text("TEXT", action="append"), []),
+    "show_mixing": Setting("shown", "how --prompt is mixed, layer by layer", SWITCH),
+    "explain": Setting("shown", "what becomes of --prompt, step by step", SWITCH),
+}
 
 # Without --model and --data: the demonstration. Its files come with this repository.
 HERE = os.path.relpath(Path(__file__).parent.parent / "experiments/demo")
@@ -35,187 +194,126 @@ DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data":
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What every command's parser is made of
+# Flags
 
-def default(function, name):
-    """The default of a function's argument."""
-    return inspect.signature(function).parameters[name].default
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a number of `kind` within [low, high]."""
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= min(high, sys.float_info.max):       # nan and inf are out of range, too
-            limit = f" and at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {low}{limit}")
-        return value
-    parse.__name__ = {int: "whole number", float: "number"}[kind]
-    return parse
-
-
-def new_parser(description):
-    """An argument parser whose errors are one line, too."""
-    as_it_stands = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=as_it_stands)
-    parser.error = fail
+def new_parser(description, *tables, typed_only=False):
+    """An argument parser with the flags of tables, name -> Setting; errors are ValueErrors. typed_only: it
+    gives what was typed, without defaults."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS if typed_only else None)
+    parser.error = refuse
+    groups = {}
+    for name, s in (pair for table in tables for pair in table.items()):
+        group = groups.setdefault(s.group, parser.add_argument_group(s.group))
+        shown = "" if s.default in (None, False, []) else f" (default: {s.default})"
+        own = {} if typed_only or s.form == SWITCH else {"default": s.default}
+        group.add_argument(flag(name), help=s.help + shown, **own, **s.form)
     return parser
 
 
-def flag_adder(parser, title=None):
-    """A function that adds a flag to a group of the parser, its default written behind its help."""
-    section = parser.add_argument_group(title) if title else parser
-
+def flag_adder(parser):
+    """A function that adds a flag that is no setting to a parser, its default written behind its help."""
     def add(name, *, help, default=None, **more):
         words = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-        shown = "" if default is None or default is False else f" (default: {words})"
-        section.add_argument(name, default=default, help=help + shown, **more)
+        shown = "" if default in (None, False) else f" (default: {words})"
+        parser.add_argument(name, default=default, help=help + shown, **more)
     return add
 
 
-def add_device(arg):
-    arg("--dtype", choices=DTYPES, help="of the base model (default: bfloat16 on a GPU, float32 on a CPU "
-        "and where the base trains)")
-    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
+def flag(name):
+    return f"--{name.replace('_', '-')}"
 
 
-def add_run(arg):
-    """The flags that say what is asked or scored."""
-    arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
-    arg("--adapter", metavar="RUN", help="a run of train.py, or a PEFT adapter (default: the bare model)")
-    arg("--max-new-tokens", type=number(int, 1), default=default(Bitune.answer, "max_new_tokens"),
-        help="longest answer")
-    add_device(arg)
+def refuse(message):
+    raise ValueError(message)
 
 
-def add_sampling(arg):
-    """The flags that say how an answer is sampled."""
-    of = lambda name: default(Bitune.answer, name)
-    arg("--temperature", type=number(float, 0), default=of("temperature"),
-        help="0 takes the likeliest token")
-    arg("--top-k", type=number(int, 0), default=of("top_k"), help="sample from the k likeliest; 0: all")
-    arg("--top-p", type=number(float, 1e-9, 1), default=of("top_p"),
-        help="sample from the likeliest that make up this mass")
-    arg("--seed", type=number(int, 0, 2**63 - 1), default=of("seed"), help="of the sampling")
-
-
-def add_chat(arg):
-    """The flags that say into what words a prompt is put, and what goes before it."""
-    arg("--template", choices=WORDS, help="words around the text (default: the run's; without one auto: the "
-        "model's own chat markup if it is one of chat-*, else plain)")
-    arg("--chat", nargs="?", const="recompute", choices=("recompute", "alternating"), help="each line goes "
-        "on from those before; recompute (the default) reads all again, alternating only what is new")
-    arg("--system", metavar="TEXT", help="what the system says before the first line")
+def typed(argv, description=None):
+    """What `argv` sets itself, of train.py's settings."""
+    return vars(new_parser(description, SETTINGS, typed_only=True).parse_args(argv))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# train.py's
+# The three layers
 
-def kind_options():
-    """Every option of a kind of adapters, by its name: the Option, and the kinds that have it."""
-    found = {}
-    for kind, maker in KINDS.items():
-        for name, option in maker.options.items():
-            found.setdefault(name, (option, []))[1].append(kind)
-    return found
-
-
-def train_parser(description=None):
-    parser = new_parser(description)
-    arg = flag_adder(parser, "what")
-    arg("--model", metavar="FOLDER", help="base model: a Hugging Face checkpoint folder")
-    arg("--data", metavar="FILE", help="training data: JSON Lines or a JSON list, see docs/data.md")
-    arg("--out", metavar="RUN", help="folder to write the run to")
-    arg("--adapter", metavar="RUN", help="start from what this run, or PEFT adapter, has learned: its base, "
-        "adapters and template, its method and mixing; a set that --method needs more starts as its first")
-    arg("--resume", metavar="RUN", help="continue RUN from its last save, with its own settings; only "
-        "these flags may be given with it: " + " ".join(f"--{k}" for k in MAY_CHANGE))
-
-    arg = flag_adder(parser, "method")
-    arg("--method", default=default(Bitune, "method"), choices=METHODS, help="how the prompt is read")
-    arg("--c", default=default(Bitune, "c"), type=number(float, 1e-9, 1e9), help="the constant in α, where "
-        "every θ starts: the smaller, the faster α moves")
-    arg("--peft", default=default(add_adapter, "kind"), choices=KINDS, help="kind of adapters")
-    for name, (option, kinds) in kind_options().items():
-        own, shown, form = option.default, option.default, {}
-        if isinstance(own, tuple):
-            shown, form = " ".join(own), {"nargs": "+"}
-        else:
-            form = {"type": number(type(own), option.low, option.high)}
-        if any(KINDS[kind].options[name].default != own for kind in kinds):
-            shown = "each kind's own"
-        arg(f"--{name.replace('_', '-')}", **form,
-            help=f"of {', '.join(kinds)}: {option.help} (default: {shown})")
-    arg("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: those of lora.is_target)")
-
-    arg = flag_adder(parser, "data")
-    arg("--task", default="rows", choices=TASKS, help="form of the data: rows of the forms in docs/data.md, "
-        "or a task's published files")
-    arg("--template", default="auto", choices=WORDS, help="words around prompt and answer; chat: the "
-        "model's own chat markup, auto: the same if it is one of chat-*, else paper")
-    arg("--max-length", type=number(int, 2), help="longest example in tokens, longer ones are dropped "
-        "(default: 512, or what the model can read)")
-    arg("--val-data", metavar="FILE", help="validation data; without it the last examples of --data")
-    arg("--val-size", default=1000, type=number(int, 0), help="how many of these, at most a tenth; 0: none")
-
-    arg = flag_adder(parser, "optimisation")
-    arg("--steps", default=3000, type=number(int, 1, 10**9), help="optimizer steps")
-    arg("--batch-size", default=10, type=number(int, 1, 10**9), help="examples a step")
-    arg("--micro-batch-size", type=number(int, 1), help="examples at a time, whatever their length (same "
-        "result)")
-    arg("--micro-batch-tokens", type=number(int, 1), help="tokens at a time, in examples of like length "
-        "(same result; default: as many as the memory has room for)")
-    arg("--lr", default=3e-4, type=number(float, 0), help="peak learning rate")
-    arg("--warmup", default=0.1, type=number(float, 0, 1), help="part of the steps in which the rate rises")
-    arg("--checkpointing", action="store_true", help="compute each block twice, and keep its input alone: "
-        "less memory, half more time (same result)")
-    arg("--base-bits", type=int, choices=[8], help="the linears' frozen weights in 8 bits, with lora or "
-        "dora: half the memory of bfloat16, slower, a little off (default: as --dtype has them)")
-    arg("--clip", default=1.0, type=number(float, 1e-9), help="largest gradient norm")
-    arg("--eps", default=1e-6, type=number(float, 1e-12), help="AdamW's epsilon")
-    arg("--weight-decay", default=0.0, type=number(float, 0), help="AdamW's weight decay")
-    arg("--seed", default=42, type=number(int, 0, 2**63 - 1), help="of adapters and order of examples")
-
-    arg = flag_adder(parser, "running")
-    arg("--eval-every", type=number(int, 1), help="steps between validations (default: a tenth of --steps)")
-    arg("--save-every", type=number(int, 1), help="steps between saves (default: a tenth of --steps)")
-    arg("--keep", default="last", choices=("last", "best"), help="best: beside the last save also the one "
-        "with the lowest validation loss, in RUN/best")
-    add_device(arg)
-    return parser
+def join(*layers):
+    """Settings from layers, name -> value, the last one first, above the defaults; without the options of
+    other kinds of adapters."""
+    s = {name: setting.default for name, setting in SETTINGS.items()}
+    for layer in layers:
+        s |= layer
+    own = KINDS[s["peft"]].options
+    for name in kind_options():
+        if name not in own:
+            del s[name]
+        elif s[name] is None:
+            s[name] = own[name].default
+    for name in ("eval_every", "save_every"):
+        s[name] = s[name] or max(1, s["steps"] // 10)
+    return Namespace(**s)
 
 
-def given(argv):
-    """The settings that the flags `argv` name themselves, without defaults."""
-    parser = train_parser()
-    unset = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv))))
-    return {k: v for k, v in vars(parser.parse_args(argv, unset)).items() if v is not None}
+def settings_of(typed):
+    """The settings that stand for what was typed. ValueError for what does not go with a run below it."""
+    if typed.get("resume"):
+        below = resumed(typed)
+    elif typed.get("adapter"):
+        below = adapted(typed)
+    elif typed.keys() & {"model", "data"}:
+        below = {}
+    else:
+        below = DEMO | {"out": free_name("runs/demo")}
+    return join(below, typed)
 
 
-def read_flags(argv, description=None):
-    """The settings that the flags `argv` stand for: completed by DEMO if they name neither model nor data,
-    or by those of the run that is resumed. ValueError for a run that is not there, or finished."""
-    parser = train_parser(description)
-    s = parser.parse_args(argv)
-    if s.resume:
-        s = resumed(parser, argv, s.resume)
-    elif s.adapter:
-        s = adapted(parser, argv, s)
-    elif not s.model and not s.data:
-        parser.set_defaults(**DEMO, out=free_name("runs/demo"))
-        s = parser.parse_args(argv)
-    return complete(s)
+def resumed(typed):
+    """The settings of the run that is resumed."""
+    folder = typed["resume"]
+    settle(folder)
+    if not (Path(folder) / "settings.json").exists():
+        raise ValueError(f"{folder} has no settings.json: expected a run of train.py")
+    before = checked(read_settings(folder)[0], f"{folder}/settings.json")
+    if typed.get("steps", before["steps"]) != before["steps"]:
+        raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on their "
+                         f"number, {before['steps']}. For another stage, start from what it has learned: "
+                         f"--adapter {folder} --steps {typed['steps']}, and another --out")
+    other = [flag(name) for name, value in typed.items() if not SETTINGS[name].may_change
+             and name != "resume" and value != before.get(name)]
+    if other:
+        may = " ".join(flag(name) for name, s in SETTINGS.items() if s.may_change)
+        raise ValueError(f"--resume continues a run with its own settings, which {' '.join(sorted(other))} would "
+                         f"change; only these may be given with it: {may}")
+    if not (Path(folder) / "state.safetensors").exists():
+        raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
+    if finished(folder):
+        raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
+    return before | {"out": folder}
 
 
-def complete(s):
-    """Settings with the defaults that hang on others, and without the options of other kinds of adapters."""
-    for name, (option, kinds) in kind_options().items():
-        if s.peft not in kinds:
-            delattr(s, name)
-        elif getattr(s, name) is None:
-            setattr(s, name, KINDS[s.peft].options[name].default)
-    s.eval_every, s.save_every = (n or max(1, s.steps // 10) for n in (s.eval_every, s.save_every))
-    return s
+def checked(settings, file):
+    """Settings that were written down: ValueError for what none can be."""
+    if unknown := sorted(settings.keys() - SETTINGS.keys()):
+        raise ValueError(f"{file} has {listed(unknown, ', ')}, which no setting is called")
+    for name, value in settings.items():
+        if value is not None and not fits(SETTINGS[name].form, value):
+            raise ValueError(f"{file}: {name} is {value!r:.60}, which it cannot be")
+    return settings
+
+
+def adapted(typed):
+    """What a run, or a PEFT adapter, says of a training that starts from it. Its adapters are what they are:
+    ValueError for flags that would have them otherwise."""
+    folder = Path(typed["adapter"])
+    settle(folder)
+    about = read_about(folder)
+    kind, options = (FULL, {}) if about.get("whole") else read_options(folder)[:2]
+    fixed = {"peft", "targets", *kind_options()} | ({"c"} if (folder / "mixing.safetensors").exists() else set())
+    if odd := sorted(typed.keys() & fixed):
+        raise ValueError(f"{flag(odd[0])}: adapters and mixing are those of {folder}")
+    there = {key: about[key] for key in ("method", "template", "c") if key in about}
+    model = {} if "model" in typed else {"model": str(base_of(folder))}
+    return options | {"peft": kind} | model | there
 
 
 def options(s, name):
@@ -224,64 +322,30 @@ def options(s, name):
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def resumed(parser, argv, folder):
-    """The settings of the run in `folder`, with what was given of MAY_CHANGE. ValueError for other flags."""
-    flags = given(argv)
-    finish_writing(folder)
-    before = checked(parser, read_settings(folder)[0], Path(folder) / "settings.json")
-    if (steps := flags.pop("steps", before["steps"])) != before["steps"]:
-        raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on "
-                         f"their number, {before['steps']}. For another stage, start from what it has "
-                         f"learned: --adapter {folder} --steps {steps}, and another --out")
-    if more := {name.replace("_", "-") for name in flags} - {"resume", *MAY_CHANGE}:
-        raise ValueError(f"--resume continues a run with its own settings, which "
-                         f"--{' --'.join(sorted(more))} would change")
-    if not (Path(folder) / "state.safetensors").exists():
-        raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
-    if finished(folder):
-        raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
-    return argparse.Namespace(**before | flags | {"out": folder})
+def check(s):
+    """ValueError for settings with which training cannot begin."""
+    if missing := [flag(name) for name in ("model", "data", "out") if not getattr(s, name)]:
+        raise ValueError(f"{', '.join(missing)} not given: see --help")
+    if Path(s.out).exists() and not Path(s.out).is_dir():
+        raise ValueError(f"--out {s.out} is a file: expected a folder, or a new name")
+    for file in (s.data, s.val_data):
+        if file is not None and (not Path(file).exists() or Path(file).is_dir()):
+            found = "a folder" if Path(file).is_dir() else "not there"
+            raise ValueError(f"{file!r} is {found}: expected a data file")
+    own = s.adapter and Path(s.model).resolve() == Path(s.adapter).resolve()
+    if not own and read_about(s.model).get("method", "causal") != "causal":
+        raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
+                         "expected a base model, or a run of method causal")
+    if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
+        raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
+    if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
+        raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")
+    if s.keep == "best" and not (s.val_data or s.val_size):
+        raise ValueError("--keep best: there is no validation to tell the best by; give --val-data")
 
 
-def checked(parser, settings, file):
-    """Settings that were written down, as the flags that they stand for are read: ValueError for what no
-    flag can be. Flags that came later have their defaults."""
-    if unknown := sorted(settings.keys() - vars(parser.parse_args([])).keys()):
-        raise ValueError(f"{file} has {listed(unknown, ', ')}, which this version does not know")
-    argv = []
-    for name, value in settings.items():
-        flag, several = f"--{name.replace('_', '-')}", isinstance(value, list)
-        if value is True:
-            argv.append(flag)
-        elif value is not None and value is not False:
-            argv += [flag, *map(str, value)] if several else [f"{flag}={value}"]
-
-    def refuse(problem):
-        raise ValueError(f"{file}: {problem}")
-    fail, parser.error = parser.error, refuse
-    try:
-        return vars(parser.parse_args(argv))
-    finally:
-        parser.error = fail
-
-
-def adapted(parser, argv, s):
-    """Settings that start from the run or PEFT adapter s.adapter: what was not given is as it was there. Its
-    adapters are what they are: ValueError for flags that would have them otherwise."""
-    folder, flags = Path(s.adapter), given(argv)
-    finish_writing(folder)
-    about = read_about(folder)
-    own = {"c"} if (folder / "mixing.safetensors").exists() else set()
-    if odd := flags.keys() & {"peft", "targets", *kind_options(), *own}:
-        raise ValueError(f"--{sorted(odd)[0].replace('_', '-')}: adapters and mixing are those of {folder}")
-    if (folder / "config.json").exists():
-        kind, own = FULL, {}
-    else:
-        kind, own, *_ = read_options(folder)
-    there = {key: about[key] for key in ("method", "template", "c") if key in about}
-    return argparse.Namespace(**vars(s) | own | {"peft": kind, "model": s.model or str(base_of(folder))}
-                              | there | {key: flags[key] for key in there if key in flags})
-
+# ----------------------------------------------------------------------------------------------------------
+# Names of folders
 
 def last_demonstration():
     """The newest run below runs/ that was finetuned from the demonstration's base."""
@@ -296,23 +360,3 @@ def free_name(path):
     """`path`, or path-2, path-3 ..., whichever is not there yet."""
     names = chain([path], (f"{path}-{i}" for i in count(2)))
     return next(name for name in names if not Path(name).exists())
-
-
-def check(s):
-    """ValueError for settings with which training cannot begin."""
-    if missing := [f"--{k}" for k in ("model", "data", "out") if not getattr(s, k)]:
-        raise ValueError(f"{', '.join(missing)} not given: see --help")
-    if Path(s.out).exists() and not Path(s.out).is_dir():
-        raise ValueError(f"--out {s.out} is a file: expected a folder, or a new name")
-    for file in (s.data, s.val_data):
-        if file is not None and not Path(file).is_file():
-            found = "a folder" if Path(file).is_dir() else "not there"
-            raise ValueError(f"{file!r} is {found}: expected a data file")
-    made = Path(s.model) / "bitune.json"
-    if made.exists() and s.model != s.adapter and read_json(made).get("method") != "causal":
-        raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
-                         "expected a base model, or a run of method causal")
-    if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
-        raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
-    if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
-        raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from cli.process import to_type
 from files.run import alpha_by_layer
 from text.examples import dropped_in_words, template_in_words
 
@@ -16,12 +17,15 @@ def clock(seconds):
 
 
 class Progress:
-    """One line that is rewritten in a terminal; in a pipe or file, a plain line every five seconds."""
+    """One line that is rewritten in a terminal; in a pipe or file, a plain line every five seconds. With a
+    title, all that one of several runs has to say stands on its line, exact matches as bars."""
 
-    def __init__(self):
+    def __init__(self, title=""):
         self.live, self.shown, self.begun = sys.stdout.isatty(), time.monotonic(), None
+        self.title, self.bars = title, ""
 
     def update(self, text, last=False):
+        text = f"{self.title}  {self.bars}  {text}" if self.title else text
         if self.live:
             fits = text if last else text[:shutil.get_terminal_size().columns - 1]
             print(f"\r\033[K{fits}", end="\n" if last else "", flush=True)
@@ -35,6 +39,8 @@ class Progress:
 
     def note(self, text):
         """A line that stays."""
+        if self.title:
+            return self.update(text)
         self.clear()
         print(text, flush=True)
 
@@ -49,16 +55,22 @@ class Progress:
                          for name, value in record.items() if name.startswith("alpha_"))
         self.update(f"step {run.at}/{last}  ETA {clock(eta)}  loss {record['loss']:.3f}  "
                     f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}{alphas}  "
-                    f"{record['tokens_per_s']:,} tokens/s", last=run.at == last)
+                    f"{record['tokens_per_s']:,} tokens/s", last=run.at == last and not self.title)
+
+    def begins(self, run):
+        announce(run) if not self.title else None
 
     def validated(self, run, result):
+        self.bars += "▁▂▃▄▅▆▇█"[round(7 * result["exact_match"])]
         what = f"step {run.at}" if run.at else run.settings.adapter or "base model"
         self.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
                   f"answer-token accuracy {result['accuracy']:.1%}  exact match {result['exact_match']:.1%}")
 
     def finished(self, run):
         took = f" after {clock(time.monotonic() - self.begun[1])}" if self.begun else ""
-        self.note(f"saved {run.folder}{took}; ask it: python sample.py --adapter {run.folder}")
+        if self.title:
+            return self.update(took, last=True)
+        self.note(f"saved {run.folder}{took}; ask it: {to_type('sample.py', '--adapter', run.folder)}")
 
 
 # ----------------------------------------------------------------------------------------------------------

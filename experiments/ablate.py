@@ -7,339 +7,220 @@
 Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
 trainable parameters as Bitune's two sets. Learning rates are compared on validation data alone: with all
 seeds, or with --search with the first one, and the others are left for each model's best rate and for that
-of plain finetuning, by which the paper chose it for all. A finished run is never made again, and one that
-was stopped goes on from its last save: repeat the command. Several processes, on all machines that share the
+of plain finetuning, by which the paper chose it for all. What is there is not made again, and a run that was
+stopped goes on from its last save: repeat the command. Several processes, on all machines that share the
 folder, make one grid: give each of them the same command.
 """
 
-import argparse
 import json
 import sys
 import time
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
 
-from bitune import METHODS, Bitune
-from cli.memory import fold_for_answers
-from cli.process import before_work, guarded, run_main
-from cli.settings import MAY_CHANGE, complete, default, flag_adder, given, new_parser, number
-from cli.settings import read_flags, train_parser
+import torch
+
+from bitune import METHODS, Bitune, adapter_sets
+from cli.cards import several
+from cli.process import Failed, command
+from cli.settings import SETTINGS, SWITCH, Setting, check, default, flag, join, new_parser, number, options
+from cli.settings import settings_of, text, words
 from cli.terminal import Progress
 from experiments.compare import chosen, report
-from experiments.evaluate import SCORED, evaluate, load_questions
-from files.checkpoint import load_base, read_config
-from files.disk import InUse, finish_writing, hold, json_bytes, let_go, one_at_a_time, write_files
-from files.run import finished, load_run, read_settings
+from experiments.evaluate import SCORED, SCORING, score
+from files.checkpoint import read_config
+from files.disk import InUse, write_file
+from files.run import finished, logged, read_settings
 from lora import KINDS, add_adapter
-from text.examples import settle, stop_id
+from model import Llama
+from text.examples import settle
 from text.tokenizer import Tokenizer
-from text.words import listed, read_json
-from train import prepare, train
+from text.words import listed
+from train import finetune
 
-OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
+OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid for each run
+GRID = {
+    "out": Setting("grid", "where the runs and tables.md go, and where they are continued", text("FOLDER")),
+    "evaluate": Setting("grid", "what to score every run on, as experiments.evaluate does: " + ", ".join(SCORED),
+                        text("TASK=FILE", nargs="+"), []),
+    "methods": Setting("grid", "what to lay beside plain finetuning", words(*(m for m in METHODS if METHODS[m])) |
+                       {"nargs": "+"}, ["bitune"]),
+    "pefts": Setting("grid", "kinds of adapters", words(*KINDS) | {"nargs": "+"}, [KIND]),
+    "cs": Setting("grid", "of the methods that mix", SETTINGS["c"].form | {"nargs": "+"}, [C]),
+    "lrs": Setting("grid", "learning rates", SETTINGS["lr"].form | {"nargs": "+"}, [SETTINGS["lr"].default]),
+    "search": Setting("grid", "compare the --lrs with the first seed alone, unscored", SWITCH),
+    "seeds": Setting("grid", "of each model", SETTINGS["seed"].form | {"nargs": "+"}, [42, 43, 44]),
+    "limit": Setting("grid", "only the first N questions of each file", SCORING["limit"].form),
+    "eval_batch_size": Setting("grid", "questions at a time", number(int, 1)),
+    "max_new_tokens": SCORING["max_new_tokens"]._replace(group="grid"),
+}
 
 
-def variants(methods, kinds=(KIND,), cs=(C,), options={}):
-    """The models of a grid: name -> flags of train.py. What a method does not use is not varied; `options`
-    are those of the adapters that differ from the defaults."""
+def variants(methods, kinds=(KIND,), cs=(C,), given={}):
+    """The models of a grid: name -> settings. What a method does not use is not varied; `given` has the
+    options of adapters that were typed."""
     models = {}
     label = lambda kind: KINDS[kind].label or KINDS[kind].__name__
     for kind in dict.fromkeys([KIND, *kinds]):
-        own = {n: options.get(n, option.default) for n, option in KINDS[kind].options.items()}
+        own = {name: given.get(name, option.default) for name, option in KINDS[kind].options.items()}
         for times in (1, 2) if "rank" in own else (1,):
-            flags = ["--method=causal", f"--peft={kind}"]
-            for name in ("rank", "lora_alpha"):         # alpha grows along: the scale alpha / rank stays
-                if name in own:
-                    flags.append(f"--{name.replace('_', '-')}={times * own[name]:g}")
-            models[label(kind) + (f" rank {times * own['rank']}" if "rank" in own else "")] = flags
+            more = {name: times * own[name] for name in ("rank", "lora_alpha") if name in own}
+            name = label(kind) + (f" rank {more['rank']}" if more else "")      # the scale alpha / rank stays
+            models[name] = {"method": "causal", "peft": kind, **more}
     for method, kind, c in product(methods, kinds, cs):
-        name, flags = method.replace("bitune", "Bitune"), [f"--method={method}", f"--peft={kind}"]
+        name, own = method.replace("bitune", "Bitune"), {"method": method, "peft": kind}
         if kind != KIND:                                # what differs from the defaults is named
             name += f", {label(kind)}"
         if len(METHODS[method]) > 1:
-            flags.append(f"--c={c:g}")
+            own["c"] = c
             name += f", c {c:g}" if c != C else ""
-        models[name] = flags
+        models[name] = own
     return models
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Running it
-
-class Line(Progress):
-    """All that a run has to say, on one line: a name, and a bar for each validation's exact match."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.name, self.bars = name, ""
-
-    def update(self, text, last=False):
-        super().update(f"{self.name}  {self.bars}  {text}")
-
-    def note(self, text):
-        self.update(text)
-
-    def validated(self, run, result):
-        self.bars += bar(result["exact_match"])
-
-    def end(self, record):
-        bars = "".join(bar(r["val_exact_match"]) for r in record["validations"])
-        scores = "".join(f", {column} {value:.1%}" for column, value in record["scores"].items())
-        super().note(f"{self.name}  {bars}  {record['seconds']:.0f} s{scores}")
+def planned(models, lrs, seeds, common, out):
+    """The runs of a grid: (name, lr, seed) -> settings. lrs: a list, or one for each model's name."""
+    runs = {}
+    lrs = lrs if isinstance(lrs, dict) else dict.fromkeys(models, lrs)
+    for name in models:
+        for lr, seed in product(dict.fromkeys(lrs[name]), dict.fromkeys(seeds)):
+            folder = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
+            runs[name, lr, seed] = join(common, models[name], {"lr": lr, "seed": seed, "out": str(folder)})
+    return runs
 
 
-def bar(part):
-    return "▁▂▃▄▅▆▇█"[round(part * 7)]
+def check_grid(runs):
+    """ValueError, before the first run, for one that cannot be trained, or that is there with other
+    settings."""
+    for s in runs.values():
+        check(s)
+        with torch.device("meta"):
+            model = Llama(read_config(s.model))
+        for name in adapter_sets(s.method):
+            add_adapter(model, name, s.peft, s.targets or (), **options(s, name))
+        if (Path(s.out) / "settings.json").exists():
+            before = read_settings(s.out)[0]
+            free = [name for name, setting in SETTINGS.items() if setting.may_change]
+            differ = [name for name, value in vars(s).items() if name in before and before[name] != value
+                      and name not in (*free, "max_length", "template", "save_every", "keep", "out")]
+            if differ:
+                raise ValueError(f"{s.out} is there with other settings: " + listed(
+                    [f"{name} was {before[name]} and is {vars(s)[name]}" for name in differ]))
 
 
-def finetune(flags, folder, progress):
-    """The model that train.py's flags make in a folder, and its tokenizer; of a run that is there, what is
-    left of it to do. InUse if another process takes it over."""
-    if not finished(folder):
-        argv = [*flags, f"--out={folder}"]
-        if (folder / "bitune.json").exists():
-            now = {k.replace("_", "-"): v for k, v in given(flags).items()}
-            argv = [f"--resume={folder}", *(f"--{k}" if now[k] is True else f"--{k}={now[k]}"
-                                              for k in MAY_CHANGE if k in now)]
-        run = prepare(read_flags(argv))
-        with guarded(run, progress) as stop:
-            train(run, progress, stop)
-        hold(folder)                                    # which the end of training has let go
-    dtype = read_settings(folder)[1]["dtype"]           # scored as it was trained
-    return load_run(folder, device=given(flags).get("device"), dtype=dtype)[:2]
-
-
-def measure(flags, folder, score, progress):
-    """One run's numbers. score(bitune, tokenizer, progress) gives those that scoring makes: `scores`, column
-    by column, and perhaps `right`, a string of 1 or 0 for each question."""
-    scored = score(*finetune(flags, folder, progress), progress)
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def run_one(key, s, tasks, common):
+    """Train a run unless it is trained, and score it unless it is scored: its record, as
+    experiments.compare reads it. InUse if another process is at it."""
+    name, lr, seed = key
+    title = f"{name}  lr {lr:g}  seed {seed}"
+    if not finished(s.out):
+        if (Path(s.out) / "state.safetensors").exists():
+            may = {key: value for key, value in common.items() if SETTINGS[key].may_change}
+            s = settings_of({"resume": s.out} | may)
+        finetune(s, Progress(title))
+    settings, derived = read_settings(s.out)
+    log = logged(Path(s.out) / "log.jsonl", settings["steps"])
     validations = [r for r in log if "val_loss" in r]
-    return {"trainable": read_settings(folder)[1]["trainable_parameters"],
+    scores, right = {}, {}
+    for label, own in tasks:
+        summary = score(Namespace(**own | {"adapter": s.out, "dtype": derived["dtype"]}), Progress(title))
+        lines = Path(summary["file"]).with_suffix(".jsonl").read_text().splitlines()
+        for metric, value in summary["scores"].items():
+            scores[f"{label} {metric}"] = value["mean"]
+            right[f"{label} {metric}"] = "".join(f"{json.loads(line)[metric]:.0f}" for line in lines)
+    return {"name": name, "lr": lr, "seed": seed, "trainable": derived["trainable_parameters"],
             "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
             "val_loss": validations[-1]["val_loss"] if validations else None,
-            "validations": validations, **scored}
+            "validations": validations, "scores": scores, "right": right, "run": s.out}
 
 
-def read_records(out):
-    file = out / "results.jsonl"
-    return list(map(json.loads, file.read_text().splitlines())) if file.exists() else []
-
-
-def find_record(out, own):
-    """The record that holds all of `own`, if there is one."""
-    return next((r for r in read_records(out) if own.items() <= r.items()), None)
-
-
-def add_record(out, record):
-    """Write a record, in the place of the run's older one."""
-    run = lambda r: (r["name"], r["lr"], r["seed"])
-    with one_at_a_time(out):
-        lines = {run(r): json.dumps(r) + "\n" for r in [*read_records(out), record]}
-        write_files(out, {"results.jsonl": "".join(lines.values()).encode()})
-
-
-def one_run(own, flags, folder, score, progress):
-    """The record of a run, which is made if there is none that holds all of `own`; None if its training
-    fails. InUse if another process is at it."""
-    out = folder.parent
-    record = find_record(out, own)
-    if record is None:
-        hold(folder)
-        try:
-            record = find_record(out, own)          # it may have come before the folder was held
-            if record is None:
-                record = {"scored_on": []} | own | {"run": folder.name}     # [] for a search
-                record |= measure(flags, folder, score, progress)
-                add_record(out, record)
-        except FloatingPointError as problem:
-            print(f"error: {folder.name}: {problem}", file=sys.stderr)
-            return None
-        except SystemExit as end:
-            if end.code != 1:                       # stopped by hand; 1: it went wrong, and has said how
-                print("All of the grid goes on when its own command is repeated.", file=sys.stderr)
-                raise
-            return None
-        finally:
-            let_go(folder)
-    progress.end(record)
-    return record
-
-
-def grid(models, lrs, seeds, out, score, scored_on=()):
-    """Every model at every learning rate (a list, or one for each model's name) with every seed: their
-    records, which are also the lines of out/results.jsonl. One whose training failed has none. Records with
-    scores on anything but `scored_on` get new ones. A run that another process is at is left to it, and
-    waited for in the end."""
-    width, left = max(map(len, models)), {}
-    lrs = lrs if isinstance(lrs, dict) else dict.fromkeys(models, list(dict.fromkeys(lrs)))
-    runs = [(name, lr, seed) for name in models for lr in lrs[name] for seed in dict.fromkeys(seeds)]
-    for name, lr, seed in runs:
-        run = f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
-        own = {"name": name, "lr": lr, "seed": seed}
-        own |= {} if scored_on is None else {"scored_on": list(scored_on)}      # None: any record will do
-        line = Line(f"{name:<{width}}  lr {lr:<6g} seed {seed}")
-        left[run] = own, [*models[name], f"--lr={lr}", f"--seed={seed}"], out / run, score, line
-    records, told = dict.fromkeys(left), None       # in this order, whoever makes them
+def grid(runs, tasks, common):
+    """The records of runs, in their order; one whose training failed has none. A run that another process is
+    at is left to it, and waited for in the end."""
+    records, left, told = dict.fromkeys(runs), dict(runs), None
     while left:
-        for run, its in [*left.items()]:
+        for key, s in [*left.items()]:
             try:
-                records[run] = record = one_run(*its)
+                records[key] = run_one(key, s, tasks, common)
             except InUse:
                 continue
-            if len({lr for _, lr, _ in runs}) > 1 and record and record["val_loss"] is None:
-                raise ValueError("several learning rates and no validation data to choose by: give "
-                                 "--val-data")
-            del left[run]
-        if left:
-            if told != (told := listed(list(left))):
-                print(f"waiting for what other processes are at: {told}", flush=True)
-            time.sleep(1)
+            except Failed as problem:
+                if problem.status != 1:             # stopped by hand; 1: it went wrong
+                    raise Failed(f"{problem} All of the grid goes on when its own command is repeated.",
+                                 problem.status) from None
+                print(f"error: {Path(s.out).name}: {problem}", file=sys.stderr)
+            del left[key]
+        names = listed([Path(s.out).name for s in left.values()])
+        if left and names != told:
+            print(f"waiting for what other processes are at: {names}", flush=True)
+            told = names
+        time.sleep(1 if left else 0)
     return [record for record in records.values() if record]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command
-
-def common_settings(argv):
-    """train.py's settings that hold for the whole grid. ValueError for those that the grid varies itself."""
-    if odd := [f"--{name}" for name in OWN if name.replace("-", "_") in given(argv)]:
-        raise ValueError(f"{', '.join(odd)}: the grid sets this for each run; see --help")
-    common = read_flags(argv)
-    if missing := [f"--{k}" for k in ("model", "data") if not getattr(common, k)]:
-        raise ValueError(f"{missing[0]} not given: see train.py --help")
-    if common.template == "auto":                   # the tables' own, whatever the base
-        common.template = "paper"
-    common.template = settle(common.template, Tokenizer.from_pretrained(common.model), "paper")
-    return common
-
-
-def read_questions(files, common, limit):
-    """[TASK=FILE] to [(task, the name of its columns, its questions)]."""
-    tokenizer, config = Tokenizer.from_pretrained(common.model), read_config(common.model)
-    tasks = []
+def tasks_of(files, limit, batch_size, max_new_tokens, device):
+    """[TASK=FILE] to [(the name of its columns, the settings of experiments.evaluate)]."""
+    tasks = {}
     for task, _, file in (f.partition("=") for f in files):
-        if task not in SCORED or not file:
-            raise ValueError(f"--evaluate {task}: expected TASK=FILE, TASK one of {', '.join(SCORED)}")
-        longest = config.max_length
-        questions, left_out = load_questions(file, task, tokenizer, common.template, longest, limit)
-        stem = Path(file).stem
-        tasks.append((task, task if stem == task else f"{task} {stem}", questions))
-        if left_out:
-            print(f"{file}: {len(left_out)} questions longer than {longest} tokens are left out")
-    names = [name for _, name, _ in tasks]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"--evaluate: two files would both be called {twice[0]!r}: rename one")
-    return tasks
+        if task not in SCORED or not file or not Path(file).exists():
+            raise ValueError(f"--evaluate {task}={file}: expected TASK=FILE, TASK one of {', '.join(SCORED)}")
+        label = task if Path(file).stem == task else f"{task} {Path(file).stem}"
+        if label in tasks:
+            raise ValueError(f"--evaluate: two files would both be called {label!r}: rename one")
+        tasks[label] = {name: s.default for name, s in SCORING.items()} | {
+            "task": task, "data": file, "limit": limit, "batch_size": batch_size, "device": device,
+            "max_new_tokens": max_new_tokens}
+    return list(tasks.items())
 
 
-def scorer(tasks, common, batch_size, max_new_tokens):
-    """The function that scores a model on all tasks: see `measure`."""
-    def score(bitune, tokenizer, progress):
-        fold_for_answers(bitune)
-        stop_ids, scores, right = tokenizer.stop_ids | {stop_id(tokenizer, common.template)}, {}, {}
-        for task, name, questions in tasks:
-            results, means = evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size,
-                                      max_new_tokens, progress)
-            for metric, (mean, _) in means.items():
-                scores[f"{name} {metric}"] = mean
-                right[f"{name} {metric}"] = "".join(f"{result[metric]:.0f}" for result in results)
-        return {"scores": scores, "right": right}
-    return score
-
-
-def search(models, lrs, seed, out, baseline):
+def search(models, lrs, seed, common, out):
     """Each model's learning rates of which all seeds are wanted: the best of `lrs` with one seed, and the
-    one that is best for `baseline`. Nothing is scored for it; records that have scores stay."""
-    grid(models, lrs, [seed], out, lambda *_: {"scores": {}}, None)
-    best = chosen([r for r in read_records(out) if r["seed"] == seed and r["name"] in models])
+    one that is best for plain finetuning, the first of the models."""
+    best = chosen(grid(planned(models, lrs, [seed], common, out), [], common))
+    baseline = next(iter(models))
     if baseline not in best:
         raise ValueError(f"{out}: no run of {baseline} came to its end")
     shared = best[baseline][0]["lr"]
     return {name: sorted({shared, best[name][0]["lr"] if name in best else shared}) for name in models}
 
 
-def base_line(common, score, scored_on, out):
-    """The table's first line: what the model scores before any finetuning, measured once."""
-    file = out / "base.json"
-    with one_at_a_time(out):
-        if not file.exists() or read_json(file)["scored_on"] != scored_on:
-            model, tokenizer = load_base(common.model, common.device, common.dtype)
-            scored = score(Bitune(model, "causal").eval(), tokenizer, Line("base model"))
-            write_files(out, {file.name: json_bytes({"scored_on": scored_on} | scored)})
-    scores = read_json(file)["scores"].values()
-    return ["base model", "", "", "", "", *(f"{100 * v:.1f}%" for v in scores)]
-
-
-def claim(out, grid):
-    """Make the folder `out` this grid's. ValueError if it holds runs of another."""
-    with one_at_a_time(out):
-        finish_writing(out)
-        if (out / "results.jsonl").exists() or any(out.glob("*/settings.json")):
-            newer = vars(train_parser().parse_args([]))         # flags that the grid does not know
-            before = vars(complete(argparse.Namespace(**newer | read_json(out / "grid.json"))))
-            if differ := [k for k in grid if before.get(k) != grid[k]]:
-                raise ValueError(f"{out} holds a grid with other settings: " + listed(
-                    [f"{k} was {before.get(k)} and is {grid[k]}" for k in differ]))
-        write_files(out, {"grid.json": json_bytes(grid)})
-
-
+@command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    parser.allow_abbrev = False
-    arg = flag_adder(parser)
-    arg("--out", metavar="FOLDER", required=True, help="where runs, results.jsonl and tables.md go, and "
-        "where they are continued")
-    arg("--evaluate", nargs="+", default=[], metavar="TASK=FILE", help="what to score every run on, as "
-        "experiments.evaluate does: " + ", ".join(SCORED))
-    arg("--methods", nargs="+", default=["bitune"], choices=[m for m in METHODS if METHODS[m]],
-        help="what to lay beside plain finetuning")
-    arg("--pefts", nargs="+", default=[KIND], choices=KINDS, help="kinds of adapters")
-    arg("--cs", nargs="+", default=[C], type=number(float, 1e-9, 1e9), metavar="C",
-        help="of the methods that mix")
-    arg("--lrs", nargs="+", type=number(float, 0), metavar="LR", help="learning rates (default: train.py's)")
-    arg("--search", action="store_true", help="compare the --lrs with the first seed alone, unscored")
-    arg("--seeds", nargs="+", default=[42, 43, 44], type=number(int, 0), help="of each model")
-    arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions of each file")
-    arg("--eval-batch-size", type=number(int, 1), help="questions at a time")
-    arg("--max-new-tokens", type=number(int, 1), default=default(Bitune.answer, "max_new_tokens"),
-        help="longest written answer")
-    args, rest = parser.parse_known_args(argv)
-    out = Path(args.out)
-    with before_work():
-        common = common_settings(rest)
-        tasks = read_questions(args.evaluate, common, args.limit)
-        scored_on = [*args.evaluate, args.limit, args.max_new_tokens]
-        lrs = args.lrs or [common.lr]
-        if len(lrs) > 1 and not common.val_data and not common.val_size:
-            raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
-        # No result hangs on these.
-        free = (*OWN, *MAY_CHANGE[3:], "save-every", "keep")
-        claim(out, {k: v for k, v in vars(common).items() if k.replace("_", "-") not in free})
-        score = scorer(tasks, common, args.eval_batch_size, args.max_new_tokens)
-        models = variants(args.methods, args.pefts, args.cs, given(rest))
-        rest = [*rest, f"--template={common.template}"]
-        flags = {name: [*rest, *own] for name, own in models.items()}
-        baseline = next(iter(models))                   # plain finetuning
-        if args.search:
-            lrs = search(flags, lrs, args.seeds[0], out, baseline)
-        records = grid(flags, lrs, args.seeds, out, score, scored_on)
-        if not records:
-            raise ValueError(f"{out}: no run came to its end")
-        base = base_line(common, score, scored_on, out)
-        # And of earlier commands; [] are the scores of a search.
-        text = report([r for r in read_records(out) if r["scored_on"] in (scored_on, [])], base, baseline)
-        with one_at_a_time(out):
-            write_files(out, {"tables.md": (text + "\n").encode()})
-    print(f"\n{text}\n\nwrote {out / 'tables.md'}, {out / 'results.jsonl'}")
-    of_each = len({*args.seeds})
-    asked = sum(map(len, lrs.values())) if args.search else len(models) * len({*lrs})
-    if missing := asked * of_each - len(records):
-        print(f"error: {missing} of the runs did not come to an end, as said above: repeat the command, or "
-              "leave a rate that diverges out of --lrs", file=sys.stderr)
-        sys.exit(1)
+    rest = {name: s for name, s in SETTINGS.items() if name not in OWN}
+    given = vars(new_parser(__doc__, GRID, rest, typed_only=True).parse_args(argv))
+    args = Namespace(**{name: given.get(name, s.default) for name, s in GRID.items()})
+    common = {name: value for name, value in given.items() if name in rest and name not in GRID}
+    if several():
+        raise ValueError("a grid under torchrun: start experiments.ablate by itself, as often as you like")
+    if missing := [flag(name) for name in ("out", "model", "data") if not given.get(name)]:
+        raise ValueError(f"{missing[0]} not given: see --help")
+    if common.get("template", "auto") == "auto":            # the tables' own, whatever the base
+        common["template"] = "paper"
+    common["template"] = settle(common["template"], Tokenizer.from_pretrained(common["model"]), "paper")
+    if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
+        raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
+    tasks = tasks_of(args.evaluate, args.limit, args.eval_batch_size, args.max_new_tokens, common.get("device"))
+    models, out, lrs = variants(args.methods, args.pefts, args.cs, common), Path(args.out), args.lrs
+    check_grid(planned(models, lrs, args.seeds, common, out))
+    if args.search:
+        lrs = search(models, lrs, args.seeds[0], common, out)
+    runs = planned(models, lrs, args.seeds, common, out)
+    records = grid(runs, tasks, common)
+    if not records:
+        raise ValueError(f"{out}: no run came to its end")
+    base = ["base model", "", "", "", ""]
+    for _, own in tasks:
+        own = Namespace(**own | {"model": common["model"], "dtype": common.get("dtype"), "out": str(out / "base")})
+        base += [f"{100 * value['mean']:.1f}%" for value in score(own, Progress("base model"))["scores"].values()]
+    text = report(records, base, next(iter(models)))
+    write_file(out / "tables.md", (text + "\n").encode())
+    print(f"\n{text}\n\nwrote {out / 'tables.md'}")
+    if len(records) < len(runs):
+        raise Failed(f"{len(runs) - len(records)} of the runs did not come to an end, as said above: repeat the "
+                     "command, or leave a rate that diverges out of --lrs")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -26,7 +26,7 @@ from torch.profiler import profile
 
 from bitune import Bitune, adapter_sets
 from cli.memory import fold_for_answers, step_bytes
-from cli.process import before_work, run_main
+from cli.process import command
 from cli.settings import flag_adder, new_parser, number
 from files.checkpoint import DTYPES, check_device, default_device, default_dtype, laid_out, load_model
 from files.checkpoint import parse_config
@@ -256,16 +256,17 @@ def environment(device, dtype, against):
     return known
 
 
+@command
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = flag_adder(parser)
     arg("--preset", choices=PRESETS, default="56M", help="shape of the random model")
     arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
     arg("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    arg("--prompts", type=number(int, 1, 2048), nargs="+", default=[32, 128, 512], help="lengths of prompts")
-    arg("--answer", type=number(int, 2, 2048), default=64, help="length of the answers")
-    arg("--batches", type=number(int, 1), nargs="+", default=[1, 8], help="examples of a training step")
-    arg("--repeats", type=number(int, 1), default=5, help="timed calls of each")
+    arg("--prompts", **number(int, 1, 2048), nargs="+", default=[32, 128, 512], help="lengths of prompts")
+    arg("--answer", **number(int, 2, 2048), default=64, help="length of the answers")
+    arg("--batches", **number(int, 1), nargs="+", default=[1, 8], help="examples of a training step")
+    arg("--repeats", **number(int, 1), default=5, help="timed calls of each")
     arg("--parts", choices=["training", "answering"], nargs="+", default=["training", "answering"],
         help="what is measured")
     arg("--checkpointing", action="store_true", help="train with train.py's flag of this name")
@@ -273,10 +274,9 @@ def main(argv=None):
     arg("--out", default="benchmark.json", metavar="FILE", help="where the figures go")
     args = parser.parse_args(argv)
     device = args.device or default_device()
-    with before_work():
-        check_device(device)
-        if not Path(args.out).parent.is_dir():
-            raise ValueError(f"--out {args.out}: its folder is not there")
+    check_device(device)
+    if not Path(args.out).parent.is_dir():
+        raise ValueError(f"--out {args.out}: its folder is not there")
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     model = random_model(args.preset, device, dtype)
     figures = {"settings": vars(args), "environment": environment(device, dtype, args.against),
@@ -295,4 +295,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitune import Bitune, adapter_sets
 from cli.memory import step_bytes
-from cli.process import run_main
+from cli.process import command
 from cli.settings import default, flag_adder, new_parser, number
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
@@ -87,14 +87,15 @@ def cost(shape, method, kind, options, P, A, checkpointing=False, bits=None):
     return parameters, trained, frozen, activations, counter.get_total_flops()
 
 
+@command
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = flag_adder(parser)
     arg("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes")
     arg("--peft", choices=KINDS, default=default(add_adapter, "kind"), help="kind of adapters")
-    arg("--prompt", type=number(int, 1), default=256, help="tokens of the prompt")
-    arg("--answer", type=number(int, 1), default=256, help="tokens of the answer")
-    arg("--tflops", type=number(float, 1), default=150, help="10^12 operations a second")
+    arg("--prompt", **number(int, 1), default=256, help="tokens of the prompt")
+    arg("--answer", **number(int, 1), default=256, help="tokens of the answer")
+    arg("--tflops", **number(float, 1), default=150, help="10^12 operations a second")
     arg("--checkpointing", action="store_true", help="with train.py's flag of this name")
     arg("--base-bits", type=int, choices=[8], help="with train.py's flag of this name")
     args = parser.parse_args(argv)
@@ -116,4 +117,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

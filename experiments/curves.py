@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from cli.process import before_work, run_main
+from cli.process import command
 from cli.settings import flag_adder, new_parser
 
 COLOURS = ["#cc6677", "#4499cc", "#ddaa33", "#33a055", "#aa66cc", "#999999", "#aa7744"]
@@ -131,19 +131,19 @@ def read_log(run):
     return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
 
 
+@command
 def main(argv=None):
     parser = new_parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     arg = flag_adder(parser)
     arg("--out", default="curves.svg", metavar="FILE", help="where the picture goes")
     args = parser.parse_args(argv)
-    with before_work():
-        panels = of_runs({Path(run).name: read_log(run) for run in args.runs})
-        if not panels:
-            raise ValueError(f"{' '.join(args.runs)}: no step is in the logs yet")
-        Path(args.out).write_text(picture(panels), encoding="utf-8")
+    panels = of_runs({Path(run).name: read_log(run) for run in args.runs})
+    if not panels:
+        raise ValueError(f"{' '.join(args.runs)}: no step is in the logs yet")
+    Path(args.out).write_text(picture(panels), encoding="utf-8")
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

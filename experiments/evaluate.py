@@ -17,7 +17,6 @@ import json
 import math
 import re
 import statistics
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -28,14 +27,15 @@ import torch
 from bitune import nll
 from cli.explain import causal_only
 from cli.memory import fold_for_answers
-from cli.process import before_work, run_main
-from cli.settings import add_run, flag_adder, new_parser, number
+from cli.process import command, work
+from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
 from cli.terminal import Progress, clock
-from files.disk import json_bytes, write_files
-from files.run import base_of, load_run
+from files.disk import json_bytes, lock_file, write_file
+from files.run import base_of, load_run, read_about
 from model import Past
 from text.examples import batches, encode_answer, encode_prompt, joined, parse_row, right_choice, stop_id
 from text.rows import TASKS, read_rows
+from text.words import read_json
 
 TOKENS = 4096           # at a time, if nothing else is said
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
@@ -200,38 +200,44 @@ def mean_scores(results):
 
 class Kept(dict):
     """Results by place that lie in a file, a line each, below a line that says what they are `of`: those of
-    an earlier try at the same are there again."""
+    an earlier try at the same are there again. ValueError if another process is writing it."""
 
     def __init__(self, path, of):
         super().__init__()
-        lines = path.read_text().splitlines() if path.exists() else []
-        if lines[:1] == [json.dumps(of)]:
-            whole = [line for line in lines[1:] if line.endswith("}")]
-            super().update({result["place"]: result for result in map(json.loads, whole)})
-        self.file = open(path, "w", buffering=1)
-        print(json.dumps(of), *map(json.dumps, self.values()), sep="\n", file=self.file)
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = lock_file(path, "is being scored by another process")
+        first, *lines = self.file.read().splitlines() or [""]
+        if first == json.dumps(of):
+            for line in lines:
+                try:
+                    result = json.loads(line)
+                    self[result["place"]] = result
+                except ValueError:                          # torn as it was written
+                    pass
+        self.file.seek(0)
+        self.file.truncate()
+        print(json.dumps(of), *map(json.dumps, self.values()), sep="\n", file=self.file, flush=True)
 
     def update(self, results):
         super().update(results)
-        print(*map(json.dumps, results.values()), sep="\n", file=self.file)
+        print(*map(json.dumps, results.values()), sep="\n", file=self.file, flush=True)
+
+    def end(self):
+        self.path.unlink()
+        self.file.close()
 
 
-def by_subject(task, questions, results):
-    """What the summary has on subjects, where there are several; a line for each is printed."""
+def subjects(questions, results):
+    """What the summary has on subjects, where there are several."""
     groups = {}
     for question, result in zip(questions, results):
         groups.setdefault(question.subject, []).append(result)
     if len(groups) < 2:
         return {}
-    subjects = {subject: mean_scores(group) for subject, group in groups.items()}
-    for subject, scores in subjects.items():
-        print(f"{task} {subject}: {in_words(scores)} ({len(groups[subject])} questions)")
-    means = {key: statistics.fmean(scores[key][0] for scores in subjects.values())
-             for key in mean_scores(results)}
-    print(f"{task}, mean of {len(subjects)} subjects: "
-          f"{', '.join(f'{key} {mean:.2%}' for key, mean in means.items())}")
-    return {"subjects": {subject: as_json(scores) for subject, scores in subjects.items()},
-            "mean_of_subjects": means}
+    scores = {subject: mean_scores(group) for subject, group in groups.items()}
+    means = {key: statistics.fmean(own[key][0] for own in scores.values()) for key in mean_scores(results)}
+    return {"subjects": {subject: as_json(own) for subject, own in scores.items()}, "mean_of_subjects": means}
 
 
 def as_json(scores):
@@ -255,85 +261,108 @@ def page(title, results):
 # ----------------------------------------------------------------------------------------------------------
 # The command
 
-def weights_of(folders):
-    """The weights that lie in folders, by name, size and time: what tells a model from another in its
-    place."""
-    files = [f for folder in folders if folder for f in sorted(Path(folder).rglob("*.safetensors"))]
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+SCORING = ASKED | {
+    "task": Setting("what", "what the file is", words(*SCORED)),
+    "data": Setting("what", "the questions, as published: JSONL, or MMLU's CSV; or a folder of such files",
+                    text("FILE")),
+    "limit": Setting("what", "only the first N questions (of each file)", number(int, 1) | text("N")),
+    "batch_size": Setting("what", f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
+    "forced_causal": Setting("what", "with α = 0: what does the second reading add?", SWITCH),
+    "twice": Setting("what", "each prompt's text twice: what does repeating it add?", SWITCH),
+    "samples": Setting("what", "also a readable page of N written answers", number(int, 1) | text("N")),
+    "out": Setting("what", "where results go (default: the run, or runs/base/NAME)", text("FOLDER")),
+}
 
 
-def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = flag_adder(parser)
-    add_run(arg)
-    arg("--task", choices=SCORED, required=True, help="what the file is")
-    arg("--data", metavar="FILE", required=True, help="the questions, as published: JSONL, or MMLU's CSV; "
-        "or a folder of such files")
-    arg("--limit", type=number(int, 1), metavar="N", help="only the first N questions (of each file)")
-    arg("--batch-size", type=number(int, 1), help=f"questions at a time (default: of {TOKENS} tokens)")
-    arg("--forced-causal", action="store_true", help="with α = 0: what does the second reading add?")
-    arg("--twice", action="store_true", help="each prompt's text twice: what does repeating it add?")
-    arg("--samples", type=number(int, 1), metavar="N", help="also a readable page of N written answers")
-    arg("--out", metavar="FOLDER", help="where results go (default: the run, or runs/base/NAME)")
-    args = parser.parse_args(argv)
-    name = f"{args.task}-{Path(args.data).stem}" + (f"-first-{args.limit}" if args.limit else "")
+def subject_of(args):
+    """What scores are scores of: all that they hang on."""
+    files = [f for f in sorted(Path(args.data).rglob("*")) if f.is_file()] if Path(args.data).is_dir() else \
+        [Path(args.data)]
+    data = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+    model = Path(args.model or base_of(args.adapter))
+    weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for folder in (model, args.adapter) if folder
+               for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors"]
+    flags = {key: getattr(args, key) for key in ("task", "limit", "max_new_tokens", "dtype", "device",
+                                                 "forced_causal", "twice")}
+    return flags | {"data": data, "weights": hashlib.sha256(repr(weights).encode()).hexdigest()[:16]}
+
+
+def place_of(args, of):
+    """The file of a summary, without its suffix: in the run's folder, or in the base's below runs/base. Where
+    that name stands for scores on other data, it gets what these are told by."""
+    whole = not args.adapter and read_about(args.model).get("whole")
+    bare = Path("runs/base") / Path(args.model or "").resolve().name
+    name = f"{args.task}-{Path(args.data).resolve().stem}" + (f"-first-{args.limit}" if args.limit else "")
     name += ("-forced-causal" if args.forced_causal else "") + ("-twice" if args.twice else "")
-    with before_work():
-        if not (args.model or args.adapter):
-            raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
-        if not Path(args.data).exists():
-            raise ValueError(f"{args.data!r} is not there: expected the questions of {args.task}")
-        bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
-        template = about.get("template", "paper")
-        stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
-        longest = bitune.model.config.max_length
-        bitune = causal_only(bitune) if args.forced_causal else bitune
-        questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit,
-                                             args.twice)
-        if args.samples and questions[0].choices:
-            raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
-        bare = Path("runs/base") / Path(args.model or "").resolve().name
-        out = Path(args.out or args.adapter or (args.model if about else bare))
-        out.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(repr(questions).encode()).hexdigest()
-        weights = weights_of([args.model or base_of(Path(args.adapter)), args.adapter])
-        of = [args.task, digest, template, sorted(stop_ids), args.batch_size, args.max_new_tokens,
-              args.dtype, str(bitune.device), weights, args.forced_causal]
-        kept = Kept(out / f"{name}.part", of)
+    path = Path(args.out or args.adapter or (args.model if whole else bare)) / name
+    other = path.with_name(f"{name}.json")
+    if other.exists() and read_json(other).get("of", {}).get("data") != of["data"]:
+        path = path.with_name(f"{name}-{of['data'][:6]}")
+    return path
 
-    fold_for_answers(bitune)
-    begun = time.monotonic()
+
+def score(args, progress):
+    """The summary of a model's scores, which is written beside the answers; the one that is there, if it is
+    of the same. Failed if the work goes wrong; what is scored by then is kept."""
+    if not (args.model or args.adapter):
+        raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
+    if not args.task or not args.data or not Path(args.data).exists():
+        raise ValueError(f"--data {args.data}: expected --task, and the file of its questions")
+    of = subject_of(args)
+    path = place_of(args, of)
+    file = path.with_name(f"{path.name}.json")
+    if file.exists() and read_json(file).get("of") == of and not args.samples:
+        return read_json(file) | {"file": str(file)}
+
+    bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
+    template = about.get("template", "paper")
+    stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
+    longest = bitune.model.config.max_length
+    bitune = causal_only(bitune) if args.forced_causal else bitune
+    questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit,
+                                         args.twice)
+    if args.samples and questions[0].choices:
+        raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
+    kept, begun = Kept(path.with_name(f"{path.name}.part"), of), time.monotonic()
     if kept:
-        print(f"{len(kept)} of {len(questions)} questions are from an earlier try")
-    try:
+        progress.note(f"{len(kept)} of {len(questions)} questions are from an earlier try")
+    where = lambda: f"{len(kept)} of {len(questions)} questions"
+    advice = lambda what: ": try a smaller --batch-size" if what is MemoryError else ""
+    with work(where, lambda: "The same command goes on there.", advice):
+        fold_for_answers(bitune)
         results, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
-                                   args.max_new_tokens, Progress(), kept)
-    except (FloatingPointError, torch.OutOfMemoryError, OSError) as problem:
-        hint = ": try a smaller --batch-size" if isinstance(problem, torch.OutOfMemoryError) else ""
-        print(f"error: {problem}{hint}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print(f"error: stopped at {len(kept)} of {len(questions)}: the same command goes on there",
-              file=sys.stderr)
-        sys.exit(130)
-    summary = {**vars(args), "method": bitune.method if about else None, "template": template,
-               "questions": len(results), "left_out": len(left_out),
-               "seconds": round(time.monotonic() - begun, 1), "scores": as_json(scores)}
-    summary |= by_subject(args.task, questions, results)
-    files = {f"{name}.jsonl": "".join(json.dumps(result) + "\n" for result in results).encode(),
-             f"{name}.json": json_bytes(summary)}
-    if args.samples:
-        title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(results)}"
-        files[f"{name}.md"] = page(title, results[:args.samples]).encode()
-    write_files(out, files)
-    kept.file.close()
-    (out / f"{name}.part").unlink()
-    beyond = ""
+                                   args.max_new_tokens, progress, kept)
+        summary = {"of": of, **{key: value for key, value in vars(args).items() if key in SCORING},
+                   "method": bitune.method if about else None, "template": template,
+                   "questions": len(results), "left_out": left_out,
+                   "seconds": round(time.monotonic() - begun, 1), "scores": as_json(scores),
+                   **subjects(questions, results)}
+        write_file(path.with_name(f"{path.name}.jsonl"),
+                   "".join(json.dumps(result) + "\n" for result in results).encode())
+        if args.samples:
+            title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(results)}"
+            write_file(path.with_name(f"{path.name}.md"), page(title, results[:args.samples]).encode())
+        write_file(file, json_bytes(summary))
+        kept.end()
+    return summary | {"file": str(file)}
+
+
+@command
+def main(argv=None):
+    args = new_parser(__doc__, SCORING).parse_args(argv)
+    summary = score(args, Progress())
+    shown = lambda scores: in_words({key: (v["mean"], v["stderr"]) for key, v in scores.items()})
+    for subject, scores in summary.get("subjects", {}).items():
+        print(f"{args.task} {subject}: {shown(scores)}")
+    if "mean_of_subjects" in summary:
+        means = ", ".join(f"{key} {mean:.2%}" for key, mean in summary["mean_of_subjects"].items())
+        print(f"{args.task}, mean of {len(summary['subjects'])} subjects: {means}")
+    left_out, beyond = summary["left_out"], ""
     if left_out:
-        beyond = f", {len(left_out)} longer than {longest} tokens left out, first: {left_out[0]}"
-    print(f"{args.task}: {in_words(scores)} ({len(results)} questions{beyond}, {clock(summary['seconds'])})")
-    print(f"wrote {', '.join(str(out / file) for file in files)}")
+        beyond = f", {len(left_out)} too long left out, first: {left_out[0]}"
+    print(f"{args.task}: {shown(summary['scores'])} ({summary['questions']} questions{beyond}, "
+          f"{clock(summary['seconds'])})\nwrote {summary['file']} and what was said beside it")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -8,13 +8,14 @@ adapters. It is refused for a run with prompt passes: these need the base, or tw
 
 from pathlib import Path
 
-from cli.process import before_work, run_main
+from cli.process import command
 from cli.settings import new_parser
 from files.checkpoint import checkpoint_bytes, checkpoint_dtype, load_model, merged_tensors
-from files.disk import finish_writing, write_files
+from files.disk import locked, write_files
 from files.run import base_of, load_bitune, read_about
 
 
+@command
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = parser.add_argument
@@ -23,19 +24,18 @@ def main(argv=None):
     arg("--out", metavar="FOLDER", required=True, help="where to write the checkpoint")
     args = parser.parse_args(argv)
     run, out = Path(args.adapter), Path(args.out)
-    with before_work():
-        finish_writing(run)
-        if out.exists():
-            raise ValueError(f"--out {out} exists: choose another name")
-        if (method := read_about(run).get("method", "causal")) != "causal":
-            raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
-                             "from the base: ask it with sample.py --adapter; only causal can be merged")
-        base = args.model or base_of(run)
-        model = load_model(base, checkpoint_dtype(base))
-        bitune, _, _ = load_bitune(model, run, base)
+    if out.exists():
+        raise ValueError(f"--out {out} exists: choose another name")
+    if (method := read_about(run).get("method", "causal")) != "causal":
+        raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
+                         "from the base: ask it with sample.py --adapter; only causal can be merged")
+    base = args.model or base_of(run)
+    model = load_model(base, checkpoint_dtype(base))
+    bitune, _, _ = load_bitune(model, run, base)
+    with locked(out):
         write_files(out, checkpoint_bytes(merged_tensors(model, bitune.answer_set), base))
     print(f"wrote {out}: use it as --model")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

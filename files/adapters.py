@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from files.checkpoint import differences
-from files.disk import json_bytes, read_tensors, tensor_bytes
+from files.disk import fit, json_bytes, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
 from text.words import check_has, listed, read_json
 
@@ -171,9 +170,7 @@ def load_adapter(model, name, folder):
     model.sets[name] = kind, options
     want = tensors_on_disk(new)
     have = settle_names(model, want, have, folder)
-    shapes = [{n: tuple(t.shape) for n, t in tensors.items()} for tensors in (want, have)]
-    if wrong := differences(*shapes):
-        raise ValueError(f"{folder} does not fit the model: {listed(wrong)}")
+    fit(folder, *({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (want, have)))
     for n, tensor in want.items():
         tensor.data.copy_(have[n])
     return len(have)

@@ -6,15 +6,14 @@ A folder is read as a whole, `load_base`, or refused in one line that names what
 import json
 import re
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from files.disk import json_bytes, tensor_bytes
+from files.disk import differences, json_bytes, tensor_bytes
+from files.int8 import eight_bits
 from lora import adapters, fold
 from model import ACTIVATIONS, Config, Llama
 from text.tokenizer import Tokenizer
@@ -200,15 +199,19 @@ def check_folder(folder):
 # ----------------------------------------------------------------------------------------------------------
 # Weights
 
-def load_base(folder, device=None, dtype=None):
+def load_base(folder, device=None, dtype=None, bits=None):
     """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in
-    the dtype (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU)."""
+    the dtype (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU), its linears in 8 bits if so
+    many are asked for."""
     device = device or default_device()
     check_device(device)
     dtype = DTYPES[dtype] if dtype else default_dtype(device)
     check_folder(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, "cpu" if bits else device)
+    if bits:
+        eight_bits(model)
+        model.to(device)
     try:
         tokenizer.limit(model.config.vocab_size)
     except ValueError as problem:
@@ -255,7 +258,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
     config = settle_names(config, where, have)
-    with torch.device("meta"), no_drawing():
+    with torch.device("meta"):
         model = Llama(config)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     if wrong := differences(want, have):
@@ -308,24 +311,6 @@ def settle_names(config, where, have):
         else:
             del where[head], have[head]
     return config
-
-
-@contextmanager
-def no_drawing():
-    """Leave new embeddings undrawn: without memory, PyTorch takes two seconds to get ready for it."""
-    reset, nn.Embedding.reset_parameters = nn.Embedding.reset_parameters, lambda self: None
-    try:
-        yield
-    finally:
-        nn.Embedding.reset_parameters = reset
-
-
-def differences(want, have):
-    """All that is wrong with tensors `have`, name -> shape, where `want` is expected, in words."""
-    wrong = [f"missing {n} {want[n]}" for n in want.keys() - have.keys()]
-    wrong += [f"unexpected {n} {have[n]}" for n in have.keys() - want.keys()]
-    both = want.keys() & have.keys()
-    return sorted(wrong + [f"{n} is {have[n]}, expected {want[n]}" for n in both if have[n] != want[n]])
 
 
 def checkpoint_files(folder):

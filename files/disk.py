@@ -2,7 +2,7 @@
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -13,94 +13,90 @@ except ImportError:         # Windows
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from text.words import read_json
-
-HELD = {}               # the folders that this process holds, and the open file that does it
+from text.words import listed, read_json
 
 
 class InUse(ValueError):
     """Another process holds a folder."""
 
 
-def hold(folder, wait=False):
-    """Keep other processes from writing into a folder as long as this one lives, or until `let_go`. InUse if
-    another holds it, or wait for that one. (Where the file system knows no locks, nothing is kept off.)"""
-    folder = Path(folder).resolve()
-    if fcntl is None or folder in HELD:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        raise InUse(f"{folder} is in use: another process trains there. Wait for it, or take another "
-                    "folder") from None
-    except OSError:
-        pass
-    HELD[folder] = file
-
-
-def let_go(folder):
-    if file := HELD.pop(Path(folder).resolve(), None):
-        file.close()
+def lock_file(path, trouble):
+    """Open a file, to be read and written, that no other process has open so; InUse, `trouble` in words, if
+    one has. The lock ends as it is closed. (Where the file system knows no locks, nothing is kept off.)"""
+    file = open(path, "a+", encoding="utf-8")
+    file.seek(0)
+    with suppress(OSError):
+        try:
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InUse(f"{path.parent} {trouble}") from None
+    return file
 
 
 @contextmanager
-def one_at_a_time(folder):
-    """What several processes do in a folder, one after the other."""
-    hold(folder, wait=True)
-    try:
+def locked(folder):
+    """Keep other processes from writing into a folder; InUse if another is at it. What a save has left undone
+    that was killed is done first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trouble = "is in use: another process trains there. Wait for it, or take another folder"
+    with lock_file(folder / ".lock", trouble):
+        finish_renaming(folder)
         yield
-    finally:
-        let_go(folder)
+
+
+def settle(folder):
+    """Before a folder is read: finish what a killed save has begun, unless a living process is at it."""
+    if (Path(folder) / "renaming.json").exists():
+        with suppress(InUse), locked(folder):
+            pass
 
 
 def write_files(folder, files):
     """Write files, name to bytes, into a folder, all or none: whenever the process dies, the folder holds
-    either what it held before or, once `finish_writing` has looked at it, all of the new. A full disk
-    leaves the old."""
+    either what it held before or, once it is settled, all of the new. A full disk leaves the old."""
     folder = Path(folder)
-    finish_writing(folder)
     drafts = [folder / f"{name}.part" for name in files]
+    names = folder / "renaming.part"
     try:
-        names = folder / "renaming.part", json_bytes(list(files))
-        for draft, data in [*zip(drafts, files.values()), names]:
+        for draft, data in [*zip(drafts, files.values()), (names, json_bytes(list(files)))]:
             draft.parent.mkdir(parents=True, exist_ok=True)
-            with open(draft, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        os.replace(folder / "renaming.part", folder / "renaming.json")  # from here on, the new ones count
+            write_through(draft, data)
+        os.replace(names, folder / "renaming.json")         # from here on, the new ones count
     except BaseException:
         if not (folder / "renaming.json").exists():
-            for draft in [*drafts, folder / "renaming.part"]:
+            for draft in [*drafts, names]:
                 draft.unlink(missing_ok=True)
         raise
-    finish_writing(folder)
+    finish_renaming(folder)
 
 
-def finish_writing(folder):
-    """Give the files of a complete `write_files` their names, if it died before it had."""
-    folder = Path(folder)
-    if (folder / "renaming.json").exists() and not held_elsewhere(folder):
+def finish_renaming(folder):
+    """Give the files of a complete `write_files` their names."""
+    if (folder / "renaming.json").exists():
         for name in read_json(folder / "renaming.json", kind=list):
             if (folder / f"{name}.part").exists():
                 os.replace(folder / f"{name}.part", folder / name)
         (folder / "renaming.json").unlink()
 
 
-def held_elsewhere(folder):
-    """Whether another process holds a folder: then it is alive, and does its own renaming."""
-    folder = Path(folder).resolve()
-    if folder in HELD or not (folder / ".lock").exists():
-        return False
+def write_file(path, data):
+    """Write one file whole or not at all, whoever else writes it at the same time."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        hold(folder)
-    except ValueError:
-        return True
-    let_go(folder)
-    return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_through(draft, data)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_through(path, data):
+    """Write bytes, to the disk itself: a name that is given later then never stands for less."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def json_bytes(value):
@@ -111,17 +107,34 @@ def tensor_bytes(tensors):
     return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
 
 
-def check_types(value, where, **types):
-    """ValueError for a field that is there and not of its type, or not of one of its types."""
-    for name, kinds in types.items():
-        if name in value and type(value[name]) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
-            raise ValueError(f"{where}: {name} is {value[name]!r:.60}, which it cannot be")
-
-
 def read_tensors(path):
+    """The tensors of a safetensors file, by name. ValueError if it is absent, damaged, or holds NaN."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    check_finite(path, tensors)
+    return tensors
+
+
+def check_finite(path, tensors):
+    """ValueError for a tensor, of those by name that come from a file, with a number that is none."""
+    for name, t in tensors.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged")
+
+
+def fit(path, want, have):
+    """ValueError unless tensors `have`, name -> shape, of a file are just those that `want` names."""
+    if wrong := differences(want, have):
+        raise ValueError(f"{path} does not fit the model: {listed(wrong)}")
+
+
+def differences(want, have):
+    """All that is wrong with tensors `have`, name -> shape, where `want` is expected, in words."""
+    wrong = [f"missing {n} {want[n]}" for n in want.keys() - have.keys()]
+    wrong += [f"unexpected {n} {have[n]}" for n in have.keys() - want.keys()]
+    both = want.keys() & have.keys()
+    return sorted(wrong + [f"{n} is {have[n]}, expected {want[n]}" for n in both if have[n] != want[n]])

@@ -8,21 +8,19 @@ FOLDER it goes on where it was stopped.
 """
 
 import statistics
-from functools import partial
 from pathlib import Path
 
-from cli.process import before_work, run_main
-from cli.settings import DEMO, flag_adder, free_name, new_parser, number
+from cli.process import command
+from cli.settings import DEMO, SETTINGS, SWITCH, Setting, free_name, new_parser, number, text, words
 from cli.terminal import bars
-from experiments.ablate import claim, grid, variants
+from experiments.ablate import check_grid, grid, planned, tasks_of, variants
 from experiments.compare import chosen, table
 from experiments.curves import colours, panel, picture
 from experiments.demo.language import TASKS, write
 from files.checkpoint import load_base
 from files.run import load_run
-from text.examples import batches, encode_prompt, load_examples, stop_id
+from text.examples import encode_prompt, stop_id
 from text.rows import read_rows
-from train import validate
 
 ABLATIONS = ["naive-bidir", "no-mixing", "shared-weights", "only-causal"]
 
@@ -47,20 +45,16 @@ def matches(seeds):
 
 def demonstrate(task, models, lrs, seeds, steps, out):
     write(task, out)
-    given = DEMO | {"data": out / "train.jsonl", "val_data": out / "val.jsonl", "steps": steps,
-                    "eval_every": -(-steps // 10)}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    common = DEMO | {"data": str(out / "train.jsonl"), "val_data": str(out / "val.jsonl"), "steps": steps,
+                     "eval_every": -(-steps // 10), "template": "paper"}
     tokenizer = load_base(DEMO["model"])[1]
-    test, _ = load_examples(out / "test.jsonl", tokenizer, "paper", 256)
     rows = [row for _, row in read_rows(out / "test.jsonl")]
     chance = statistics.mean(1 / (1 + row["prompt"].count(";")) for row in rows)
     print(f"\n{task}: {rows[0]['prompt']} -> {rows[0]['completion']}", flush=True)
 
-    in_hundreds = partial(batches, size=100)
-    score = lambda bitune, *_: {
-        "scores": {"exact match, test": validate(bitune, test, in_hundreds)["exact_match"]}}
-    claim(out, {"task": task, "steps": steps})
-    best = chosen(grid({name: flags + more for name, more in models.items()}, lrs, seeds, out, score))
+    runs = planned(models, lrs, seeds, common, out)
+    check_grid(runs)
+    best = chosen(grid(runs, tasks_of([f"rows={out / 'test.jsonl'}"], None, None, 20, None), common))
     if best.keys() != models.keys():
         raise ValueError(f"only {', '.join(best) or 'nothing'} came to its end: try lower --lrs")
     lines = {name: matches([r["validations"] for r in records]) for name, records in best.items()}
@@ -68,29 +62,32 @@ def demonstrate(task, models, lrs, seeds, steps, out):
                   (chance, f"chance {chance:.1%}"))
     (out / "curves.svg").write_text(picture([drawn]), encoding="utf-8")
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
-    first = {name: load_run(out / records[0]["run"])[0] for name, records in best.items()}
+    first = {name: load_run(records[0]["run"])[0] for name, records in best.items()}
     print(f"{answers(first, rows[:3], tokenizer)}\n")
-    print(f"Bitune's mixing coefficients:\n{bars(first['Bitune'], test[0].prompt)}\n")
+    prompt = encode_prompt(tokenizer, "paper", [("user", rows[0]["prompt"])])
+    print(f"Bitune's mixing coefficients:\n{bars(first['Bitune'], prompt)}\n")
     print(f"Exact match over steps: {out / 'curves.svg'}. Ask the last run yourself: python sample.py")
 
 
+SHOWN = {
+    "all": Setting("what", "also the ablations, and all three tasks", SWITCH),
+    "tasks": Setting("what", "where the speakers' names stand (default: behind)", words(*TASKS) | {"nargs": "+"}),
+    "seeds": Setting("what", "how many, from 42 on", number(int, 1), 1),
+    "lrs": Setting("what", "learning rates, of which validation chooses one a model",
+                   SETTINGS["lr"].form | {"nargs": "+"}, [DEMO["lr"]]),
+    "steps": Setting("what", "of a run", number(int, 1), DEMO["steps"]),
+    "out": Setting("what", "where the runs go, or are continued (default: a new one)", text("FOLDER")),
+}
+
+
+@command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = flag_adder(parser)
-    arg("--all", action="store_true", help="also the ablations, and all three tasks")
-    arg("--tasks", nargs="+", choices=TASKS, help="where the speakers' names stand (default: behind)")
-    arg("--seeds", type=number(int, 1), default=1, metavar="N", help="how many, from 42 on")
-    arg("--lrs", type=number(float, 0), nargs="+", default=[DEMO["lr"]], metavar="LR",
-        help="learning rates, of which validation chooses one a model")
-    arg("--steps", type=number(int, 1), default=DEMO["steps"], help="of a run")
-    arg("--out", metavar="FOLDER", help="where the runs go, or are continued (default: a new one)")
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, SHOWN).parse_args(argv)
     out = Path(args.out or free_name("runs/laptop"))
     models = variants(["bitune", *(ABLATIONS if args.all else [])])
-    with before_work():
-        for task in args.tasks or (TASKS if args.all else ["behind"]):
-            demonstrate(task, models, args.lrs, range(42, 42 + args.seeds), args.steps, out / task)
+    for task in args.tasks or (TASKS if args.all else ["behind"]):
+        demonstrate(task, models, args.lrs, range(42, 42 + args.seeds), args.steps, out / task)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -10,11 +10,12 @@ some ten minutes.
 import base64
 import random
 import time
+from pathlib import Path
 
 import torch
 
 from bitune import Bitune, nll, pad
-from cli.process import run_main
+from cli.process import command
 from cli.settings import flag_adder, new_parser, number
 from cli.terminal import Progress, clock
 from experiments.demo.language import AGAIN, KINDS, PIECES, document, row
@@ -89,15 +90,17 @@ def scores(model, tokenizer, n=300):
             for form, turns in found.items()}
 
 
+@command
 def main(argv=None):
     parser = new_parser(__doc__)
     arg = flag_adder(parser)
     arg("--out", required=True, metavar="FOLDER", help="where to write the base")
-    arg("--steps", type=number(int, 1), default=6000, help=f"of {BATCH} documents")
-    arg("--seed", type=number(int, 0), default=1, help="of weights and documents")
+    arg("--steps", **number(int, 1), default=6000, help=f"of {BATCH} documents")
+    arg("--seed", **number(int, 0), default=1, help="of weights and documents")
     args = parser.parse_args(argv)
 
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     write_files(args.out, {"config.json": json_bytes(CONFIG), **tokenizer_files()})
     tokenizer, model, progress = Tokenizer.from_pretrained(args.out), fresh_model(args.seed), Progress()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
@@ -123,4 +126,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -10,8 +10,8 @@ is the base's. A run's own α are scaled.
 import torch
 
 from bitune import Bitune, adapter_sets
-from cli.process import before_work, run_main
-from cli.settings import add_device, flag_adder, new_parser, number
+from cli.process import command
+from cli.settings import ASKED, flag_adder, new_parser, number
 from cli.terminal import Progress
 from experiments.compare import markdown
 from files.checkpoint import load_base
@@ -53,22 +53,19 @@ def load(args):
     return Bitune(model).twin(Alone), tokenizer, "paper"
 
 
+@command
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, {name: ASKED[name] for name in ("model", "adapter", "dtype", "device")})
     arg = flag_adder(parser)
-    arg("--model", metavar="FOLDER", help="a checkpoint (default: the run's)")
-    arg("--adapter", metavar="RUN", help="a run of a method that mixes")
     arg("--data", metavar="FILE", required=True, help="examples; the last ones are taken")
     arg("--task", choices=TASKS, default="rows", help="how --data is read")
-    arg("--n", type=number(int, 1), default=60, help="how many examples")
-    arg("--scales", type=number(float, 0, 1), nargs="+", default=SCALES, metavar="S", help="of α, beside 0")
-    add_device(arg)
+    arg("--n", **number(int, 1), default=60, help="how many examples")
+    arg("--scales", **number(float, 0, 1), nargs="+", default=SCALES, metavar="S", help="of α, beside 0")
     args = parser.parse_args(argv)
-    with before_work():
-        if not (args.model or args.adapter):
-            raise ValueError("neither --model nor --adapter given: see --help")
-        bitune, tokenizer, template = load(args)
-        examples = load_examples(args.data, tokenizer, template, 512, args.task)[0][-args.n:]
+    if not (args.model or args.adapter):
+        raise ValueError("neither --model nor --adapter given: see --help")
+    bitune, tokenizer, template = load(args)
+    examples = load_examples(args.data, tokenizer, template, 512, args.task)[0][-args.n:]
     progress, L = Progress(), bitune.model.config.num_hidden_layers
 
     def loss(key, value):
@@ -93,4 +90,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()
