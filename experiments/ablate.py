@@ -28,7 +28,7 @@ from cli.settings import SETTINGS, SWITCH, Setting, check, default, flag, join, 
 from cli.settings import settings_of, text, words
 from cli.terminal import Progress
 from experiments.compare import chosen, report
-from experiments.evaluate import SCORED, SCORING, score
+from experiments.evaluate import SCORED, SCORING, load_questions, score
 from files.checkpoint import read_config
 from files.disk import InUse, write_file
 from files.run import finished, logged, read_settings
@@ -104,7 +104,7 @@ def check_grid(runs):
             before = read_settings(s.out)[0]
             free = [name for name, setting in SETTINGS.items() if setting.may_change]
             differ = [name for name, value in vars(s).items() if name in before and before[name] != value
-                      and name not in (*free, "max_length", "template", "save_every", "keep", "out")]
+                      and name not in (*free, "max_length", "template", "save_every", "keep", "out", "resume")]
             if differ:
                 raise ValueError(f"{s.out} is there with other settings: " + listed(
                     [f"{name} was {before[name]} and is {vars(s)[name]}" for name in differ]))
@@ -198,10 +198,13 @@ def main(argv=None):
         raise ValueError(f"{missing[0]} not given: see --help")
     if common.get("template", "auto") == "auto":            # the tables' own, whatever the base
         common["template"] = "paper"
-    common["template"] = settle(common["template"], Tokenizer.from_pretrained(common["model"]), "paper")
+    tokenizer, longest = Tokenizer.from_pretrained(common["model"]), read_config(common["model"]).max_length
+    common["template"] = settle(common["template"], tokenizer, "paper")
     if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
         raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
     tasks = tasks_of(args.evaluate, args.limit, args.eval_batch_size, args.max_new_tokens, common.get("device"))
+    for _, own in tasks:                                    # what cannot be scored shows now
+        load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
     models, out, lrs = variants(args.methods, args.pefts, args.cs, common), Path(args.out), args.lrs
     check_grid(planned(models, lrs, args.seeds, common, out))
     if args.search:

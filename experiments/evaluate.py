@@ -223,10 +223,6 @@ class Kept(dict):
         super().update(results)
         print(*map(json.dumps, results.values()), sep="\n", file=self.file, flush=True)
 
-    def end(self):
-        self.path.unlink()
-        self.file.close()
-
 
 def subjects(questions, results):
     """What the summary has on subjects, where there are several."""
@@ -328,7 +324,7 @@ def score(args, progress):
         progress.note(f"{len(kept)} of {len(questions)} questions are from an earlier try")
     where = lambda: f"{len(kept)} of {len(questions)} questions"
     advice = lambda what: ": try a smaller --batch-size" if what is MemoryError else ""
-    with work(where, lambda: "The same command goes on there.", advice):
+    with kept.file, work(where, lambda: "The same command goes on there.", advice):
         fold_for_answers(bitune)
         results, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
                                    args.max_new_tokens, progress, kept)
@@ -343,7 +339,7 @@ def score(args, progress):
             title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(results)}"
             write_file(path.with_name(f"{path.name}.md"), page(title, results[:args.samples]).encode())
         write_file(file, json_bytes(summary))
-        kept.end()
+        kept.path.unlink()
     return summary | {"file": str(file)}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,14 +36,18 @@ def lock_file(path, trouble):
 
 @contextmanager
 def locked(folder):
-    """Keep other processes from writing into a folder; InUse if another is at it. What a save has left undone
-    that was killed is done first."""
+    """Keep other processes from writing into a folder; InUse if another is at it. What a killed save has left
+    undone is done first. Nothing is left of a folder in which nothing was written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trouble = "is in use: another process trains there. Wait for it, or take another folder"
     with lock_file(folder / ".lock", trouble):
         finish_renaming(folder)
-        yield
+        try:
+            yield
+        finally:
+            if [f.name for f in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)
 
 
 def settle(folder):

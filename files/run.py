@@ -108,12 +108,16 @@ def fingerprint(bitune):
             "logits": [(row * wave(row)).sum().item() for row in logits[labels >= 0]]}
 
 
-def check_run(folder, about, bitune, base):
-    """ValueError if a run was finetuned from another base, or by code that computes something else."""
-    here, there = asdict(bitune.model.config), about["base_config"]
+def check_base(folder, about, model, base):
+    """ValueError if a run was finetuned from a base that computes otherwise than `model`."""
+    here, there = asdict(model.config), about["base_config"]
     if differ := [key for key in here if key in there and there[key] != here[key]]:
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
                          listed([f"{key} is {there[key]} there and {here[key]} here" for key in differ]))
+
+
+def check_code(folder, about, bitune):
+    """ValueError if a run was trained by code that computes something else than this one."""
     ours, wrong = fingerprint(bitune), []
     for part, numbers in ours.items():
         try:
@@ -178,6 +182,8 @@ def load_bitune(model, folder, base="", method=None, c=None):
     if about.get("whole") and Path(base).resolve() != folder.resolve():
         raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, give "
                          "no other")
+    if about:
+        check_base(folder, about, model, base)
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
     for name in adapter_sets(method or own):
         if about.get("whole") and (name == "answer" or name not in there):
@@ -188,7 +194,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
     c = about["c"] if "c" in about and method in (None, own) else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
     if about and bitune.method == own:
-        check_run(folder, about, bitune, base)
+        check_code(folder, about, bitune)
     mixing, file = own_tensors(bitune), folder / "mixing.safetensors"
     if mixing and (bitune.method == own or file.exists()):
         n += put(mixing, file)
@@ -281,7 +287,9 @@ class Run:
             if before["data_hash"] != self.derived["data_hash"]:
                 raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} "
                                  "began")
-            check_run(self.folder, read_about(self.folder), bitune, settings.model)
+            about = read_about(self.folder)
+            check_base(self.folder, about, bitune.model, settings.model)
+            check_code(self.folder, about, bitune)
             self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "

@@ -1,32 +1,27 @@
 """Grids of finetunings: what they are made of, that nothing is made twice, and what the tables say."""
 
 import itertools
-import json
 import os
 import signal
 
 import pytest
 
 import train
-from experiments import ablate, compare
+from experiments import ablate, compare, evaluate
 from test_commands import exits
 from test_evaluate import PUBLISHED, write_rows
 from tiny import write_checkpoint, write_data
 
 
 def test_a_grid_varies_only_what_a_method_uses():
-    models = ablate.variants(
-        ["bitune", "naive-bidir", "only-causal"],
-        ["lora", "dora", "ia3", "full"],
-        [0.1, 0.01],
-        {"rank": 4},
-    )
-    plain = {name: flags for name, flags in models.items() if "--method=causal" in flags}
+    kinds = ["lora", "dora", "ia3", "full"]
+    models = ablate.variants(["bitune", "naive-bidir", "only-causal"], kinds, [0.1, 0.01], {"rank": 4})
+    plain = {name: own for name, own in models.items() if own["method"] == "causal"}
     ranked = [f"{kind} rank {rank}" for kind in ("LoRA", "DoRA") for rank in (4, 8)]
     assert list(plain) == [*ranked, "IA3", "full finetuning"]
-    assert plain["DoRA rank 8"] == ["--method=causal", "--peft=dora", "--rank=8", "--lora-alpha=2"]
-    assert sum("--method=bitune" in flags for flags in models.values()) == 4 * 2
-    assert sum("--method=naive-bidir" in flags for flags in models.values()) == 4  # mixes nothing
+    assert plain["DoRA rank 8"] == {"method": "causal", "peft": "dora", "rank": 8, "lora_alpha": 2}
+    assert sum(own["method"] == "bitune" for own in models.values()) == 4 * 2
+    assert sum(own["method"] == "naive-bidir" for own in models.values()) == 4  # mixes nothing
     assert "Bitune, DoRA, c 0.1" in models and len(models) == 6 + 8 + 4 + 8
     assert ablate.variants(["bitune"])["Bitune"] == models["Bitune"]  # and a name stays as the grid grows
     assert list(ablate.variants(["bitune"])) == ["LoRA rank 8", "LoRA rank 16", "Bitune"]
@@ -77,8 +72,8 @@ def first_table(text):
 
 
 def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys):
-    """Stopped in its third run, in step 3; then extended by a method."""
-    step, steps = train.train_step, []
+    """Stopped in its third run, in step 3; then extended by a method, other questions, and renamed."""
+    step, steps, evaluated, scores = train.train_step, [], evaluate.evaluate, []
 
     def counted(*args):
         steps.append(1)
@@ -86,19 +81,11 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
-    def scored(*args):
-        scores.append(1)
-        return score(*args)
-
-    score, scores = ablate.evaluate, []
     monkeypatch.setattr(train, "train_step", counted)
-    monkeypatch.setattr(ablate, "evaluate", scored)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args: scores.append(1) or evaluated(*args))
     stop = True
-    with pytest.raises(SystemExit) as end:
-        ablate.main(argv)
-    assert end.value.code == 128 + signal.SIGTERM
-    assert len((tmp_path / "grid/results.jsonl").read_text().splitlines()) == 2
-    assert "step 3: stopped by SIGTERM. The save of step 3 is whole" in capsys.readouterr().err
+    line = exits(128 + signal.SIGTERM, ablate.main, argv, capsys)
+    assert "step 3: stopped by SIGTERM. The save of step 3 is whole" in line
     stop = False
     steps.clear()
     ablate.main(argv)
@@ -109,14 +96,10 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     assert [row[0] for row in rows] == ["", "-" * 12, "base model", *names]
     assert rows[0][5:] == ["arc acc", "arc acc_norm"] and rows[2][5].endswith("%")
     assert (tmp_path / "grid/tables.md").read_text() in said
-    records = [json.loads(line) for line in (tmp_path / "grid/results.jsonl").read_text().splitlines()]
-    assert len(records) == 6 and all(r["val_loss"] and r["scores"] for r in records)
 
     steps.clear()
     ablate.main([*argv, "--methods", "bitune", "naive-bidir", "--seeds", "42", "42"])
     assert len(steps) == 4 and len(scores) == 7 + 1 and "naive-bidir" in capsys.readouterr().out
-    ablate.main([*argv, "--seeds", "42", "--save-every", "1"])
-    assert len(steps) == 4 and "naive-bidir" in (tmp_path / "grid/tables.md").read_text()
     ablate.main([*argv, "--limit", "1"])  # other questions: scored again, not made again
     assert len(steps) == 4 and len(scores) == 8 + 7
     os.rename(tmp_path / "grid", tmp_path / "elsewhere")
@@ -124,16 +107,14 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     assert len(steps) == 4 and len(scores) == 8 + 7
     os.rename(tmp_path / "elsewhere", tmp_path / "grid")
     line = exits(2, ablate.main, [*argv, "--steps", "5"], capsys)
-    assert "holds a grid with other settings: steps was 4 and is 5" in line
+    assert "is there with other settings: steps was 4 and is 5" in line
 
 
 def test_a_run_killed_in_its_last_validation_is_validated_before_it_is_scored(argv, tmp_path):
     argv = [*argv, "--seeds", "42"]
     ablate.main(argv)
     tables = tmp_path / "grid/tables.md"
-    table = tables.read_text()
-    results, log = tmp_path / "grid/results.jsonl", tmp_path / "grid/bitune-lr0.01-seed42/log.jsonl"
-    results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]))
+    table, log = tables.read_text(), tmp_path / "grid/bitune-lr0.01-seed42/log.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     assert '"step": 4, "val_loss"' in lines[-1]
     log.write_text("".join(lines[:-1]))
@@ -183,23 +164,19 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
     0.02."""
     made = []
 
-    def measured(flags, folder, score, progress):
-        made.append(folder.name)
-        scored = score(*[None] * 3)
-        loss = abs(float(ablate.given(flags)["lr"]) - (0.02 if "bitune" in folder.name else 0.01))
-        return {"trainable": 1, "seconds": 1, "val_loss": loss, "validations": [], **scored}
+    def run_one(key, s, tasks, common):
+        (name, lr, seed), scores = key, {"arc acc": 0.5} if tasks else {}
+        made.append((name, lr, seed, bool(tasks)))
+        return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores,
+                "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": [],
+                "right": {key: "0101" for key in scores}}
 
-    scores = {"scores": {"arc acc": 0.5}, "right": {"arc acc": "0101"}}
-    monkeypatch.setattr(ablate, "measure", measured)
-    monkeypatch.setattr(ablate, "scorer", lambda *_: lambda *_: scores)
-    for _ in range(2):                                                  # the second time, nothing anew
-        ablate.main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])
-    searched, rest = made[:9], made[9:]
-    assert sorted(searched) == sorted(f"{name}-lr{lr}-seed42" for lr in (0.01, 0.02, 0.03)
-                                      for name in ("lora-rank-8", "lora-rank-16", "bitune"))
-    # The chosen ones of the search are scored; the other seed is made of them alone.
-    assert sorted(rest) == sorted(f"{name}-seed{seed}" for seed in (42, 43) for name in (
-        "lora-rank-8-lr0.01", "lora-rank-16-lr0.01", "bitune-lr0.01", "bitune-lr0.02"))
+    monkeypatch.setattr(ablate, "run_one", run_one)
+    ablate.main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])
+    names = "LoRA rank 8", "LoRA rank 16", "Bitune"
+    assert made[:9] == [(name, lr, 42, False) for name in names for lr in (0.01, 0.02, 0.03)]
+    assert made[9:] == [(name, lr, seed, True) for name, lrs in zip(names, ([0.01], [0.01], [0.01, 0.02]))
+                        for lr in lrs for seed in (42, 43)]
     text = (tmp_path / "grid/tables.md").read_text()
     heads = "Each at its own best", "All at 0.01, which is best for LoRA rank 8:", "At each learning rate:"
     assert [*map(text.index, heads)] == sorted(map(text.index, heads))
@@ -229,13 +206,12 @@ def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
 
 def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, capsys):
     bad = lambda *more: exits(2, ablate.main, [*argv, *more], capsys)
-    assert "--method, --lr: the grid sets this for each run" in bad("--method", "causal", "--lr", "1")
-    assert "--evaluate arc: expected TASK=FILE" in bad("--evaluate", "arc")
+    assert "unrecognized arguments: --method causal --lr 1" in bad("--method", "causal", "--lr", "1")
+    assert "--evaluate arc=: expected TASK=FILE" in bad("--evaluate", "arc")
     assert "a row of piqa has 'goal'" in bad("--evaluate", f"piqa={tmp_path / 'arc.jsonl'}")
     assert "invalid choice: 'causal'" in bad("--methods", "causal")
     assert "nowhere has no tokenizer.json" in bad("--model", "nowhere")
     assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
-    assert "--seed: the grid sets this" in bad("--seed", "0")
     assert "--model not given" in exits(2, ablate.main, ["--out", "x", "--data", "y"], capsys)
     (tmp_path / "hard").mkdir()
     hard = write_rows(tmp_path / "hard/arc.jsonl", PUBLISHED["arc"][0])

@@ -12,7 +12,6 @@ import chats
 import sample
 import train
 from cli.chat import conversation
-from cli.settings import read_flags
 from experiments import ablate
 from experiments.evaluate import load_questions
 from text.chat import CHATS, KNOWN, Special
@@ -269,11 +268,11 @@ def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, mo
     known("chat-chatml")
     base, made = write_checkpoint(tmp_path / "base"), []
     tokenizer_of(chats.small("chat-chatml"), base, chat_template=TEXT)
-    monkeypatch.setattr(ablate, "grid", lambda flags, *args: made.append(flags["Bitune"]) or [])
+    monkeypatch.setattr(ablate, "grid", lambda runs, *args: made.extend(list(runs.values())[-1:]) or [])
     for more in ([], ["--template=auto"], ["--template=chat"]):
         with pytest.raises(SystemExit):                 # no run, no table
-            ablate.main([f"--model={base}", "--data=x", f"--out={tmp_path / f'grid{len(made)}'}", *more])
-    assert [read_flags(flags).template for flags in made] == ["paper", "paper", "chat-chatml"]
+            ablate.main([f"--model={base}", f"--data={base}/config.json", f"--out={tmp_path / f'grid{len(made)}'}", *more])
+    assert [s.template for s in made] == ["paper", "paper", "chat-chatml"]
 
 
 def test_what_cannot_be_a_chat_is_refused(known, tmp_path, capsys):

@@ -256,7 +256,7 @@ def test_written_answers_make_a_page(tmp_path, capsys):
     data = write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "gsm8k", "--out", tmp_path, "--samples", "2"]
     evaluate.main([str(a) for a in [*argv, "--max-new-tokens", "9"]])
-    assert "(6 questions, 1 longer than 256 tokens left out, first: line 7, " in capsys.readouterr().out
+    assert "(6 questions, 1 too long left out, first: line 7, " in capsys.readouterr().out
     page = (tmp_path / "gsm8k-test.md").read_text()
     assert page.count("\n## ") == 2 and "strict-match ✗, flexible-extract ✗" in page and "#### 2" in page
     alone = [*argv, "--max-new-tokens", "9", "--batch-size", "1", "--out", tmp_path / "alone"]
@@ -288,7 +288,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
     monkeypatch.setattr(evaluate, "log_probs", log_probs)
     out, part = tmp_path / "out", tmp_path / "out/rows-q.part"
     line = exits(130, evaluate.main, [*argv, "--out", out], capsys)
-    assert line == "error: stopped at 4 of 7: the same command goes on there"
+    assert line == "error: 4 of 7 questions: stopped by SIGINT. The same command goes on there."
     if torn:
         part.write_text(part.read_text()[:-20])
     evaluate.main([str(a) for a in [*argv, "--out", out]])
@@ -297,6 +297,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
     assert (out / "rows-q.jsonl").read_bytes() == (tmp_path / "whole/rows-q.jsonl").read_bytes()
     assert not part.exists()
     asked.clear()
+    (out / "rows-q.json").unlink()
     exits(130, evaluate.main, [*argv, "--out", out], capsys)
     monkeypatch.setattr(evaluate, "log_probs", real)        # another model, other questions: all anew
     evaluate.main([str(a) for a in [*argv, "--out", out, "--limit", "3"]])
@@ -340,7 +341,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
     data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
     wrong = {
         "neither --model nor --adapter": ["--task", "arc", "--data", data],
-        "is not there": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
+        "expected --task, and the file of its questions": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
         "a row of piqa has 'goal'": ["--model", base, "--task", "piqa", "--data", data],
         "are chosen, not written": ["--model", base, "--task", "arc", "--data", data, "--samples", "1"],
         "invalid choice: 'ultrafeedback'": ["--task", "ultrafeedback"],
