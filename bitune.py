@@ -79,7 +79,7 @@ class Bitune(nn.Module):
 
     def twin(self, kind):
         """The same numbers under a subclass, which may override `encode`, `mix`, `answer` or any other."""
-        twin = kind.__new__(kind)
+        twin = object.__new__(type(kind.__name__, (kind, type(self)), {}))
         vars(twin).update(vars(self))
         return twin
 

@@ -27,7 +27,6 @@ from cli.settings import check, options, settings_of, typed
 from cli.terminal import Progress
 from files.checkpoint import default_device, load_base
 from files.disk import locked
-from files.int8 import eight_bits
 from files.run import Run, load_bitune
 from lora import KINDS, add_adapter
 from text.examples import batches, draw, length, load_examples, settle

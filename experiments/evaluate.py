@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from bitune import nll
+from bitune import Bitune, nll
 from cli.explain import causal_only
 from cli.memory import fold_for_answers
 from cli.process import command, work
@@ -91,12 +91,16 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
 # ----------------------------------------------------------------------------------------------------------
 # What the model says
 
+class PromptFirst(Bitune):
+    """Plain causal finetuning whose prompts are read before the choices, once for all of them."""
+
+
 @torch.inference_mode()
 def log_probs(bitune, prompts, choices):
     """The log-probability of each choice after its prompt, the sum over its tokens: lists of ids, a list of
     them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
-        bitune = bitune.twin(type(bitune))
+        bitune = bitune.twin(PromptFirst)
         bitune.passes = [("causal", bitune.answer_set)]
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
     past = bitune.encode(context)                               # once for all choices

@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import struct
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path

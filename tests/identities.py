@@ -99,7 +99,6 @@ def layer_0_is_read_alike(make, folder):
     """No token has seen another yet in layer 0: with one set for all, passes leave the same there, whatever
     they see, at the positions that they stand for."""
     bitune = make(dtype=F64)
-    bitune = bitune.twin(type(bitune))
     bitune.passes = [(sees, "answer") for sees, _ in bitune.passes]
     first, *others = [layers[0] for layers in bitune.read(bitune.lay_out(RAGGED, ANSWERS)[0])] or [None]
     for pair in others:

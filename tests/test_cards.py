@@ -15,7 +15,7 @@ from experiments import ablate
 from experiments.ablate import listed, main
 from files.disk import locked
 from test_commands import files, log
-from tiny import write_checkpoint, write_data
+from tiny import some_of, write_checkpoint, write_data
 
 fork = get_context("fork")
 
@@ -69,12 +69,12 @@ def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_
                         f"is whole: python train.py --resume {tmp_path / 'run'}\n")
     train.main(["--resume", str(tmp_path / "run")])
     for key in ("step", "loss", "grad_norm", "val_loss", "val_perplexity", "val_accuracy"):
-        assert log(tmp_path / "run", key) == pytest.approx(log(tmp_path / "alone", key), rel=1e-5, abs=1e-5)
+        assert log(tmp_path / "run", key) == pytest.approx(log(tmp_path / "alone", key), rel=1e-4, abs=1e-4)
     one, two = files(tmp_path / "alone"), files(tmp_path / "run")
     assert one.keys() == two.keys()
     for name, t in one.items():
         if torch.is_tensor(t):
-            torch.testing.assert_close(two[name], t, atol=1e-5, rtol=1e-5, msg=name)
+            torch.testing.assert_close(two[name], t, atol=1e-4, rtol=1e-4, msg=name)
 
 
 def died(step, bitune):
@@ -84,7 +84,7 @@ def died(step, bitune):
 
 def no_numbers(step, bitune):
     if step == 5:
-        bitune.losses = lambda prompts, answers: bitune.theta_key.sum() * torch.tensor([torch.nan])
+        bitune.losses = lambda prompts, answers: some_of(bitune).sum() * torch.tensor([torch.nan])
 
 
 @pytest.mark.parametrize("what, said", [(died, "another of the processes is gone: "),

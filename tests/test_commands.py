@@ -20,10 +20,10 @@ from experiments import merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import locked, settle, write_files
-from files.run import alpha_by_layer, load_bitune, load_run, run_bytes
+from files.run import alpha_by_layer, load_bitune, load_run, own_tensors, run_bytes
 from lora import adapters, add_adapter
 from text.examples import Example, batches
-from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint, write_data
+from tiny import ANSWERS, RAGGED, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -95,7 +95,7 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
     assert "[[ It is 0.</s>]]" in said and "base model: validation loss" in said and "step 6/6" in said
     run = tmp_path / "run"
     assert (run / "bidirectional/adapter_model.safetensors").exists() == ("prompt" in adapter_sets(method))
-    assert (run / "mixing.safetensors").exists() == (len(METHODS[method]) == 2)
+    assert (run / "mixing.safetensors").exists() == bool(own_tensors(load_run(run)[0]))
     assert len(log(run)) == 6 and len(log(run, "val_loss")) == 3
     assert log(run, "val_loss")[-1] < log(run, "val_loss")[0]
 
@@ -116,6 +116,7 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
     assert "tensors" in said.err and "tokens/s" in said.err and len(said.out) > 0
 
 
+@pytest.mark.reference          # of today's method
 def test_settings_and_derived_numbers_are_saved(flags, tmp_path):
     train.main(flags("--rank", 3))
     saved = json.loads((tmp_path / "run/settings.json").read_text())
@@ -126,6 +127,7 @@ def test_settings_and_derived_numbers_are_saved(flags, tmp_path):
     assert d["answer_tokens"] == sum(len(f" It is {i + i % 7}.") + 1 for i in range(36))
 
 
+@pytest.mark.reference          # of today's method
 def test_a_run_loaded_answers_as_the_one_trained(flags, tmp_path):
     train.main(flags())
     bitune, n, about = load_bitune(load_base(tmp_path / "model", "cpu", None)[0], tmp_path / "run")
@@ -308,7 +310,7 @@ def test_what_goes_wrong_later_loses_nothing_that_was_saved(
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied():
     bitune = tiny_bitune()
     optimizer = train.make_optimizer(bitune, 0.01, 1e-6, 0.0)
-    bitune.theta_key.data[0] = float("nan")
+    some_of(bitune).data[0] = float("nan")
     before = [p.detach().clone() for p in bitune.parameters()]
     with pytest.raises(FloatingPointError, match="the loss is nan"):
         train.train_step(bitune, optimizer, [Example(RAGGED[0], ANSWERS[0])], batches, 1.0, 1.0)
@@ -429,7 +431,7 @@ def change(path, **values):
 def test_a_run_killed_between_two_renames_loads_as_the_new_one(tmp_path, monkeypatch):
     bitune, replace, calls = tiny_bitune(), os.replace, []
     write_files(tmp_path, run_bytes(bitune, "base", step=1))
-    bitune.theta_key.data += 1
+    some_of(bitune).data += 1
 
     def dying(*args):
         calls.append(args)
@@ -442,14 +444,14 @@ def test_a_run_killed_between_two_renames_loads_as_the_new_one(tmp_path, monkeyp
         write_files(tmp_path, run_bytes(bitune, "base", step=2))
     monkeypatch.undo()
     loaded, _, about = load_bitune(tiny_model(), tmp_path)
-    assert about["step"] == 2 and torch.equal(loaded.theta_key, bitune.theta_key)
+    assert about["step"] == 2 and torch.equal(some_of(loaded), some_of(bitune))
 
 
 def test_a_first_save_killed_between_two_renames_is_not_overwritten(flags, tmp_path, monkeypatch, capsys):
     replace, run = os.replace, tmp_path / "run"
 
     def dying(source, target):
-        if str(target).endswith("mixing.safetensors"):
+        if str(target).endswith("bidirectional/adapter_model.safetensors"):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -470,7 +472,7 @@ def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatc
     def ruining(bitune, *args):
         result = step(bitune, *args)
         if len(log(tmp_path / "run")) == 3:
-            bitune.theta_key.data[1] = float("nan")
+            some_of(bitune).data[1] = float("nan")
         return result
 
     monkeypatch.setattr(train, "train_step", ruining)
@@ -637,6 +639,7 @@ def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch
     assert "prompt.txt is not UTF-8 text" in bad("--prompt-file", tmp_path / "prompt.txt")
 
 
+@pytest.mark.reference          # of today's method
 def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
     train.main(flags())
     capsys.readouterr()

@@ -1,5 +1,6 @@
 """The computed costs, against closed forms and against real tensors."""
 
+import pytest
 import torch
 
 from cli.memory import kept, step_bytes
@@ -34,6 +35,7 @@ def test_parameters_are_the_published_models():
         assert sum(p.numel() for p in model.parameters()) == published[name]
 
 
+@pytest.mark.reference          # of today's method
 def test_operations_of_a_step_are_those_of_its_tokens():
     """Four a weight and token with a frozen base, forward and backward; in Bitune for each reading."""
     P, A = 40, 24

@@ -79,6 +79,7 @@ def anywhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.reference          # of today's method
 def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
     """The demonstration, cut short."""
     few = open(DEMO["val_data"], encoding="utf-8").readlines()[:60]
@@ -103,6 +104,7 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     assert "loaded runs/demo:" in said.err and "Questions that it has not seen:" in said.err
 
 
+@pytest.mark.reference          # of today's method
 def test_the_command_compares_the_models(anywhere, monkeypatch, capsys):
     for key, value in (("steps", 4), ("batch_size", 4), ("micro_batch_size", 4)):
         monkeypatch.setitem(DEMO, key, value)

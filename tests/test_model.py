@@ -1,16 +1,14 @@
 """Reading checkpoints: what is supported, and what is said of the rest."""
 
 import json
-import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from files.checkpoint import load_model, parse_config
-from model import Llama, may_attend, rotary
+from model import may_attend, rotary
 from tiny import CONFIG, RAGGED, tiny_model, write_checkpoint
 
 

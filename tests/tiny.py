@@ -69,6 +69,11 @@ def tiny_bitune(*args, dtype=torch.float32, **options):
     return scatter(fresh_bitune(*args, **options)).to(dtype)
 
 
+def some_of(bitune):
+    """Some of the numbers that a method trains."""
+    return bitune.model.model.layers[0].self_attn.q_proj.sets["answer"].lora_A
+
+
 def write_checkpoint(folder, seed=0, **config):
     """A checkpoint folder as published ones are: config, weights, and a tokenizer of bytes with <s> and
     </s>."""
