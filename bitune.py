@@ -38,14 +38,12 @@ METHODS = {
     "anticausal":     [("causal", "answer"), ("anticausal", "prompt")],
     "causal":         [],
 }
-LOGITS = 2**24      # how many are there at a time while a loss is computed
+LOGITS = 2**24      # 64 MB in float32, of 131 tokens if the vocabulary has 128,256
 Tokens = namedtuple("Tokens", "ids positions")               # (B, T) each, position -1 for padding
 
 
 def adapter_sets(method):
     """The adapter sets that a method trains: "answer", which writes the answer, and those of its passes."""
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: expected one of {', '.join(METHODS)}")
     return list(dict.fromkeys(["answer", *(adapter for _, adapter in METHODS[method])]))
 
 
@@ -59,17 +57,10 @@ def pad(lists, fill, device):
 class Bitune(nn.Module):
     """A decoder with its adapter sets (see `lora.add_adapter`), trained and asked by one of METHODS. Without
     a set "answer" it is the bare base that answers. c is the constant of α, and where every θ starts, so α
-    starts at 0.5 whatever it is: c sets how fast α moves for a given learning rate. Whatever parameters an
-    edit adds are trained, saved and resumed.
-    """
+    starts at 0.5 whatever it is: c sets how fast α moves for a given learning rate."""
 
     def __init__(self, model, method="bitune", c=0.01):
         super().__init__()
-        lacking = [s for s in adapter_sets(method) if s not in model.sets]
-        if lacking and METHODS[method]:
-            raise ValueError(f"method {method!r} needs the adapter set {lacking[0]!r}: see lora.add_adapter")
-        if not c > 0:
-            raise ValueError(f"c is {c}: expected a number above 0")
         self.model, self.method, self.c, self.passes = model, method, float(c), METHODS[method]
         self.answer_set = "answer" if "answer" in model.sets else None         # None is the base itself
         self.mixes = len(self.passes) > 1
@@ -101,7 +92,7 @@ class Bitune(nn.Module):
         return prompt[:cut], prompt[cut:]
 
     def lay_out(self, prompts, answers):
-        """A batch of prompts and answers (lists of ids) as two Tokens, contexts and answer streams."""
+        """Prompts and answers (lists of ids) as two Tokens, contexts and answer streams."""
         def tokens(lists, starts):
             positions = [range(start, start + len(ids)) for start, ids in zip(starts, lists)]
             return Tokens(pad(lists, 0, self.device), pad(positions, -1, self.device))
@@ -126,11 +117,9 @@ class Bitune(nn.Module):
 
     def encode(self, context, past=None):
         """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
-        of an earlier past if there is one (None if there is neither).
-
-        No gradient reaches q, o and MLP of the last layer in the set "prompt": only K and V go on from here.
-        At the start, where B = 0, none reaches A, nor θ[0]: both passes give layer 0 the same K and V.
-        """
+        of an earlier past if there is one (None if there is neither). No gradient
+        reaches q, o and MLP of the last layer in the set "prompt": only K and V go on from here. At the
+        start, where B = 0, none reaches A, nor θ[0]: both passes give layer 0 the same K and V."""
         if context.ids.shape[1] == 0:
             return past
         read = self.read(context, past)
@@ -176,15 +165,13 @@ class Bitune(nn.Module):
 
     def score(self, prompts, answers, measure, past=None):
         """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
-        The logits are never all there at once, and the backward pass computes them again: those of a thousand
-        tokens with a vocabulary of 128,256 take 0.5 GB, their gradients as much."""
+        At most LOGITS logits are there at a time, and the backward pass computes them again."""
         x, labels, _ = self.answer_pass(prompts, answers, past)
         at = (labels >= 0).nonzero(as_tuple=True)
         x, of = x[at], labels[at].to(self.device)                                       # (N, C), (N,)
         rows = max(1, LOGITS // self.model.config.vocab_size)
         part = lambda x, labels: measure(self.model.head(x), labels)
-        if len(x) > rows:
-            part = partial(checkpoint, part, use_reentrant=False)
+        part = partial(checkpoint, part, use_reentrant=False) if len(x) > rows else part
         found = torch.cat([part(*pair) for pair in zip(x.split(rows), of.split(rows))])
         return found.new_zeros(*labels.shape, *found.shape[1:]).index_put(at, found)
 
@@ -199,8 +186,8 @@ class Bitune(nn.Module):
     def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Answer a batch of prompts, yielding after each step a list of each one's next id, None once ended.
         One ends at a stop id, which is not yielded; all end where the longest is at the model's limit.
-        temperature 0 takes the likeliest token; else it is sampled, from the top_k likeliest (0: all) that
-        make up the first top_p of the mass."""
+        temperature 0 takes the likeliest token, else one of the top_k likeliest (0: all) is drawn that make up
+        the first top_p of the mass."""
         config, longest = self.model.config, max(map(len, prompts))
         config.check_length(longest + 1)
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
@@ -208,9 +195,8 @@ class Bitune(nn.Module):
 
         x, labels, past = self.answer_pass(prompts, [[0]] * len(prompts))       # 0: to be predicted
         logits = self.model.head(x[labels >= 0])                                              # (B, V)
-        cache = KVCache(past, len(past) + max_new_tokens)
+        cache, rows = KVCache(past, len(past) + max_new_tokens), list(range(len(prompts)))      # not ended
         positions = torch.tensor([[len(p)] for p in prompts], device=self.device)             # (B, 1)
-        rows = list(range(len(prompts)))        # the prompts whose answers have not ended
         for step in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)                # (B,)
             mask = self.sight(positions, cache)                                        # (B, 1, 1, S + 1)

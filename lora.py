@@ -5,10 +5,9 @@
     IA3  (2205.05638)   y = l W x, in the MLP y = W (l x)       l ones: it scales outputs or inputs
     full finetuning     y = W' x                                W' a copy of W
 
-with s = lora_alpha / r. Each starts at the base model. Which set runs is an argument of the call,
-`linear(x, adapter)`: there is no switch that a later call, or a recomputation in the backward pass, could
-read stale. Adapters are float32 on a base of any dtype (a full copy has the base's): in bfloat16 a step of
-3e-4 on a weight of 0.1 would be rounded away. files/adapters.py writes them down as PEFT does.
+with s = lora_alpha / r. Each starts at the base model. Which set runs is an argument, `linear(x, adapter)`:
+no switch that a recomputation in the backward pass could read stale. Adapters are float32 on a base of any
+dtype (a full copy has the base's): in bfloat16 a step of 3e-4 on a weight of 0.1 would be rounded away.
 """
 
 import math
@@ -188,15 +187,11 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     names = {path.split(".")[-1] for path in layers}
     if unknown := " or ".join(sorted(set(targets) - names - set(layers))):
         raise ValueError(f"no linear is named {unknown}: expected {', '.join(sorted(names))}")
-    if not (targets := targets or [n for n in names if is_target(n)]):
-        raise ValueError(f"none of the linears is a target: name some of {', '.join(sorted(names))}")
+    targets = targets or [name for name in names if is_target(name)]
     options = {key: option.default for key, option in maker.options.items()} | options
     model.sets[name] = kind, options
     if first:
         model.requires_grad_(maker.trains_base)
-    if first and maker.trains_base:
-        for p in model.parameters():
-            p.data = p.data.contiguous()        # AdamW takes gradient and moments to lie as the weight does
     chosen = {p: layer for p, layer in layers.items() if p in targets or p.split(".")[-1] in targets}
     new = {} if first and maker.trains_base else maker.make(chosen, **options)
     for path, adapter in new.items():
@@ -206,18 +201,16 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
 
 @torch.no_grad()
 def fold(model, name):
-    """Let the set `name` hold its layers' merged weights beside their own, as full copies do: it computes the
-    same by one product a layer, and trains no more. ValueError where a layer would compute something else."""
+    """Let the set `name` hold merged weights beside its layers' own, as full copies do: the same by one product
+    a layer, to be trained no more. ValueError where a layer would compute something else."""
     for path, adapter in adapters(model, name).items():
         linear = model.get_submodule(path)
         weight, bias = adapter.merged(linear)
-        if not weight.isfinite().all() or (bias is not None and linear.bias is None):
-            raise ValueError(f"{path}: merged, it is not finite in {weight.dtype}, or has a bias too many")
         folded = Full(SimpleNamespace(weight=weight, bias=bias), path).requires_grad_(False)
         x = torch.linspace(-1, 1, linear.in_features).to(weight)[None]
         y, tolerance = adapter(x, linear), 0.1 if x.dtype == torch.bfloat16 else 1e-3
-        if (folded(x, linear) - y).norm() > tolerance * y.norm():
-            raise ValueError(f"{path}: merged, it computes something else: do forward and merged of the kind "
-                             f"{model.sets[name][0]}, in lora.py, go together?")
+        if not (folded(x, linear) - y).norm() <= tolerance * y.norm() or bias is not None and linear.bias is None:
+            raise ValueError(f"{path}: merged in {weight.dtype}, it would not compute the same (or has a bias too "
+                             f"many): do forward and merged of the kind {model.sets[name][0]} go together?")
         linear.sets[name] = folded
     model.sets[name] = "full", {}

@@ -7,9 +7,8 @@ Shapes, here and in every other file:
     T' of these, the ones kept        D  size of one head        L  layers
     S  tokens before
 
-The model keeps nothing between calls. Tokens, positions, the mask, the keys and values of earlier tokens
-and the name of the adapter set come in as arguments; logits and the new tokens' keys and values go out.
-Modules carry the checkpoint's own names, so one is loaded without a rename table: files/checkpoint.py.
+The model keeps nothing between calls: all that it computes from comes in as arguments, and logits and the
+new tokens' keys and values go out. Modules carry the checkpoint's own names.
 """
 
 from dataclasses import dataclass
@@ -90,16 +89,16 @@ def rotate(x, cos, sin):
 
 def may_attend(query_pos, key_pos, sees="causal"):
     """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
-    Position -1 is padding. No other token sees it; it sees itself, as no softmax may be empty."""
+    Padding, at position -1, sees and is seen by padding alone: no softmax may be empty."""
     q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
     sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
     return sight & ((q >= 0) == (k >= 0))
 
 
 class Past:
-    """Keys and values of earlier tokens: one (k, v) a layer, (B, G, S, D) each, and the positions (B, S) that
-    they stand for. Joining makes new tensors, so gradients flow back into the pass that made them. (Whatever
-    has a length and `join` may take this one's place in the model.)"""
+    """Keys and values of earlier tokens: one (k, v) a layer, (B, G, S, D) each, at positions (B, S). Joining
+    makes new tensors, so gradients flow back into the pass that made them. (In the model, whatever has a length
+    and `join` may take its place.)"""
 
     def __init__(self, layers, positions):
         self.layers, self.positions = layers, positions
@@ -294,16 +293,14 @@ class Llama(nn.Module):
         """Logits (B, T', V) of the tokens in `keep`, and the new keys and values: L pairs (B, G, T, D).
 
         tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it;
-        None lets every token attend to all. past: a Past or KVCache. adapter: the name of the adapter set
-        to run, None for the bare base; ValueError if no layer carries it. keep: the slice of the T tokens
-        whose logits are wanted. Nothing reads what the last layer makes of the others, so there attention,
-        MLP, final norm and head run for these T' alone: with NONE, for no token at all.
-        """
+        None lets every token attend to all. past: a Past or KVCache. adapter: the adapter set to run, None for
+        the bare base; ValueError if no layer carries it. keep: the slice of the T tokens whose logits are
+        wanted: in the last layer, attention, MLP, final norm and head run for these T' alone."""
         x, keys_values = self.states(tokens, positions, mask, past, adapter, keep)
         return self.head(x), keys_values
 
     def states(self, tokens, positions, mask=None, past=None, adapter=None, keep=ALL):
-        """The same without the head: what it makes logits of, (B, T', C)."""
+        """The same without the head: the final hidden states, (B, T', C)."""
         if adapter is not None and adapter not in self.sets:
             raise ValueError(f"no layer carries an adapter set {adapter!r}: the model has {[*self.sets]}")
         if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
@@ -328,6 +325,5 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """The model of a checkpoint folder: see files/checkpoint.py."""
-        from files.checkpoint import load_model
+        from files.checkpoint import load_model             # which says what is read, and how
         return load_model(folder, dtype, device)

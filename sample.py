@@ -8,17 +8,14 @@ the prompt as it stands. A run names its base, so --model is not needed; without
 the demonstration. The answer goes to standard output, everything else to standard error.
 """
 
-from pathlib import Path
-
 from cli.chat import conversation
 from cli.explain import explain
-from cli.memory import fold_for_answers
+from cli.memory import ready_to_answer
 from cli.process import Failed, command
-from cli.settings import ASKED, DEMO, PROMPT, SAMPLING, last_demonstration, new_parser
+from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser, unseen
 from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, settle, stop_id
-from text.rows import read_rows
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):
@@ -56,13 +53,11 @@ def main(argv=None):
         raise ValueError("--prompt is empty: expected some text")
     page = bars(bitune, begin) if args.show_mixing else ""
     page = explain(bitune, tokenizer, begin, stop_ids) if args.explain else page    # which has the bars
-    bitune = conversation(fold_for_answers(bitune), template, args.chat)
+    bitune = conversation(ready_to_answer(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     say(page) if page else None
     if demonstrates and args.prompt is None:
-        say("It knows the words of experiments/demo/language.py. Questions that it has not seen:\n")
-        unseen = [row["prompt"] for _, row in read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))]
-        say("\n".join(unseen[:3]) + "\n")
+        say(f"It knows the words of experiments/demo/language.py. Questions that it has not seen:\n\n{unseen()}\n")
     failed = False
     for prompt in prompts() if args.prompt is None else [args.prompt]:
         try:

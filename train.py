@@ -2,13 +2,9 @@
 
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
-The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration, on
-the base and data in experiments/demo. A killed run loses nothing that was saved, and continues with:
-
-    python train.py --resume RUN
-
-Another stage starts from what a run, or a PEFT adapter, has learned: --adapter RUN. Several cards train one
-run together by: torchrun --standalone --nproc-per-node N train.py ...
+The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration. A
+killed run loses nothing that was saved: --resume RUN goes on. Another stage starts from what a run, or a PEFT
+adapter, has learned: --adapter RUN. Several cards: torchrun --standalone --nproc-per-node N train.py ...
 """
 
 import math
@@ -22,14 +18,14 @@ import torch
 from bitune import Bitune, adapter_sets, nll
 from cli.cards import add_up, apart, first, in_turn, least, processes, share, sums
 from cli.memory import tokens_that_fit
-from cli.process import command, signals, to_type, work
+from cli.process import command, signals, work
 from cli.settings import check, options, settings_of, typed
 from cli.terminal import Progress
-from files.checkpoint import default_device, load_base
+from files.checkpoint import load_base
 from files.disk import locked
 from files.run import Run, load_bitune
 from lora import KINDS, add_adapter
-from text.examples import batches, draw, length, load_examples, settle
+from text.examples import batches, draw, length, load_data, settle
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -126,8 +122,7 @@ def train(run, progress, stop):
 
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
     cut = partial(batches, size=s.micro_batch_size, tokens=s.micro_batch_tokens)
-    progress.note(f"micro-batches of at most {s.micro_batch_size or s.micro_batch_tokens:,} "
-                  f"{'examples' if s.micro_batch_size else 'tokens'}")
+    progress.note(f"micro-batches: {s.micro_batch_size or f'up to {s.micro_batch_tokens:,} tokens'}")
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at 0, or cut short when killed
         validation()
     for step in run.steps_left():
@@ -162,21 +157,12 @@ def prepare(s):
     """The Run that settings stand for, new or resumed, ready to be trained. ValueError says what is wrong
     with them: all that can be wrong shows here, before the work begins."""
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
-    device = s.device or default_device()
-    model, tokenizer = load_base(s.model, device, dtype, s.base_bits)
+    model, tokenizer = load_base(s.model, s.device, dtype, s.base_bits)
     model.checkpointing = s.checkpointing
     s.template = settle(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
-    load = lambda file: load_examples(file, tokenizer, s.template, s.max_length, s.task)
-    examples, dropped = load(s.data)
-    dropped = {s.data: dropped}
-    if s.val_data:
-        val, dropped[s.val_data] = load(s.val_data)
-    else:
-        n = min(s.val_size, len(examples) // 10)
-        examples, val = examples[:len(examples) - n], examples[len(examples) - n:]
-
+    examples, val, dropped = load_data(s, tokenizer)
     torch.manual_seed(s.seed)
     if s.adapter and not (s.resume and KINDS[s.peft].trains_base):
         bitune, _, _ = load_bitune(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
@@ -198,13 +184,8 @@ def finetune(s, progress):
             run = prepare(s)
         apart()
         progress.begins(run)
-        where = lambda: f"step {run.at}"
-        rest = lambda: (f"The save of step {run.saved} is whole: " + to_type("train.py", "--resume", run.folder)
-                        if run.saved else "Nothing was saved yet.")
-        advice = lambda what: {MemoryError: ": try a smaller --micro-batch-size", FloatingPointError:
-                               ": start again with a lower --lr" if run.at > 1 else ""}[what]
         stop = held.enter_context(signals())
-        with work(where, rest, advice, stop):
+        with work(run, "--micro-batch-size", stop):
             train(run, progress, stop)
 
 

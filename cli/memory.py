@@ -78,11 +78,15 @@ def tokens_that_fit(bitune, examples, s):
             n = -(-n // 2)
 
 
-def fold_for_answers(bitune):
+@torch.no_grad()
+def ready_to_answer(bitune):
     """Fold the set "answer", so that each layer writes a token by one product: where there is room for the
-    copies, and only in float32. A bfloat16 weight is too coarse for most of what was learned."""
+    copies, and only in float32, as a bfloat16 weight is too coarse for most of what was learned. On a CPU let
+    weights lie column by column: of a product with a single token each thread reads its own part then."""
     weight = bitune.model.model.embed_tokens.weight
     size = sum(p.numel() * p.element_size() for p in bitune.model.parameters())
-    if bitune.answer_set and weight.dtype != torch.bfloat16 and 2 * size < free_bytes(bitune.device):
+    if weight.dtype == torch.float32 and 2 * size < free_bytes(bitune.device):
         fold(bitune.model, bitune.answer_set)
+        for p in bitune.model.parameters() if weight.device.type == "cpu" else ():
+            p.data = p.data.t().contiguous().t() if p.dim() == 2 and p.dtype == torch.float32 else p.data
     return bitune

@@ -89,30 +89,29 @@ class Stop:
 
 
 @contextmanager
-def work(where, rest, advice, stop=None):
-    """What goes wrong in here is not the input's fault: it becomes a Failed that says where() it happened,
-    what can be done, by advice(FloatingPointError or MemoryError), and the rest() of what is known."""
+def work(what, smaller, stop=None):
+    """What goes wrong in here is not the input's fault: it becomes a Failed that says `what.where()` it was
+    and what of the work is kept, `what.kept()`. smaller: the flag that takes less memory."""
     asked = stop.asked if stop else [signal.SIGINT]
     try:
         yield
     except BrokenPipeError:
         raise
     except (FloatingPointError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as problem:
-        what, status = f"{problem}", 1
+        said, status = f"{problem}", 1
         if out_of_memory(problem):
-            what = f"not enough memory ({what.splitlines()[0][:200]}){advice(MemoryError)}"
+            said = f"not enough memory ({said.splitlines()[0][:200]}): try a smaller {smaller}"
         elif isinstance(problem, RuntimeError):
             raise
         elif not first() and not isinstance(problem, OSError):
-            sys.exit()          # as the one that writes does, and says why: with another status here, torchrun
-                                # would end it in the midst of its last save
-        elif isinstance(problem, FloatingPointError):
-            what += advice(FloatingPointError)
+            sys.exit()          # as the one that writes does, and says why; with another status here,
+                                # torchrun would end that one in the midst of its last save
+        elif isinstance(problem, FloatingPointError) and getattr(what, "at", 0) > 1:
+            said += ": start again with a lower --lr"           # at the first step it is not to blame
         elif isinstance(problem, KeyboardInterrupt):
-            what = "stopped by " + (" and ".join(signal.Signals(n).name for n in asked)
-                                    or "a signal to another of the processes")
-            status = 128 + asked[0] if asked else 1
-        raise Failed(f"{where()}: {what}. {rest()}", status) from None
+            names = [signal.Signals(n).name for n in asked] or ["a signal to another of the processes"]
+            said, status = f"stopped by {' and '.join(names)}", 128 + asked[0] if asked else 1
+        raise Failed(f"{what.where()}: {said}. {what.kept()}", status) from None
 
 
 @contextmanager

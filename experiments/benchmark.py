@@ -25,11 +25,10 @@ from safetensors.torch import save_file
 from torch.profiler import profile
 
 from bitune import Bitune, adapter_sets
-from cli.memory import fold_for_answers, step_bytes
+from cli.memory import ready_to_answer, step_bytes
 from cli.process import command
 from cli.settings import flag_adder, new_parser, number
-from files.checkpoint import DTYPES, check_device, default_device, default_dtype, laid_out, load_model
-from files.checkpoint import parse_config
+from files.checkpoint import DTYPES, check_device, default_device, default_dtype, load_model, parse_config
 from lora import add_adapter
 from model import Llama
 from text.examples import Example, batches
@@ -59,7 +58,6 @@ def random_model(name, device, dtype):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
-            p.data = laid_out(p.data)
     return model
 
 
@@ -158,8 +156,8 @@ def peak(step, device, bitune):
 def answering(model, args, device):
     theirs = hugging_face(model) if args.against else None
     tasks = {"unmerged": finetunable(model, "bitune"), 
-             "bitune": fold_for_answers(finetunable(model, "bitune")),
-             "lora": fold_for_answers(finetunable(model, "causal")), "base": Bitune(model, "causal")}
+             "bitune": ready_to_answer(finetunable(model, "bitune")),
+             "lora": ready_to_answer(finetunable(model, "causal")), "base": ready_to_answer(Bitune(model, "causal"))}
     read = [p for name, p in model.named_parameters()
             if model.config.tie_word_embeddings or "embed_tokens" not in name]
     weights, new = sum(p.numel() * p.element_size() for p in read), args.answer

@@ -26,7 +26,7 @@ import torch
 
 from bitune import Bitune, nll
 from cli.explain import causal_only
-from cli.memory import fold_for_answers
+from cli.memory import ready_to_answer
 from cli.process import command, work
 from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
 from cli.terminal import Progress, clock
@@ -206,9 +206,9 @@ class Kept(dict):
     """Results by place that lie in a file, a line each, below a line that says what they are `of`: those of
     an earlier try at the same are there again. ValueError if another process is writing it."""
 
-    def __init__(self, path, of):
+    def __init__(self, path, of, questions):
         super().__init__()
-        self.path = path
+        self.path, self.questions = path, questions
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = lock_file(path, "is being scored by another process")
         first, *lines = self.file.read().splitlines() or [""]
@@ -222,6 +222,12 @@ class Kept(dict):
         self.file.seek(0)
         self.file.truncate()
         print(json.dumps(of), *map(json.dumps, self.values()), sep="\n", file=self.file, flush=True)
+
+    def where(self):
+        return f"{len(self)} of {self.questions} questions"
+
+    def kept(self):
+        return "The same command goes on there."
 
     def update(self, results):
         super().update(results)
@@ -323,13 +329,11 @@ def score(args, progress):
                                          args.twice)
     if args.samples and questions[0].choices:
         raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
-    kept, begun = Kept(path.with_name(f"{path.name}.part"), of), time.monotonic()
+    kept, begun = Kept(path.with_name(f"{path.name}.part"), of, len(questions)), time.monotonic()
     if kept:
-        progress.note(f"{len(kept)} of {len(questions)} questions are from an earlier try")
-    where = lambda: f"{len(kept)} of {len(questions)} questions"
-    advice = lambda what: ": try a smaller --batch-size" if what is MemoryError else ""
-    with kept.file, work(where, lambda: "The same command goes on there.", advice):
-        fold_for_answers(bitune)
+        progress.note(f"{kept.where()} are from an earlier try")
+    with kept.file, work(kept, "--batch-size"):
+        ready_to_answer(bitune)
         results, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
                                    args.max_new_tokens, progress, kept)
         summary = {"of": of, **{key: value for key, value in vars(args).items() if key in SCORING},

@@ -269,7 +269,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         f = safe_open(file, framework="pt")
         for name in [n for n in want if where[n][0] == file]:
             stored = f.get_tensor(where[name][1])
-            state[name] = laid_out(stored.to(device, dtype))
+            state[name] = stored.to(device, dtype)
             if state[name] is not stored:       # what was read of the file leaves the memory as it is closed
                 del f, stored
                 f = safe_open(file, framework="pt")
@@ -277,13 +277,6 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
                 raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
     model.load_state_dict(state, assign=True)
     return model
-
-
-def laid_out(weight):
-    """The same numbers, on a CPU column by column in memory: of a product with a single token, each thread
-    then reads its own part of the matrix, which else one thread reads alone. (In bfloat16 it is slower.)"""
-    by_columns = weight.dim() == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return weight.t().contiguous().t() if by_columns else weight
 
 
 def settle_names(config, where, have):

@@ -17,13 +17,14 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from dataclasses import asdict, replace
 from itertools import count, takewhile
 from pathlib import Path
 
 import torch
 
-from bitune import Bitune, adapter_sets
+from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, load_base, merged_tensors
 from files.disk import fit, json_bytes, read_tensors, settle, tensor_bytes, write_files
@@ -49,6 +50,8 @@ def read_about(folder):
     about = read_json(file, "method", "c", "base", "base_config", "fingerprint")
     kinds = {"method": str, "c": (int, float), "base": str, "base_config": dict, "fingerprint": dict,
              "template": str, "step": int, "alpha": dict, "whole": bool}
+    if about["method"] not in METHODS:
+        raise ValueError(f"{file}: method {about['method']!r} is unknown: expected one of {', '.join(METHODS)}")
     if damaged := [key for key, value in about.items() if not isinstance(value, kinds.get(key, object))]:
         raise ValueError(f"{file} is damaged: {damaged[0]} is {about[damaged[0]]!r:.60}")
     return about
@@ -303,6 +306,13 @@ class Run:
         if writes:
             write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
         self.file = open(self.folder / "log.jsonl" if writes else os.devnull, "a", buffering=1)
+
+    def where(self):
+        return f"step {self.at}"
+
+    def kept(self):
+        resume = shlex.join(["python", "train.py", "--resume", str(self.folder)])
+        return f"The save of step {self.saved} is whole: {resume}" if self.saved else "Nothing was saved yet."
 
     def begin(self, tokens):
         """Write down the settings, now that it is known how many tokens go at a time."""

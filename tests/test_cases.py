@@ -244,7 +244,7 @@ def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
     model = tiny_model(torch.float16)
     adapter = add_adapter(model, "answer")["model.layers.1.mlp.up_proj"]
     adapter.lora_A.data.fill_(1e3), adapter.lora_B.data.fill_(1e3)
-    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: merged, it is not finite in torch.float16"):
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: merged in torch.float16, it would not"):
         fold(model, "answer")
 
 

@@ -142,15 +142,3 @@ def test_sample_token_draws_from_the_distribution_it_should():
     close(frequencies(top_k=2), [0, 0.4, 0, 0.25, 0])
     close(frequencies(top_p=0.6), [0, 0.4, 0, 0.25, 0])  # 0.4 is not yet 0.6, 0.65 is
     close(frequencies(temperature=0.5), (p**2).tolist())
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(method="bituna"), "expected one of bitune, naive-bidir"),
-        (dict(c=0.0), "expected a number above 0"),
-    ],
-)
-def test_wrong_settings_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        Bitune(tiny_bitune().model, **options)

@@ -240,6 +240,16 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
     return examples, dropped
 
 
+def load_data(s, tokenizer):
+    """The examples that settings name, those for validation, and what was dropped of each file."""
+    examples, dropped = load_examples(s.data, tokenizer, s.template, s.max_length, s.task)
+    if s.val_data:
+        val, more = load_examples(s.val_data, tokenizer, s.template, s.max_length, s.task)
+        return examples, val, {s.data: dropped, s.val_data: more}
+    n = len(examples) - min(s.val_size, len(examples) // 10)
+    return examples[:n], examples[n:], {s.data: dropped}
+
+
 def every_answer(row):
     """A conversation as one row for each of the assistant's turns, which is asked with all before it."""
     rows = [Row(row.turns[:i], "", text) for i, (role, text) in enumerate(row.turns) if role == "assistant"]
