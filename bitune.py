@@ -117,9 +117,9 @@ class Bitune(nn.Module):
 
     def encode(self, context, past=None):
         """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
-        of an earlier past if there is one (None if there is neither). No gradient
-        reaches q, o and MLP of the last layer in the set "prompt": only K and V go on from here. At the
-        start, where B = 0, none reaches A, nor θ[0]: both passes give layer 0 the same K and V."""
+        of an earlier past if there is one (None if there is neither). No gradient reaches q, o and MLP of the
+        last layer in the set "prompt", as only K and V go on from here; at the start, where B = 0, none reaches
+        A, nor θ[0], as both passes give layer 0 the same K and V."""
         if context.ids.shape[1] == 0:
             return past
         read = self.read(context, past)
@@ -145,30 +145,29 @@ class Bitune(nn.Module):
     # ---- 4: the answer pass ------------------------------------------------------------------------------
 
     def answer_pass(self, prompts, answers, past=None):
-        """Of the answer stream: its states (B, T', C), which the head makes logits of; labels (B, T'), on
-        the CPU, the answer token that each should predict or -100; and the Past of context and stream. past:
-        what `encode` makes of the contexts, if that is there already."""
+        """Of the answer stream: its states (B, T', C), which the head makes logits of; labels (B, T') on the
+        CPU, the answer token that each should predict or -100, and where there is one; the Past of context and
+        stream. past: what `encode` makes of the contexts, if that is there already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens of the opening before x[P-1]
-        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")
-
-        past, keep = past or self.encode(context), slice(min(before), None)
+        keep = slice(min(before), None)
+        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, keep]
+        at = tuple((labels >= 0).nonzero().T.to(self.device))
+        past = past or self.encode(context)
         sees = self.sight(stream.positions, past)
         x, new = self.model.states(*stream, sees, past, self.answer_set, keep)
-        past = past.extended(new, stream.positions) if past else Past(new, stream.positions)
-        return x, labels[:, keep], past
+        return x, labels, at, past.extended(new, stream.positions) if past else Past(new, stream.positions)
 
     def forward(self, prompts, answers):
         """Logits (B, T', V) and labels (B, T') for lists of prompt ids and of answer ids."""
-        x, labels, _ = self.answer_pass(prompts, answers)
+        x, labels, _, _ = self.answer_pass(prompts, answers)
         return self.model.head(x), labels.to(self.device)
 
     def score(self, prompts, answers, measure, past=None):
         """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
         At most LOGITS logits are there at a time, and the backward pass computes them again."""
-        x, labels, _ = self.answer_pass(prompts, answers, past)
-        at = (labels >= 0).nonzero(as_tuple=True)
-        x, of = x[at], labels[at].to(self.device)                                       # (N, C), (N,)
+        x, labels, at, _ = self.answer_pass(prompts, answers, past)
+        x, of = x[at], labels[labels >= 0].to(self.device)                              # (N, C), (N,)
         rows = max(1, LOGITS // self.model.config.vocab_size)
         part = lambda x, labels: measure(self.model.head(x), labels)
         part = partial(checkpoint, part, use_reentrant=False) if len(x) > rows else part
@@ -193,8 +192,8 @@ class Bitune(nn.Module):
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
         generator = torch.Generator(self.device).manual_seed(seed)
 
-        x, labels, past = self.answer_pass(prompts, [[0]] * len(prompts))       # 0: to be predicted
-        logits = self.model.head(x[labels >= 0])                                              # (B, V)
+        x, _, at, past = self.answer_pass(prompts, [[0]] * len(prompts))        # 0: to be predicted
+        logits = self.model.head(x[at])                                                       # (B, V)
         cache, rows = KVCache(past, len(past) + max_new_tokens), list(range(len(prompts)))      # not ended
         positions = torch.tensor([[len(p)] for p in prompts], device=self.device)             # (B, 1)
         for step in range(max_new_tokens):
@@ -224,16 +223,14 @@ class Bitune(nn.Module):
 
 
 def blend(a, causal, second):
-    """(1 - α) K_c + α K_b, computed in α's float32 and then in K's dtype again. (For that, α needs a
-    dimension: one number times a bfloat16 tensor would be computed in bfloat16.)"""
+    """(1 - α) K_c + α K_b, computed in α's float32, for which α needs a dimension, and in K's dtype again."""
     a = a if a.dim() else a[None]
     return ((1 - a) * causal + a * second).to(causal.dtype)
 
 
 def nll(logits, labels):
     """-log p of labels (...) under logits (..., V), in float32; 0 for label -100."""
-    losses = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="none")
-    return losses.view(labels.shape)
+    return F.cross_entropy(logits.movedim(-1, 1).float(), labels, reduction="none")
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):

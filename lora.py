@@ -26,7 +26,7 @@ class Option(NamedTuple):
     default: object             # a number, or a tuple of names
     field: str                  # PEFT's name for it
     help: str
-    low: float = 0
+    low: float = 0              # of numbers
     high: float = math.inf
     pattern: str | None = None  # PEFT's field in which layers of other values are listed
 
@@ -50,7 +50,6 @@ class Adapter(nn.Module):
 
 class LowRank(torch.autograd.Function):
     """B A x in float32. autograd by itself would keep a float32 copy of a bfloat16 x; this keeps x."""
-
     @staticmethod
     def forward(ctx, x, A, B):
         low = F.linear(x.to(A.dtype), A)                                                       # (..., r)
@@ -180,9 +179,8 @@ def is_target(name):
 
 
 def add_adapter(model, name, kind="lora", targets=(), **options):
-    """Put a new set `name` of a kind of KINDS on the linears whose name, or whole path, is of `targets`
-    (none: see `is_target`), and freeze the base; returns the adapters by path. Options that are not given
-    are the kind's defaults. ValueError if no linear bears a target's name."""
+    """Put a new set `name` of a kind of KINDS on the linears whose name, or whole path, is of `targets` (none:
+    see `is_target`), and freeze the base; returns the adapters by path. ValueError for a target that is none."""
     maker, layers, first = KINDS[kind], linears(model), not model.sets
     names = {path.split(".")[-1] for path in layers}
     if unknown := " or ".join(sorted(set(targets) - names - set(layers))):

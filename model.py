@@ -170,7 +170,6 @@ class Linear(nn.Linear):
 
 class OffsetRMSNorm(nn.RMSNorm):
     """Gemma's: the weight is stored less one, and is applied in float32."""
-
     def forward(self, x):
         return F.rms_norm(x.float(), x.shape[-1:], 1 + self.weight.float(), self.eps).to(x.dtype)
 

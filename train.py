@@ -32,8 +32,7 @@ from text.examples import batches, draw, length, load_data, settle
 # The pieces: each can be used without the loop
 
 def schedule(step, steps, warmup_steps):
-    """The part of the peak learning rate: linear from 0 to 1 over warmup_steps, then linear to 0 at `steps`.
-    """
+    """The part of the peak learning rate: linear up to 1 over warmup_steps, then linear to 0 at `steps`."""
     if step < warmup_steps:
         return step / warmup_steps
     return (steps - step) / max(1, steps - warmup_steps)
@@ -82,10 +81,9 @@ def train_step(bitune, optimizer, examples, cut, rate, clip):
 
 @torch.inference_mode()
 def validate(bitune, examples, cut, show=lambda text: None):
-    """Validation: `loss` as in training (the mean over examples of their means), `perplexity` of an answer
-    token, `accuracy`: the part of the answer tokens that are the likeliest, given the right ones before,
-    `exact_match`: the part of the answers of which all are, which greedy decoding writes word for word.
-    FloatingPointError if the loss is not finite. `show` is told how far it is."""
+    """The `loss` as in training (the mean over examples of their means), the `perplexity` of an answer token,
+    `accuracy`, the part of the answer tokens that are the likeliest given the right ones before, `exact_match`,
+    the part of the answers of which all are. FloatingPointError if the loss is not finite."""
     bitune.eval()
     measure = lambda logits, labels: torch.stack((nll(logits, labels), logits.argmax(-1) == labels), dim=-1)
     totals, done, mine = [0.0] * 5, 0, share(examples)
@@ -154,8 +152,7 @@ def train(run, progress, stop):
 # The command
 
 def prepare(s):
-    """The Run that settings stand for, new or resumed, ready to be trained. ValueError says what is wrong
-    with them: all that can be wrong shows here, before the work begins."""
+    """The Run that settings stand for, new or resumed; ValueError if anything is wrong with them."""
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
     model, tokenizer = load_base(s.model, s.device, dtype, s.base_bits)
     model.checkpointing = s.checkpointing

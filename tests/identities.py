@@ -59,7 +59,7 @@ def cached_is_uncached(make, folder):
         logits = answer_logits(bitune, [prompt], [answer])[0]  # one pass, nothing cached
         assert logits.argmax(-1).tolist() == answer
         with torch.inference_mode():
-            x, labels, past = bitune.answer_pass([prompt], [[0]])
+            x, _, _, past = bitune.answer_pass([prompt], [[0]])
             cache, steps = KVCache(past, len(past) + 5), [bitune.model.head(x)[0, -1]]
             for n, token in enumerate(answer[:-1]):
                 token, at = torch.tensor([[token]]), torch.tensor([[len(prompt) + n]])

@@ -226,7 +226,7 @@ def test_what_was_read_and_answered_stays():
     n, m = len(FIRST) - 1, len(FIRST) + len(said)
     assert_same([(k[:, :, :n], v[:, :, :n]) for k, v in again], before)
     with torch.inference_mode():                # what the answer pass made of its tokens
-        _, _, past = bitune.answer_pass([FIRST], [said + [0]])
+        *_, past = bitune.answer_pass([FIRST], [said + [0]])
         made = [(k[:, :, n:], v[:, :, n:]) for k, v in past.layers]
     assert_same([(k[:, :, n:m], v[:, :, n:m]) for k, v in again], made)
     fresh = bitune.encode(bitune.lay_out([whole], [[]])[0]).layers
