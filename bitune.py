@@ -117,9 +117,9 @@ class Bitune(nn.Module):
 
     def encode(self, context, past=None):
         """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
-        of an earlier past if there is one (None if there is neither). No gradient reaches q, o and MLP of the
-        last layer in the set "prompt", as only K and V go on from here; at the start, where B = 0, none reaches
-        A, nor θ[0], as both passes give layer 0 the same K and V."""
+        of an earlier past if there is one (None if there is neither). No gradient reaches q, o and MLP of
+        the last layer in the set "prompt": only K and V go on from here. At the start, where B = 0, none
+        reaches A, nor θ[0], as both passes give layer 0 the same K and V."""
         if context.ids.shape[1] == 0:
             return past
         read = self.read(context, past)
@@ -146,8 +146,8 @@ class Bitune(nn.Module):
 
     def answer_pass(self, prompts, answers, past=None):
         """Of the answer stream: its states (B, T', C), which the head makes logits of; labels (B, T') on the
-        CPU, the answer token that each should predict or -100, and where there is one; the Past of context and
-        stream. past: what `encode` makes of the contexts, if that is there already."""
+        CPU, the answer token that each should predict or -100, and where there is one; the Past of context
+        and stream. past: what `encode` makes of the contexts, if that is there already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens of the opening before x[P-1]
         keep = slice(min(before), None)
@@ -185,8 +185,8 @@ class Bitune(nn.Module):
     def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         """Answer a batch of prompts, yielding after each step a list of each one's next id, None once ended.
         One ends at a stop id, which is not yielded; all end where the longest is at the model's limit.
-        temperature 0 takes the likeliest token, else one of the top_k likeliest (0: all) is drawn that make up
-        the first top_p of the mass."""
+        temperature 0 takes the likeliest token; else one is drawn of the top_k likeliest (0: all) that make
+        up the first top_p of the mass."""
         config, longest = self.model.config, max(map(len, prompts))
         config.check_length(longest + 1)
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
@@ -223,7 +223,7 @@ class Bitune(nn.Module):
 
 
 def blend(a, causal, second):
-    """(1 - α) K_c + α K_b, computed in α's float32, for which α needs a dimension, and in K's dtype again."""
+    """(1 - α) K_c + α K_b, in α's float32, for which α needs a dimension, and then in K's dtype again."""
     a = a if a.dim() else a[None]
     return ((1 - a) * causal + a * second).to(causal.dtype)
 

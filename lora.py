@@ -179,8 +179,8 @@ def is_target(name):
 
 
 def add_adapter(model, name, kind="lora", targets=(), **options):
-    """Put a new set `name` of a kind of KINDS on the linears whose name, or whole path, is of `targets` (none:
-    see `is_target`), and freeze the base; returns the adapters by path. ValueError for a target that is none."""
+    """Put a new set `name` of a kind of KINDS on the linears whose name, or path, is of `targets` (none: see
+    `is_target`), and freeze the base; returns the adapters by path. ValueError for a target that is none."""
     maker, layers, first = KINDS[kind], linears(model), not model.sets
     names = {path.split(".")[-1] for path in layers}
     if unknown := " or ".join(sorted(set(targets) - names - set(layers))):
@@ -199,16 +199,17 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
 
 @torch.no_grad()
 def fold(model, name):
-    """Let the set `name` hold merged weights beside its layers' own, as full copies do: the same by one product
-    a layer, to be trained no more. ValueError where a layer would compute something else."""
+    """Let the set `name` hold merged weights beside its layers' own, as full copies do: the same by one
+    product a layer, to be trained no more. ValueError where a layer would compute something else."""
     for path, adapter in adapters(model, name).items():
         linear = model.get_submodule(path)
         weight, bias = adapter.merged(linear)
         folded = Full(SimpleNamespace(weight=weight, bias=bias), path).requires_grad_(False)
         x = torch.linspace(-1, 1, linear.in_features).to(weight)[None]
         y, tolerance = adapter(x, linear), 0.1 if x.dtype == torch.bfloat16 else 1e-3
-        if not (folded(x, linear) - y).norm() <= tolerance * y.norm() or bias is not None and linear.bias is None:
-            raise ValueError(f"{path}: merged in {weight.dtype}, it would not compute the same (or has a bias too "
-                             f"many): do forward and merged of the kind {model.sets[name][0]} go together?")
+        new_bias = bias is not None and linear.bias is None
+        if new_bias or not (folded(x, linear) - y).norm() <= tolerance * y.norm():
+            raise ValueError(f"{path}: merged in {weight.dtype}, it would not compute the same: do forward "
+                             f"and merged of the kind {model.sets[name][0]}, in lora.py, go together?")
         linear.sets[name] = folded
     model.sets[name] = "full", {}

@@ -97,8 +97,8 @@ def may_attend(query_pos, key_pos, sees="causal"):
 
 class Past:
     """Keys and values of earlier tokens: one (k, v) a layer, (B, G, S, D) each, at positions (B, S). Joining
-    makes new tensors, so gradients flow back into the pass that made them. (In the model, whatever has a length
-    and `join` may take its place.)"""
+    makes new tensors, so gradients flow back into the pass that made them. (Whatever has a length and `join`
+    may take its place.)"""
 
     def __init__(self, layers, positions):
         self.layers, self.positions = layers, positions
@@ -292,9 +292,9 @@ class Llama(nn.Module):
         """Logits (B, T', V) of the tokens in `keep`, and the new keys and values: L pairs (B, G, T, D).
 
         tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it;
-        None lets every token attend to all. past: a Past or KVCache. adapter: the adapter set to run, None for
-        the bare base; ValueError if no layer carries it. keep: the slice of the T tokens whose logits are
-        wanted: in the last layer, attention, MLP, final norm and head run for these T' alone."""
+        None lets every token attend to all. past: a Past or KVCache. adapter: the set to run, None for the
+        bare base; ValueError if no layer carries it. keep: the slice of the T tokens whose logits are asked
+        for: in the last layer, attention, MLP, final norm and head run for these T' alone."""
         x, keys_values = self.states(tokens, positions, mask, past, adapter, keep)
         return self.head(x), keys_values
 

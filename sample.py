@@ -57,7 +57,7 @@ def main(argv=None):
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     say(page) if page else None
     if demonstrates and args.prompt is None:
-        say(f"It knows the words of experiments/demo/language.py. Questions that it has not seen:\n\n{unseen()}\n")
+        say(f"It knows the words of experiments/demo/language.py. Unseen questions:\n\n{unseen()}\n")
     failed = False
     for prompt in prompts() if args.prompt is None else [args.prompt]:
         try:

@@ -3,8 +3,8 @@
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
 The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration. A
-killed run loses nothing that was saved: --resume RUN goes on. Another stage starts from what a run, or a PEFT
-adapter, has learned: --adapter RUN. Several cards: torchrun --standalone --nproc-per-node N train.py ...
+killed run loses nothing that was saved: --resume RUN goes on. Another stage starts from what a run, or a
+PEFT adapter, has learned: --adapter RUN. Several cards: torchrun --nproc-per-node N train.py ...
 """
 
 import math
@@ -81,9 +81,9 @@ def train_step(bitune, optimizer, examples, cut, rate, clip):
 
 @torch.inference_mode()
 def validate(bitune, examples, cut, show=lambda text: None):
-    """The `loss` as in training (the mean over examples of their means), the `perplexity` of an answer token,
-    `accuracy`, the part of the answer tokens that are the likeliest given the right ones before, `exact_match`,
-    the part of the answers of which all are. FloatingPointError if the loss is not finite."""
+    """The `loss` as in training (the mean over examples of their means), the `perplexity` of an answer
+    token, `accuracy`, the part of the answer tokens that are the likeliest given the right ones before, and
+    `exact_match`, the part of the answers of which all are. FloatingPointError if a loss is not finite."""
     bitune.eval()
     measure = lambda logits, labels: torch.stack((nll(logits, labels), logits.argmax(-1) == labels), dim=-1)
     totals, done, mine = [0.0] * 5, 0, share(examples)
@@ -177,7 +177,7 @@ def finetune(s, progress):
         with in_turn():
             check(s)
             if first():
-                held.enter_context(locked(s.out))       # if another trains there, it shows before any loading
+                held.enter_context(locked(s.out))   # if another trains there, it shows before any loading
             run = prepare(s)
         apart()
         progress.begins(run)

@@ -81,8 +81,8 @@ def tokens_that_fit(bitune, examples, s):
 @torch.no_grad()
 def ready_to_answer(bitune):
     """Fold the set "answer", so that each layer writes a token by one product: where there is room for the
-    copies, and only in float32, as a bfloat16 weight is too coarse for most of what was learned. On a CPU let
-    weights lie column by column: of a product with a single token each thread reads its own part then."""
+    copies, and only in float32, as a bfloat16 weight is too coarse for most of what was learned. On a CPU
+    let weights lie column by column: each thread then reads its own part of a product with one token."""
     weight = bitune.model.model.embed_tokens.weight
     size = sum(p.numel() * p.element_size() for p in bitune.model.parameters())
     if weight.dtype == torch.float32 and 2 * size < free_bytes(bitune.device):

@@ -1,4 +1,4 @@
-"""How a command ends: in one line on standard error, whatever went wrong and wherever, without losing a save.
+"""How a command ends: in one line on standard error, whatever went wrong, without losing a save.
 
 Exit status 2: the input was wrong, and no work has begun. 1: the work went wrong. 128 + n: signal n.
 """

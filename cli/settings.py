@@ -80,11 +80,15 @@ def fits(form, value):
 # The table
 
 class Setting(NamedTuple):
-    group: str
     help: str
     form: dict
     default: object = None
     may_change: bool = False    # when a run is resumed; no number that it comes to hangs on it
+    group: str = "what"         # its heading in --help
+
+
+def group(title, settings):
+    return {name: setting._replace(group=title) for name, setting in settings.items()}
 
 
 def kind_options():
@@ -100,91 +104,93 @@ def kind_options():
         if any(KINDS[kind].options[name].default != option.default for kind in kinds):
             shown = "each kind's own"
         form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
-        settings[name] = Setting("method", f"of {', '.join(kinds)}: {option.help} (default: {shown})", form)
+        settings[name] = Setting(f"of {', '.join(kinds)}: {option.help} (default: {shown})", form)
     return settings
 
 
 SEED = number(int, 0, 2**63 - 1)
 TEMPLATE = words("auto", "chat", *TEMPLATES)
 SETTINGS = {
-    "model": Setting("what", "base model: a Hugging Face checkpoint folder", text("FOLDER"), None, True),
-    "data": Setting("what", "training data: JSON Lines or a JSON list, see docs/data.md", text("FILE"), None, True),
-    "out": Setting("what", "folder to write the run to", text("RUN")),
-    "adapter": Setting("what", "start from what this run, or PEFT adapter, has learned: its base, adapters and "
-                       "template, its method and mixing; a set that --method needs more starts as its first",
-                       text("RUN")),
-    "resume": Setting("what", "continue RUN from its last save, with its own settings", text("RUN")),
-
-    "method": Setting("method", "how the prompt is read", words(*METHODS), default(Bitune, "method")),
-    "c": Setting("method", "the constant in α, where every θ starts: the smaller, the faster α moves",
-                 number(float, 1e-9, 1e9), default(Bitune, "c")),
-    "peft": Setting("method", "kind of adapters", words(*KINDS), default(add_adapter, "kind")),
-    **kind_options(),
-    "targets": Setting("method", "linears to adapt (default: those of lora.is_target)", text("NAME", nargs="+")),
-
-    "task": Setting("data", "form of the data: rows of the forms in docs/data.md, or a task's published files",
-                    words(*TASKS), "rows"),
-    "template": Setting("data", "words around prompt and answer; chat: the model's own chat markup, auto: the "
-                        "same if it is one of chat-*, else paper", TEMPLATE, "auto"),
-    "max_length": Setting("data", "longest example in tokens, longer ones are dropped (default: 512, or what "
-                          "the model can read)", number(int, 2)),
-    "val_data": Setting("data", "validation data; without it the last examples of --data", text("FILE"), None,
-                        True),
-    "val_size": Setting("data", "how many of these, at most a tenth; 0: none", number(int), 1000),
-
-    "steps": Setting("optimisation", "optimizer steps", number(int, 1, 10**9), 3000),
-    "batch_size": Setting("optimisation", "examples a step", number(int, 1, 10**9), 10),
-    "micro_batch_size": Setting("optimisation", "examples at a time, whatever their length (same result)",
-                                number(int, 1), None, True),
-    "micro_batch_tokens": Setting("optimisation", "tokens at a time, in examples of like length (same result; "
-                                  "default: as many as the memory has room for)", number(int, 1), None, True),
-    "lr": Setting("optimisation", "peak learning rate", number(float), 3e-4),
-    "warmup": Setting("optimisation", "part of the steps in which the rate rises", number(float, 0, 1), 0.1),
-    "checkpointing": Setting("optimisation", "compute each block twice, and keep its input alone: less memory, "
-                             "half more time (same result)", SWITCH, False, True),
-    "base_bits": Setting("optimisation", "the linears' frozen weights in 8 bits, with lora or dora: half the "
-                         "memory of bfloat16, slower, a little off (default: as --dtype has them)",
-                         number(int, 8, 8)),
-    "clip": Setting("optimisation", "largest gradient norm", number(float, 1e-9), 1.0),
-    "eps": Setting("optimisation", "AdamW's epsilon", number(float, 1e-12), 1e-6),
-    "weight_decay": Setting("optimisation", "AdamW's weight decay", number(float), 0.0),
-    "seed": Setting("optimisation", "of adapters and order of examples", SEED, 42),
-
-    "eval_every": Setting("running", "steps between validations (default: a tenth of --steps)", number(int, 1)),
-    "save_every": Setting("running", "steps between saves (default: a tenth of --steps)", number(int, 1)),
-    "keep": Setting("running", "best: beside the last save also the one with the lowest validation loss, in "
-                    "RUN/best", words("last", "best"), "last"),
-    "dtype": Setting("running", "of the base model (default: bfloat16 on a GPU, float32 on a CPU and where the "
-                     "base trains)", words(*DTYPES)),
-    "device": Setting("running", "cpu, cuda or mps (default: cuda if there is one, else cpu)", text("DEVICE"),
-                      None, True),
+    **group("what", {
+        "model": Setting("base model: a Hugging Face checkpoint folder", text("FOLDER"), None, True),
+        "data": Setting("training data, in a form of docs/data.md", text("FILE"), None, True),
+        "out": Setting("folder to write the run to", text("RUN")),
+        "adapter": Setting("start from what this run, or PEFT adapter, has learned: its base, adapters, "
+                           "template, method and mixing; a set that --method needs more starts as its first",
+                           text("RUN")),
+        "resume": Setting("continue RUN from its last save, with its own settings", text("RUN")),
+    }),
+    **group("method", {
+        "method": Setting("how the prompt is read", words(*METHODS), default(Bitune, "method")),
+        "c": Setting("the constant in α, where every θ starts: the smaller, the faster α moves",
+                     number(float, 1e-9, 1e9), default(Bitune, "c")),
+        "peft": Setting("kind of adapters", words(*KINDS), default(add_adapter, "kind")),
+        **kind_options(),
+        "targets": Setting("linears to adapt (default: those of lora.is_target)", text("NAME", nargs="+")),
+    }),
+    **group("data", {
+        "task": Setting("form of the data: rows of the forms in docs/data.md, or a task's published files",
+                        words(*TASKS), "rows"),
+        "template": Setting("words around prompt and answer; chat: the model's own chat markup, auto: the "
+                            "same if it is one of chat-*, else paper", TEMPLATE, "auto"),
+        "max_length": Setting("longest example in tokens, longer ones are dropped (default: 512, or what "
+                              "the model can read)", number(int, 2)),
+        "val_data": Setting("validation data (default: the last of --data)", text("FILE"), None, True),
+        "val_size": Setting("how many of these, at most a tenth; 0: none", number(int), 1000),
+    }),
+    **group("optimisation", {
+        "steps": Setting("optimizer steps", number(int, 1, 10**9), 3000),
+        "batch_size": Setting("examples a step", number(int, 1, 10**9), 10),
+        "micro_batch_size": Setting("examples at a time (same result)", number(int, 1), None, True),
+        "micro_batch_tokens": Setting("tokens at a time, of examples of like length (same result; default: "
+                                      "as many as the memory has room for)", number(int, 1), None, True),
+        "lr": Setting("peak learning rate", number(float), 3e-4),
+        "warmup": Setting("part of the steps in which the rate rises", number(float, 0, 1), 0.1),
+        "checkpointing": Setting("compute each block twice, and keep its input alone: less memory, half "
+                                 "more time (same result)", SWITCH, False, True),
+        "base_bits": Setting("the linears' frozen weights in 8 bits, with lora or dora: half the memory of "
+                             "bfloat16, slower, a little off (default: as --dtype has it)", number(int, 8, 8)),
+        "clip": Setting("largest gradient norm", number(float, 1e-9), 1.0),
+        "eps": Setting("AdamW's epsilon", number(float, 1e-12), 1e-6),
+        "weight_decay": Setting("AdamW's weight decay", number(float), 0.0),
+        "seed": Setting("of adapters and order of examples", SEED, 42),
+    }),
+    **group("running", {
+        "eval_every": Setting("steps between validations (default: a tenth of --steps)", number(int, 1)),
+        "save_every": Setting("steps between saves (default: a tenth of --steps)", number(int, 1)),
+        "keep": Setting("best: beside the last save, in RUN/best, the one of the lowest validation loss",
+                        words("last", "best"), "last"),
+        "dtype": Setting("of the base model (default: bfloat16 on a GPU, float32 on a CPU and where the "
+                         "base trains)", words(*DTYPES)),
+        "device": Setting("cpu, cuda or mps (default: cuda if there is one, else cpu)", text("DEVICE"), None,
+                          True),
+    }),
 }
-SAMPLING = {
-    name: Setting("sampling", help, form, default(Bitune.answer, name)) for name, help, form in (
+SAMPLING = group("sampling", {
+    name: Setting(help, form, default(Bitune.answer, name)) for name, help, form in (
         ("temperature", "0 takes the likeliest token", number(float)),
         ("top_k", "sample from the k likeliest; 0: all", number(int)),
         ("top_p", "sample from the likeliest that make up this mass", number(float, 1e-9, 1)),
         ("seed", "of the sampling", SEED))
-}
+})
 ASKED = {               # what is asked or scored
-    "model": Setting("what", "base model: a checkpoint folder (default: the run's own)", text("FOLDER")),
-    "adapter": Setting("what", "a run of train.py, or a PEFT adapter (default: the bare model)", text("RUN")),
-    "max_new_tokens": Setting("what", "longest answer", number(int, 1), default(Bitune.answer, "max_new_tokens")),
+    "model": Setting("base model: a checkpoint folder (default: the run's own)", text("FOLDER")),
+    "adapter": Setting("a run of train.py, or a PEFT adapter (default: the bare model)", text("RUN")),
+    "max_new_tokens": Setting("longest answer", number(int, 1), default(Bitune.answer, "max_new_tokens")),
     "dtype": SETTINGS["dtype"], "device": SETTINGS["device"],
 }
-
 PROMPT = {
-    "prompt": Setting("what", "what to ask; -: all of standard input, as one prompt", text("TEXT")),
-    "prompt_file": Setting("what", "a file with the prompt, which may have several lines", text("FILE")),
-    "template": Setting("chat", "words around the text (default: the run's; without one auto: the model's own "
-                        "chat markup if it is one of chat-*, else plain)", TEMPLATE),
-    "chat": Setting("chat", "each line goes on from those before; recompute (the default) reads all again, "
+    "prompt": Setting("what to ask; -: all of standard input, as one prompt", text("TEXT")),
+    "prompt_file": Setting("a file with the prompt, which may have several lines", text("FILE")),
+    "template": Setting("words around the text (default: the run's; without one auto: the model's own chat "
+                        "markup if it is one of chat-*, else plain)", TEMPLATE),
+    "chat": Setting("each line goes on from those before; recompute (the default) reads all again, "
                     "alternating only what is new", words("recompute", "alternating") |
                     {"nargs": "?", "const": "recompute"}),
-    "system": Setting("chat", "what the system says before the first line", text("TEXT")),
-    "stop": Setting("sampling", "ends an answer, too; may be repeated", text("TEXT", action="append"), []),
-    "show_mixing": Setting("shown", "how --prompt is mixed, layer by layer", SWITCH),
-    "explain": Setting("shown", "what becomes of --prompt, step by step", SWITCH),
+    "system": Setting("what the system says before the first line", text("TEXT")),
+    "stop": Setting("ends an answer, too; may be repeated", text("TEXT", action="append"), []),
+    "show_mixing": Setting("how --prompt is mixed, layer by layer", SWITCH),
+    "explain": Setting("what becomes of --prompt, step by step", SWITCH),
 }
 
 # Without --model and --data: the demonstration. Its files come with this repository.
@@ -275,15 +281,15 @@ def resumed(typed):
         raise ValueError(f"{folder} has no settings.json: expected a run of train.py")
     before = checked(read_settings(folder)[0], f"{folder}/settings.json")
     if typed.get("steps", before["steps"]) != before["steps"]:
-        raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on their "
-                         f"number, {before['steps']}. For another stage, start from what it has learned: "
-                         f"--adapter {folder} --steps {typed['steps']}, and another --out")
+        raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on "
+                         f"their number, {before['steps']}. For another stage, start from what it has "
+                         f"learned: --adapter {folder} --steps {typed['steps']}, and another --out")
     other = [flag(name) for name, value in typed.items() if not SETTINGS[name].may_change
              and name != "resume" and value != before.get(name)]
     if other:
         may = " ".join(flag(name) for name, s in SETTINGS.items() if s.may_change)
-        raise ValueError(f"--resume continues a run with its own settings, which {' '.join(sorted(other))} would "
-                         f"change; only these may be given with it: {may}")
+        raise ValueError(f"--resume continues a run with its own settings, which {' '.join(sorted(other))} "
+                         f"would change; only these may be given with it: {may}")
     if not (Path(folder) / "state.safetensors").exists():
         raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
     if finished(folder):
@@ -308,8 +314,8 @@ def adapted(typed):
     settle(folder)
     about = read_about(folder)
     kind, options = (FULL, {}) if about.get("whole") else read_options(folder)[:2]
-    fixed = {"peft", "targets", *kind_options()} | ({"c"} if (folder / "mixing.safetensors").exists() else set())
-    if odd := sorted(typed.keys() & fixed):
+    fixed = ["peft", "targets", *kind_options(), *["c"] * (folder / "mixing.safetensors").exists()]
+    if odd := sorted(typed.keys() & {*fixed}):
         raise ValueError(f"{flag(odd[0])}: adapters and mixing are those of {folder}")
     there = {key: about[key] for key in ("method", "template", "c") if key in about}
     model = {} if "model" in typed else {"model": str(base_of(folder))}
@@ -317,7 +323,7 @@ def adapted(typed):
 
 
 def options(s, name):
-    """The options of the adapters of the set `name`, as `lora.add_adapter` takes them: all sets' the same."""
+    """The options of the adapters of the set `name`, as `lora.add_adapter` takes them."""
     values = {name: getattr(s, name) for name in KINDS[s.peft].options}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 

@@ -42,19 +42,19 @@ from train import finetune
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
 OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid for each run
 GRID = {
-    "out": Setting("grid", "where the runs and tables.md go, and where they are continued", text("FOLDER")),
-    "evaluate": Setting("grid", "what to score every run on, as experiments.evaluate does: " + ", ".join(SCORED),
+    "out": Setting("where the runs and tables.md go, and where they are continued", text("FOLDER")),
+    "evaluate": Setting("what to score every run on, as experiments.evaluate does: " + ", ".join(SCORED),
                         text("TASK=FILE", nargs="+"), []),
-    "methods": Setting("grid", "what to lay beside plain finetuning", words(*(m for m in METHODS if METHODS[m])) |
-                       {"nargs": "+"}, ["bitune"]),
-    "pefts": Setting("grid", "kinds of adapters", words(*KINDS) | {"nargs": "+"}, [KIND]),
-    "cs": Setting("grid", "of the methods that mix", SETTINGS["c"].form | {"nargs": "+"}, [C]),
-    "lrs": Setting("grid", "learning rates", SETTINGS["lr"].form | {"nargs": "+"}, [SETTINGS["lr"].default]),
-    "search": Setting("grid", "compare the --lrs with the first seed alone, unscored", SWITCH),
-    "seeds": Setting("grid", "of each model", SETTINGS["seed"].form | {"nargs": "+"}, [42, 43, 44]),
-    "limit": Setting("grid", "only the first N questions of each file", SCORING["limit"].form),
-    "eval_batch_size": Setting("grid", "questions at a time", number(int, 1)),
-    "max_new_tokens": SCORING["max_new_tokens"]._replace(group="grid"),
+    "methods": Setting("what to lay beside plain finetuning",
+                       words(*(m for m in METHODS if METHODS[m])) | {"nargs": "+"}, ["bitune"]),
+    "pefts": Setting("kinds of adapters", words(*KINDS) | {"nargs": "+"}, [KIND]),
+    "cs": Setting("of the methods that mix", SETTINGS["c"].form | {"nargs": "+"}, [C]),
+    "lrs": Setting("learning rates", SETTINGS["lr"].form | {"nargs": "+"}, [SETTINGS["lr"].default]),
+    "search": Setting("compare the --lrs with the first seed alone, unscored", SWITCH),
+    "seeds": Setting("of each model", SETTINGS["seed"].form | {"nargs": "+"}, [42, 43, 44]),
+    "limit": Setting("only the first N questions of each file", SCORING["limit"].form),
+    "eval_batch_size": Setting("questions at a time", number(int, 1)),
+    "max_new_tokens": SCORING["max_new_tokens"],
 }
 
 
@@ -66,8 +66,9 @@ def variants(methods, kinds=(KIND,), cs=(C,), given={}):
     for kind in dict.fromkeys([KIND, *kinds]):
         own = {name: given.get(name, option.default) for name, option in KINDS[kind].options.items()}
         for times in (1, 2) if "rank" in own else (1,):
+            # The scale alpha / rank stays.
             more = {name: times * own[name] for name in ("rank", "lora_alpha") if name in own}
-            name = label(kind) + (f" rank {more['rank']}" if more else "")      # the scale alpha / rank stays
+            name = label(kind) + (f" rank {more['rank']}" if more else "")
             models[name] = {"method": "causal", "peft": kind, **more}
     for method, kind, c in product(methods, kinds, cs):
         name, own = method.replace("bitune", "Bitune"), {"method": method, "peft": kind}
@@ -103,8 +104,9 @@ def check_grid(runs):
         if (Path(s.out) / "settings.json").exists():
             before = read_settings(s.out)[0]
             free = [name for name, setting in SETTINGS.items() if setting.may_change]
-            differ = [name for name, value in vars(s).items() if name in before and before[name] != value
-                      and name not in (*free, "max_length", "template", "save_every", "keep", "out", "resume")]
+            free += ["max_length", "template", "save_every", "keep", "out", "resume"]
+            differ = [name for name, value in vars(s).items()
+                      if name not in free and name in before and before[name] != value]
             if differ:
                 raise ValueError(f"{s.out} is there with other settings: " + listed(
                     [f"{name} was {before[name]} and is {vars(s)[name]}" for name in differ]))
@@ -165,7 +167,7 @@ def tasks_of(files, limit, batch_size, max_new_tokens, device):
     tasks = {}
     for task, _, file in (f.partition("=") for f in files):
         if task not in SCORED or not file or not Path(file).exists():
-            raise ValueError(f"--evaluate {task}={file}: expected TASK=FILE, TASK one of {', '.join(SCORED)}")
+            raise ValueError(f"--evaluate {task}={file}: expected TASK=FILE, TASK one of {listed(SCORED)}")
         label = task if Path(file).stem == task else f"{task} {Path(file).stem}"
         if label in tasks:
             raise ValueError(f"--evaluate: two files would both be called {label!r}: rename one")
@@ -202,7 +204,8 @@ def main(argv=None):
     common["template"] = settle(common["template"], tokenizer, "paper")
     if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
         raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
-    tasks = tasks_of(args.evaluate, args.limit, args.eval_batch_size, args.max_new_tokens, common.get("device"))
+    tasks = tasks_of(args.evaluate, args.limit, args.eval_batch_size, args.max_new_tokens,
+                     common.get("device"))
     for _, own in tasks:                                    # what cannot be scored shows now
         load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
     models, out, lrs = variants(args.methods, args.pefts, args.cs, common), Path(args.out), args.lrs
@@ -215,14 +218,15 @@ def main(argv=None):
         raise ValueError(f"{out}: no run came to its end")
     base = ["base model", "", "", "", ""]
     for _, own in tasks:
-        own = Namespace(**own | {"model": common["model"], "dtype": common.get("dtype"), "out": str(out / "base")})
-        base += [f"{100 * value['mean']:.1f}%" for value in score(own, Progress("base model"))["scores"].values()]
+        own |= {"model": common["model"], "dtype": common.get("dtype"), "out": str(out / "base")}
+        scores = score(Namespace(**own), Progress("base model"))["scores"]
+        base += [f"{100 * value['mean']:.1f}%" for value in scores.values()]
     text = report(records, base, next(iter(models)))
     write_file(out / "tables.md", (text + "\n").encode())
     print(f"\n{text}\n\nwrote {out / 'tables.md'}")
     if len(records) < len(runs):
-        raise Failed(f"{len(runs) - len(records)} of the runs did not come to an end, as said above: repeat the "
-                     "command, or leave a rate that diverges out of --lrs")
+        raise Failed(f"{len(runs) - len(records)} of the runs did not come to an end, as said above: repeat "
+                     "the command, or leave a rate that diverges out of --lrs")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,8 @@ def training(model, args, device):
         for P in args.prompts:
             ids = torch.randint(model.config.vocab_size, (B, P + A))
             examples = [Example(t[:P], t[P:]) for t in ids.tolist()]
-            step = lambda m: train_step(tasks[m], optimizers[m], examples, partial(batches, size=B), 1.0, 1.0)
+            cut = partial(batches, size=B)
+            step = lambda m: train_step(tasks[m], optimizers[m], examples, cut, 1.0, 1.0)
             steps = {name: partial(step, name) for name in tasks}
             if theirs:
                 steps["peft"] = lambda: theirs(ids.to(device), P)
@@ -157,7 +158,8 @@ def answering(model, args, device):
     theirs = hugging_face(model) if args.against else None
     tasks = {"unmerged": finetunable(model, "bitune"), 
              "bitune": ready_to_answer(finetunable(model, "bitune")),
-             "lora": ready_to_answer(finetunable(model, "causal")), "base": ready_to_answer(Bitune(model, "causal"))}
+             "lora": ready_to_answer(finetunable(model, "causal")),
+             "base": ready_to_answer(Bitune(model, "causal"))}
     read = [p for name, p in model.named_parameters()
             if model.config.tie_word_embeddings or "embed_tokens" not in name]
     weights, new = sum(p.numel() * p.element_size() for p in read), args.answer

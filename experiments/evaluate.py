@@ -243,7 +243,8 @@ def subjects(questions, results):
         return {}
     scores = {subject: mean_scores(group) for subject, group in groups.items()}
     means = {key: statistics.fmean(own[key][0] for own in scores.values()) for key in mean_scores(results)}
-    return {"subjects": {subject: as_json(own) for subject, own in scores.items()}, "mean_of_subjects": means}
+    return {"subjects": {subject: as_json(own) for subject, own in scores.items()},
+            "mean_of_subjects": means}
 
 
 def as_json(scores):
@@ -268,15 +269,15 @@ def page(title, results):
 # The command
 
 SCORING = ASKED | {
-    "task": Setting("what", "what the file is", words(*SCORED)),
-    "data": Setting("what", "the questions, as published: JSONL, or MMLU's CSV; or a folder of such files",
+    "task": Setting("what the file is", words(*SCORED)),
+    "data": Setting("the questions, as published: JSONL, or MMLU's CSV; or a folder of such files",
                     text("FILE")),
-    "limit": Setting("what", "only the first N questions (of each file)", number(int, 1) | text("N")),
-    "batch_size": Setting("what", f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
-    "forced_causal": Setting("what", "with α = 0: what does the second reading add?", SWITCH),
-    "twice": Setting("what", "each prompt's text twice: what does repeating it add?", SWITCH),
-    "samples": Setting("what", "also a readable page of N written answers", number(int, 1) | text("N")),
-    "out": Setting("what", "where results go (default: the run, or runs/base/NAME)", text("FOLDER")),
+    "limit": Setting("only the first N questions (of each file)", number(int, 1) | text("N")),
+    "batch_size": Setting(f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
+    "forced_causal": Setting("with α = 0: what does the second reading add?", SWITCH),
+    "twice": Setting("each prompt's text twice: what does repeating it add?", SWITCH),
+    "samples": Setting("also a readable page of N written answers", number(int, 1) | text("N")),
+    "out": Setting("where results go (default: the run, or runs/base/NAME)", text("FOLDER")),
 }
 
 
@@ -294,7 +295,7 @@ def subject_of(args):
 
 
 def place_of(args, of):
-    """The file of a summary, without its suffix: in the run's folder, or in the base's below runs/base. Where
+    """The file of a summary, without its suffix: in the run's folder, or in the base's below runs/base. If
     that name stands for scores on other data, it gets what these are told by."""
     whole = not args.adapter and read_about(args.model).get("whole")
     bare = Path("runs/base") / Path(args.model or "").resolve().name

@@ -342,8 +342,8 @@ def checkpoint_dtype(folder):
 
 
 def merged_tensors(model, name):
-    """The tensors, by name, of a model without adapters that computes what this one does with the set `name`,
-    which is folded."""
+    """The tensors, by name, of a model without adapters that computes what this one does with a set, which
+    is folded."""
     fold(model, name)
     tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
     for path, adapter in adapters(model, name).items():

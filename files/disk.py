@@ -36,8 +36,8 @@ def lock_file(path, trouble):
 
 @contextmanager
 def locked(folder):
-    """Keep other processes from writing into a folder; InUse if another is at it. What a killed save has left
-    undone is done first. Nothing is left of a folder in which nothing was written."""
+    """Keep other processes from writing into a folder; InUse if another is at it. What a killed save has
+    left undone is done first. Nothing is left of a folder in which nothing was written."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     trouble = "is in use: another process trains there. Wait for it, or take another folder"

@@ -51,7 +51,7 @@ def read_about(folder):
     kinds = {"method": str, "c": (int, float), "base": str, "base_config": dict, "fingerprint": dict,
              "template": str, "step": int, "alpha": dict, "whole": bool}
     if about["method"] not in METHODS:
-        raise ValueError(f"{file}: method {about['method']!r} is unknown: expected one of {', '.join(METHODS)}")
+        raise ValueError(f"{file}: method {about['method']!r} is unknown: expected {' or '.join(METHODS)}")
     if damaged := [key for key, value in about.items() if not isinstance(value, kinds.get(key, object))]:
         raise ValueError(f"{file} is damaged: {damaged[0]} is {about[damaged[0]]!r:.60}")
     return about
@@ -130,8 +130,8 @@ def check_code(folder, about, bitune):
             wrong.append(part)
     if wrong:
         raise ValueError(f"{folder} was trained by code that computes something else (from the same made-up "
-                         f"numbers another {' and '.join(wrong)}): what has been edited since, in bitune.py, "
-                         "lora.py or model.py?")
+                         f"numbers another {' and '.join(wrong)}): what has been edited since, in "
+                         "bitune.py, lora.py or model.py?")
 
 
 @torch.no_grad()
@@ -183,8 +183,8 @@ def load_bitune(model, folder, base="", method=None, c=None):
     about = read_about(folder)
     own = about.get("method", "causal")
     if about.get("whole") and Path(base).resolve() != folder.resolve():
-        raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, give "
-                         "no other")
+        raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, "
+                         "give no other")
     if about:
         check_base(folder, about, model, base)
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
@@ -297,7 +297,8 @@ class Run:
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
                              "or choose another --out")
-        self.asked = next((e.prompt for e in examples + val if bitune.split(e.prompt)[0]), examples[0].prompt)
+        prompts = [e.prompt for e in examples + val]
+        self.asked = next((p for p in prompts if bitune.split(p)[0]), prompts[0])
         self.alphas(), fingerprint(bitune)              # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
@@ -312,7 +313,8 @@ class Run:
 
     def kept(self):
         resume = shlex.join(["python", "train.py", "--resume", str(self.folder)])
-        return f"The save of step {self.saved} is whole: {resume}" if self.saved else "Nothing was saved yet."
+        whole = f"The save of step {self.saved} is whole: {resume}"
+        return whole if self.saved else "Nothing was saved yet."
 
     def begin(self, tokens):
         """Write down the settings, now that it is known how many tokens go at a time."""

@@ -126,7 +126,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(name, [v for _, v in values], ids=[i for i, _ in values])
 
     if "edit" in metafunc.fixturenames:
-        metafunc.parametrize("edit", edits() if metafunc.config.getoption("--edits") else ["token", "opening"])
+        all_of_them = metafunc.config.getoption("--edits")
+        metafunc.parametrize("edit", edits() if all_of_them else ["token", "opening"])
+    if "whole" in metafunc.fixturenames:
+        metafunc.parametrize("whole", edits() if metafunc.config.getoption("--edits") else [])
     if "base" in metafunc.fixturenames:
         parametrize(
             "base",

@@ -70,13 +70,13 @@ def demonstrate(task, models, lrs, seeds, steps, out):
 
 
 SHOWN = {
-    "all": Setting("what", "also the ablations, and all three tasks", SWITCH),
-    "tasks": Setting("what", "where the speakers' names stand (default: behind)", words(*TASKS) | {"nargs": "+"}),
-    "seeds": Setting("what", "how many, from 42 on", number(int, 1), 1),
-    "lrs": Setting("what", "learning rates, of which validation chooses one a model",
+    "all": Setting("also the ablations, and all three tasks", SWITCH),
+    "tasks": Setting("where the speakers' names stand (default: behind)", words(*TASKS) | {"nargs": "+"}),
+    "seeds": Setting("how many, from 42 on", number(int, 1), 1),
+    "lrs": Setting("learning rates, of which validation chooses one a model",
                    SETTINGS["lr"].form | {"nargs": "+"}, [DEMO["lr"]]),
-    "steps": Setting("what", "of a run", number(int, 1), DEMO["steps"]),
-    "out": Setting("what", "where the runs go, or are continued (default: a new one)", text("FOLDER")),
+    "steps": Setting("of a run", number(int, 1), DEMO["steps"]),
+    "out": Setting("where the runs go, or are continued (default: a new one)", text("FOLDER")),
 }
 
 
