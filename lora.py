@@ -101,6 +101,8 @@ class DoRA(LoRA):
         super().__init__(linear, path, **options)
         norm = linear.weight.detach().to(self.lora_A.dtype).norm(dim=1)
         self.lora_magnitude_vector = nn.Parameter(norm)                                        # (out,)
+        if not norm.is_meta and not norm.all():
+            raise ValueError(f"{path}: a row of zeros has no direction that DoRA could turn")
 
     def gain(self, linear):
         """m / |W + s B A| (out,), the norm a constant to the backward pass, as in the paper's 4.3."""

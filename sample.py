@@ -49,8 +49,8 @@ def main(argv=None):
     bitune.model.config.check_length(len(begin) + 1)
     if args.prompt is None and (args.explain or args.show_mixing):
         raise ValueError("--explain and --show-mixing show what becomes of a prompt: give --prompt")
-    if args.prompt is not None and not begin:
-        raise ValueError("--prompt is empty: expected some text")
+    if args.prompt is not None and not begin or "" in args.stop:
+        raise ValueError("--prompt or --stop is empty: expected some text")
     page = bars(bitune, begin) if args.show_mixing else ""
     page = explain(bitune, tokenizer, begin, stop_ids) if args.explain else page    # which has the bars
     bitune = conversation(ready_to_answer(bitune), template, args.chat)
@@ -66,8 +66,8 @@ def main(argv=None):
                 turns += [("user", prompt), ("assistant", answer)]
         except (ValueError, FloatingPointError) as problem:     # one that is too long does not end the
             print()                                             # others, nor shift their answers
-            say(f"error: {problem}")
-            failed = True
+            say(f"error: {problem}" + "; the next line begins a new conversation" * bool(turns))
+            turns, failed = turns[:args.system is not None], True
     if failed:
         raise Failed("")
 

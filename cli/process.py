@@ -39,7 +39,7 @@ def command(main):
                 stream.reconfigure(errors="replace")
         try:
             main(argv)
-            return
+            return sys.stdout.flush() if sys.stdout else None
         except KeyboardInterrupt:
             problem, status = None, 130
         except BrokenPipeError:                                 # nobody reads on: that is no fault
@@ -47,6 +47,8 @@ def command(main):
             problem, status = None, 141
         except Failed as failed:
             problem, status = failed, failed.status
+        except FloatingPointError as wrong:
+            problem, status = wrong, 1
         except (ValueError, OSError) as wrong:
             problem, status = wrong, 2
         except RuntimeError as wrong:

@@ -346,8 +346,6 @@ def check(s):
         raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")
-    if s.keep == "best" and not (s.val_data or s.val_size):
-        raise ValueError("--keep best: there is no validation to tell the best by; give --val-data")
 
 
 # ----------------------------------------------------------------------------------------------------------

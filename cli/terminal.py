@@ -1,10 +1,12 @@
 """What a command says, one line that is rewritten, lines that stay, bars; and what it is asked."""
 
+import importlib
 import shutil
 import sys
 import textwrap
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from cli.process import to_type
@@ -21,7 +23,8 @@ class Progress:
     title, all that one of several runs has to say stands on its line, exact matches as bars."""
 
     def __init__(self, title=""):
-        self.live, self.shown, self.begun = sys.stdout.isatty(), time.monotonic(), None
+        self.live = bool(sys.stdout) and sys.stdout.isatty()
+        self.shown, self.begun = time.monotonic(), None
         self.title, self.bars = title, ""
 
     def update(self, text, last=False):
@@ -141,7 +144,7 @@ def whole_prompt(text, file):
     if file is None and text != "-":
         return text
     try:
-        said = sys.stdin.read() if file is None else Path(file).read_text(encoding="utf-8")
+        said = (sys.stdin.read() if sys.stdin else "") if file is None else Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{file or 'standard input'} is not UTF-8 text") from None
     return said.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
@@ -191,8 +194,12 @@ def settled(text, stops):
 
 def prompts():
     """The lines of standard input; in a terminal they are asked for, and an empty one ends."""
+    if sys.stdin is None:               # it is closed
+        return
     terminal = sys.stdin.isatty()
     if terminal:
+        with suppress(ImportError):     # without it a terminal cuts lines at 4,095 characters
+            importlib.import_module("readline")
         say("Ask; an empty line or Ctrl-D ends.")
     while True:
         try:

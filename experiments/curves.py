@@ -138,7 +138,9 @@ def main(argv=None):
     arg = flag_adder(parser)
     arg("--out", default="curves.svg", metavar="FILE", help="where the picture goes")
     args = parser.parse_args(argv)
-    panels = of_runs({Path(run).name: read_log(run) for run in args.runs})
+    alone = [Path(run).resolve().name for run in args.runs]
+    names = alone if len({*alone}) == len(alone) else args.runs         # several of one name: by their paths
+    panels = of_runs({name: read_log(run) for name, run in zip(names, args.runs)})
     if not panels:
         raise ValueError(f"{' '.join(args.runs)}: no step is in the logs yet")
     Path(args.out).write_text(picture(panels), encoding="utf-8")

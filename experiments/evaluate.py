@@ -65,8 +65,8 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
             texts = row.get("choices", [])
             answer = right_choice(row) if texts else answer
             if twice:
-                role, text = turns[-1]
-                turns = [*turns[:-1], (role, f"{text}\n\n{text}")]
+                whole, (role, _) = joined(turns[-1:], input), turns[-1]
+                turns, input = [*turns[:-1], (role, f"{whole}\n\n{whole}")], ""
             prompt = encode_prompt(tokenizer, template, turns, input)
         except ValueError as error:
             raise ValueError(f"{file}, {place}: {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cli.process import command
 from cli.settings import new_parser
-from files.checkpoint import checkpoint_bytes, checkpoint_dtype, load_model, merged_tensors
+from files.checkpoint import DTYPES, checkpoint_bytes, checkpoint_dtype, load_model, merged_tensors
 from files.disk import locked, write_files
 from files.run import base_of, load_bitune, read_about
 
@@ -22,6 +22,7 @@ def main(argv=None):
     arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
     arg("--adapter", metavar="RUN", required=True, help="a run of train.py, or a PEFT adapter")
     arg("--out", metavar="FOLDER", required=True, help="where to write the checkpoint")
+    arg("--dtype", choices=DTYPES, help="of its weights (default: the base's)")
     args = parser.parse_args(argv)
     run, out = Path(args.adapter), Path(args.out)
     if out.exists():
@@ -30,10 +31,22 @@ def main(argv=None):
         raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
                          "from the base: ask it with sample.py --adapter; only causal can be merged")
     base = args.model or base_of(run)
-    model = load_model(base, checkpoint_dtype(base))
-    bitune, _, _ = load_bitune(model, run, base)
+    dtype = DTYPES[args.dtype] if args.dtype else checkpoint_dtype(base)
+    bitune, _, _ = load_bitune(load_model(base), run, base)
+    before = {name: t.clone() for name, t in bitune.model.state_dict().items() if ".sets." not in name}
+    after = merged_tensors(bitune.model, "answer")
+    learned, kept = 0.0, 0.0
+    for name, t in after.items():
+        change = t - before[name]
+        learned += change.square().sum().item()
+        kept += (change * (t.to(dtype).float() - before[name])).sum().item()
+        after[name] = t.to(dtype)
+    kept = kept / learned if learned else 1.0
+    print(f"{str(dtype).removeprefix('torch.')} keeps {kept:.1%} of what was learned")
+    if kept < 0.5:
+        raise ValueError("more than half of what was learned would be rounded away: give --dtype float32")
     with locked(out):
-        write_files(out, checkpoint_bytes(merged_tensors(model, bitune.answer_set), base))
+        write_files(out, checkpoint_bytes(after, base))
     print(f"wrote {out}: use it as --model")
 
 

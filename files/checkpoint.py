@@ -4,7 +4,6 @@ A folder is read as a whole, `load_base`, or refused in one line that names what
 """
 
 import json
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -182,18 +181,13 @@ def read_config(folder):
 
 
 def check_folder(folder):
-    """ValueError if there is no checkpoint in a folder: what it is instead, and what to type."""
+    """ValueError if there is no checkpoint in a folder."""
     folder = Path(folder)
     if not folder.is_dir():
-        hint = ": expected a Hugging Face checkpoint"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            hint = f". If it is a hub's: hf download {folder} --local-dir NEW, and then give NEW"
-        raise ValueError(f"{folder} is not a folder here{hint}")
+        raise ValueError(f"{folder} is not a folder here: expected a Hugging Face checkpoint")
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{folder} is an adapter, not a checkpoint: type --adapter {folder}, and its "
-                             "base as --model")
-        raise ValueError(f"{folder} has no config.json: expected a Hugging Face checkpoint folder")
+        what = "is an adapter" if (folder / "adapter_config.json").is_file() else "has no config.json"
+        raise ValueError(f"{folder} {what}: expected a Hugging Face checkpoint folder")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -323,15 +317,8 @@ def checkpoint_files(folder):
     if lacking := [f.name for f in files if not f.is_file()]:
         suffixes = (".bin", ".pth", ".pt", ".safetensors")
         have = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
-        tensors, hint = [name for name in have if name.endswith(".safetensors")], ""
-        if have and not tensors:
-            hint = f" It has {listed(have)}, which are not read: write safetensors with transformers, " \
-                   f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
-        elif len(tensors) == 1 and "-of-" not in tensors[0]:
-            hint = f" It has {tensors[0]}: if that is all of it, mv {folder / tensors[0]} {one}"
-        elif tensors:
-            hint = f" It has {listed(tensors)}: is the download complete, and are the names as published?"
-        raise ValueError(f"{folder} lacks {listed(lacking)}.{hint}")
+        there = f"; it has {listed(have, ', ')}" if have else ""
+        raise ValueError(f"{folder} lacks {listed(lacking)}{there}: expected the names as published")
     return files
 
 

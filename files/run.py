@@ -285,6 +285,8 @@ class Run:
         self.settings, self.tokenizer, self.bitune, self.optimizer = settings, tokenizer, bitune, optimizer
         self.examples, self.val, self.folder, self.writes = examples, val, Path(settings.out), writes
         self.derived, self.saved = self.derive(dropped), 0
+        if settings.keep == "best" and not val:
+            raise ValueError("--keep best: there is no validation to tell the best by; give --val-data")
         if settings.resume:
             _, before = read_settings(self.folder)
             if before["data_hash"] != self.derived["data_hash"]:

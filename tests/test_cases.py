@@ -177,10 +177,10 @@ def test_what_an_adapter_says_and_is_not_understood_is_refused(fields, message, 
 
 
 @pytest.mark.parametrize("name, message", [
-    ("org/model", "org/model is not a folder here. If it is a hub's: hf download org/model --local-dir NEW"),
+    ("org/model", "org/model is not a folder here: expected a Hugging Face checkpoint"),
     ("nowhere", "nowhere is not a folder here: expected a Hugging Face checkpoint"),
-    ("adapter", "adapter is an adapter, not a checkpoint: type --adapter .*adapter, and its base as --mo"),
-    ("lone", "lone lacks model.safetensors. It has pytorch.safetensors: if that is all of it, mv .*lone"),
+    ("adapter", "adapter is an adapter: expected a Hugging Face checkpoint folder"),
+    ("lone", "lone lacks model.safetensors; it has pytorch.safetensors: expected the names as published"),
 ])
 def test_other_things_given_as_a_model_say_what_to_type(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -65,7 +65,8 @@ def main(argv=None):
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: see --help")
     bitune, tokenizer, template = load(args)
-    examples = load_examples(args.data, tokenizer, template, 512, args.task)[0][-args.n:]
+    longest = min(512, bitune.model.config.max_length)
+    examples = load_examples(args.data, tokenizer, template, longest, args.task)[0][-args.n:]
     progress, L = Progress(), bitune.model.config.num_hidden_layers
 
     def loss(key, value):
