@@ -366,7 +366,9 @@ def main(argv=None):
     if left_out:
         beyond = f", {len(left_out)} too long left out, first: {left_out[0]}"
     print(f"{args.task}: {shown(summary['scores'])} ({summary['questions']} questions{beyond}, "
-          f"{clock(summary['seconds'])})\nwrote {summary['file']} and what was said beside it")
+          f"{clock(summary['seconds'])})")
+    written = [Path(summary["file"]).with_suffix(end) for end in (".json", ".jsonl", *[".md"] * bool(args.samples))]
+    print(f"wrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

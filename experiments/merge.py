@@ -41,6 +41,8 @@ def main(argv=None):
         learned += change.square().sum().item()
         kept += (change * (t.to(dtype).float() - before[name])).sum().item()
         after[name] = t.to(dtype)
+        if not after[name].isfinite().all():
+            raise ValueError(f"{name}: merged, it is not finite in {dtype}: give --dtype float32")
     kept = kept / learned if learned else 1.0
     print(f"{str(dtype).removeprefix('torch.')} keeps {kept:.1%} of what was learned")
     if kept < 0.5:

@@ -101,7 +101,7 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     sample.main([])
     said = capsys.readouterr()
     assert said.out == f" {row['completion']}\n"
-    assert "loaded runs/demo:" in said.err and "Questions that it has not seen:" in said.err
+    assert "loaded runs/demo:" in said.err and "Unseen questions:" in said.err
 
 
 @pytest.mark.reference          # of today's method
