@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page):
 
 def test_flags_exist(capsys):
     """Every flag that a page names is one of a command's."""
-    known = {"--reference", "--fuzz", "--local-dir"}
+    known = {"--reference", "--fuzz", "--edits", "--local-dir"}
     mains = (train, sample, experiments.evaluate, experiments.merge, experiments.cost, experiments.ablate,
              experiments.benchmark, experiments.demo.__main__, experiments.demo.pretrain,
              experiments.real.alphas)
