@@ -205,7 +205,7 @@ def hugging_face(model):
     config = transformers.LlamaConfig(**shape, rms_norm_eps=model.config.norm_eps, eos_token_id=None)
     with torch.device("meta"):
         theirs = transformers.LlamaForCausalLM(config)
-    own = {name: t.clone() for name, t in model.state_dict().items()}       # quick() lays ours out anew
+    own = {name: t.clone() for name, t in model.state_dict().items()}
     theirs.load_state_dict(own, strict=False, assign=True)
     theirs.tie_weights()
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)         # its buffers were on meta

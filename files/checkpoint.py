@@ -334,7 +334,10 @@ def merged_tensors(model, name):
     fold(model, name)
     tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
     for path, adapter in adapters(model, name).items():
-        tensors |= {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
+        own = {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
+        if unknown := own.keys() - tensors.keys():
+            raise ValueError(f"merged, the model would have {min(unknown)}, for which a checkpoint has no place")
+        tensors |= own
     return tensors
 
 
