@@ -2,9 +2,9 @@
 
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
-The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration. A
-killed run loses nothing that was saved: --resume RUN goes on. Another stage starts from what a run, or a
-PEFT adapter, has learned: --adapter RUN. Several cards: torchrun --nproc-per-node N train.py ...
+The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration.
+--resume RUN goes on with a run that was killed; --adapter RUN starts from what a run, or a PEFT adapter, has
+learned. Several cards train one run: torchrun --standalone --nproc-per-node N train.py ...
 """
 
 import math

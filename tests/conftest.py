@@ -30,10 +30,7 @@ os.fsync = lambda file: None  # no test cuts the power, and a disk may take its 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--reference",
-        action="append",
-        default=[],
-        metavar="FOLDER",
+        "--reference", action="append", default=[], metavar="FOLDER",
         help="also test against every folder of reference numbers below FOLDER (repeatable)",
     )
     parser.addoption("--edits", action="store_true", help="take every edit of docs/edits.md through every "
@@ -105,9 +102,7 @@ def pytest_collection_modifyitems(items):
 
 def references(config):
     roots = [
-        HERE / "reference",
-        SHARED / "models",
-        SHARED / "tokenizers",
+        HERE / "reference", SHARED / "models", SHARED / "tokenizers",
         *map(Path, config.getoption("--reference")),
     ]
     if absent := [str(r) for r in roots[3:] if not r.is_dir()]:

@@ -30,13 +30,8 @@ def test_a_grid_varies_only_what_a_method_uses():
 def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
     def record(name, lr, seed, loss, acc):
         return {
-            "name": name,
-            "lr": lr,
-            "seed": seed,
-            "val_loss": loss,
-            "scores": {"acc": acc},
-            "trainable": 1234,
-            "seconds": 3.0,
+            "name": name, "lr": lr, "seed": seed, "val_loss": loss, "scores": {"acc": acc},
+            "trainable": 1234, "seconds": 3.0,
         }
 
     records = [

@@ -16,7 +16,7 @@ import sample
 import train
 from bitune import METHODS, Bitune, adapter_sets
 from cli import memory
-from experiments import merge
+from experiments import evaluate, merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import locked, settle, write_files
@@ -33,22 +33,8 @@ def flags(tmp_path):
     """The flags of a short run; `flags("--lr", 1)` adds some."""
     model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
     base = [
-        "--model",
-        model,
-        "--data",
-        data,
-        "--out",
-        tmp_path / "run",
-        "--steps",
-        6,
-        "--batch-size",
-        4,
-        "--lr",
-        0.01,
-        "--save-every",
-        2,
-        "--eval-every",
-        3,
+        "--model", model, "--data", data, "--out", tmp_path / "run", "--steps", 6, "--batch-size", 4, "--lr",
+        0.01, "--save-every", 2, "--eval-every", 3,
     ]
     return lambda *more: [str(x) for x in base + list(more)]
 
@@ -100,14 +86,7 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
     assert log(run, "val_loss")[-1] < log(run, "val_loss")[0]
 
     sample.main(  # the run names its base
-        [
-            "--adapter",
-            str(run),
-            "--prompt",
-            "What is 3?",
-            "--max-new-tokens",
-            "5",
-        ]
+        ["--adapter", str(run), "--prompt", "What is 3?", "--max-new-tokens", "5"]
     )
     said = capsys.readouterr()
     assert (
@@ -397,10 +376,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
         ),
         (lambda run: change(run / "bitune.json", method=None), "bitune.json lacks method"),
         (lambda run: change(run / "bitune.json", method="bituna"), "method 'bituna' is unknown"),
-        (
-            lambda run: change(run / "bitune.json", c="x"),
-            "bitune.json is damaged: c is 'x'",
-        ),
+        (lambda run: change(run / "bitune.json", c="x"), "bitune.json is damaged: c is 'x'"),
         (
             lambda run: change(run / "bitune.json", template="x"),
             "has the template 'x': expected paper or alpaca",
@@ -596,10 +572,8 @@ def test_a_base_model_goes_on_with_the_text_as_it_stands(tmp_path, capsys):
 def test_lines_of_standard_input_are_prompts(tmp_path):
     folder = write_checkpoint(tmp_path / "model")
     ask = lambda *argv, **more: subprocess.run(
-        [sys.executable, os.path.join(ROOT, "sample.py"), "--model", folder, *argv],
-        capture_output=True,
-        text=True,
-        **more,
+        [sys.executable, os.path.join(ROOT, "sample.py"), "--model", folder, *argv], capture_output=True,
+        text=True, **more,
     )
     done = ask("--max-new-tokens", "4", input="ab\n\n" + "x" * 300 + "\ncd\n")
     assert done.returncode == 1 and done.stderr.count("tokens/s; answer") == 2
@@ -645,15 +619,8 @@ def test_mixing_is_drawn_layer_by_layer(flags, tmp_path, capsys):
     capsys.readouterr()
     sample.main(
         [
-            "--model",
-            str(tmp_path / "model"),
-            "--adapter",
-            str(tmp_path / "run"),
-            "--show-mixing",
-            "--prompt",
-            "x",
-            "--max-new-tokens",
-            "1",
+            "--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "run"), "--show-mixing",
+            "--prompt", "x", "--max-new-tokens", "1",
         ]
     )
     lines = capsys.readouterr().err.splitlines()
@@ -731,3 +698,43 @@ def test_full_finetuning_is_refused_where_it_makes_no_sense(flags, tmp_path, cap
     pair = ["--model", tmp_path / "model", "--adapter", tmp_path / "run"]
     for main, more in ((sample.main, ["--prompt", "x"]), (merge.main, ["--out", tmp_path / "merged"])):
         assert "run is a whole checkpoint, not an adapter of" in exits(2, main, [*pair, *more], capsys)
+
+
+# ---- which folder is which -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, peft", [("causal", "full"), ("bitune", "lora")])
+def test_a_folder_is_the_same_however_it_is_written(method, peft, flags, tmp_path, monkeypatch):
+    """With a slash, relative, through a link, and beside another of its name."""
+    train.main(flags("--method", method, "--peft", peft, "--steps", 2))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/run").symlink_to(tmp_path / "run")
+    want = logits(tmp_path / "run")
+    for n, way in enumerate(("run/", "./run", "other/../run", "other/run", f"{tmp_path}//run/")):
+        assert torch.equal(logits(way), want)
+        train.main(["--adapter", way, "--data", "data.jsonl", "--steps", "1", "--lr", "0", "--out", f"next{n}"])
+        assert torch.equal(logits(f"next{n}"), want)
+
+
+def test_scores_on_files_of_one_name_stay_apart(tmp_path, capsys):
+    base, rows = write_checkpoint(tmp_path / "base"), []
+    for n in range(2):
+        (tmp_path / f"{n}").mkdir()
+        rows.append(tmp_path / f"{n}/q.jsonl")
+        rows[n].write_text(json.dumps({"question": "x", "choices": ["a", "b"], "answer": n}) + "\n")
+    for file in (*rows, *rows):                             # the second time, what is there is shown
+        evaluate.main(["--model", str(base), "--task", "rows", "--data", str(file), "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+
+
+def test_a_merge_says_what_its_dtype_keeps(flags, tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "model")
+    state = {name: t.bfloat16() for name, t in load_file(base / "model.safetensors").items()}
+    train.main(flags("--method", "causal", "--lr", 1e-4))   # too little to move a bfloat16 weight
+    save_file(state, base / "model.safetensors")
+    argv = ["--adapter", tmp_path / "run", "--out", tmp_path / "merged"]
+    line = exits(2, merge.main, argv, capsys)
+    assert "more than half of what was learned would be rounded away: give --dtype float32" in line
+    merge.main([str(a) for a in [*argv, "--dtype", "float32"]])
+    assert "float32 keeps 100.0% of what was learned" in capsys.readouterr().out

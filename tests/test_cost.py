@@ -9,11 +9,7 @@ from text.examples import Example
 from tiny import tiny_bitune
 
 SHAPE = dict(
-    model_type="llama",
-    vocab_size=1000,
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=3,
+    model_type="llama", vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
     num_attention_heads=4,
 )
 
@@ -21,12 +17,8 @@ SHAPE = dict(
 def test_parameters_are_the_published_models():
     """As their model cards have them."""
     published = {
-        "gemma-2b": 2_506_172_416,
-        "gemma-7b": 8_537_680_896,
-        "llama-2-7b": 6_738_415_616,
-        "llama-3.2-1b": 1_235_814_400,
-        "llama-3.2-3b": 3_212_749_824,
-        "llama-3-8b": 8_030_261_248,
+        "gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "llama-2-7b": 6_738_415_616,
+        "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3-8b": 8_030_261_248,
         "phi-2": 2_779_683_840,
     }
     for name, shape in cost.SHAPES.items():

@@ -62,9 +62,7 @@ def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "scores", lambda *_: {})
     for name in ("one", "two"):
         pretrain.main(["--out", str(tmp_path / name), "--steps", "4"])
-    one, two = (
-        {f.name: f.read_bytes() for f in sorted((tmp_path / n).iterdir())} for n in ("one", "two")
-    )
+    one, two = ({f.name: f.read_bytes() for f in sorted((tmp_path / n).iterdir())} for n in ("one", "two"))
     assert one == two
     for name in one.keys() - {"model.safetensors"}:  # as the base that comes with the project has them
         assert one[name] == open(f"{BASE}/{name}", "rb").read(), name

@@ -37,23 +37,15 @@ PUBLISHED = {  # task, rows as they are published, the prompt in the paper's tem
     "siqa": (
         [
             {
-                "context": "Jo ran.",
-                "question": "Why?",
-                "answerA": "late",
-                "answerB": "fun",
-                "answerC": "fear",
-                "label": label,
+                "context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun",
+                "answerC": "fear", "label": label,
             }
             for label in ("3", 3)
         ]
         + [
             {
-                "context": "Jo ran.",
-                "question": "Why?",
-                "answerA": "late",
-                "answerB": "fun",
-                "answerC": "fear",
-                "correct": "C",
+                "context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun",
+                "answerC": "fear", "correct": "C",
             }
         ],
         "Question: Given the context, answer correctly the question.\nContext: Jo ran.\nQuestion: Why?\n\n"
@@ -62,8 +54,7 @@ PUBLISHED = {  # task, rows as they are published, the prompt in the paper's tem
     ),
     "mmlu": (
         [{"question": "1 + 1?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2}],
-        "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:",
-        " (2)",
+        "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:", " (2)",
     ),
     "rows": (
         [
@@ -81,12 +72,8 @@ PUBLISHED = {  # task, rows as they are published, the prompt in the paper's tem
     "ultrafeedback": (
         [
             {
-                "instruction": "Sing!",
-                "source": "x",
-                "completions": [
-                    {"model": "llama", "response": "no"},
-                    {"model": "gpt-4", "response": "La."},
-                ],
+                "instruction": "Sing!", "source": "x",
+                "completions": [{"model": "llama", "response": "no"}, {"model": "gpt-4", "response": "La."}],
             }
         ],
         "Question: Sing!\n\nAnswer:",
@@ -145,8 +132,7 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
     one, two = read_rows(tmp_path / "sums_test.csv", "mmlu")
     assert one[1] == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
     for task, text, message in (
-        ("rows", "", "CSV is read of mmlu alone"),
-        ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
+        ("rows", "", "CSV is read of mmlu alone"), ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
         ("mmlu", "a,0,1,2,3,E", "row 1: expected a question, four choices and a letter"),
     ):
         (tmp_path / "bad.csv").write_text(text)

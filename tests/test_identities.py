@@ -17,8 +17,7 @@ from tiny import ANSWERS, RAGGED, tiny_bitune
 pytestmark = pytest.mark.identity
 
 CONFIGS = {
-    "grouped": {},
-    "biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "grouped": {}, "biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "parallel": {"model_type": "phi", "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
 }
 

@@ -19,8 +19,7 @@ from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
 @pytest.mark.parametrize(
     "kind, trains",
     [
-        ("lora", {"lora_A", "lora_B"}),
-        ("dora", {"lora_A", "lora_B", "lora_magnitude_vector"}),
+        ("lora", {"lora_A", "lora_B"}), ("dora", {"lora_A", "lora_B", "lora_magnitude_vector"}),
         ("ia3", {"ia3_l"}),
     ],
 )
@@ -55,9 +54,7 @@ def test_targets_and_sets_are_independent():
     assert {p.split(".")[-1] for p in adapters(model, "answer")} == {"q_proj", "v_proj"}
     assert {p.split(".")[-1] for p in adapters(model, "prompt")} == {"down_proj"}
     Bitune(model)(RAGGED, ANSWERS)
-    with pytest.raises(
-        ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"
-    ):
+    with pytest.raises(ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"):
         add_adapter(tiny_model(), "answer", targets=("fc1", "q_proj"))
 
 

@@ -21,10 +21,7 @@ def logits(model, ids=RAGGED[3]):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"model_type": "mamba"},
-            "model_type 'mamba' is not supported: expected llama or mistral or qwen2",
-        ),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2}},
             "RoPE type 'yarn' is not supported: expected default or linear or llama3",
@@ -33,10 +30,7 @@ def logits(model, ids=RAGGED[3]):
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2}},
             "needs low_freq_factor, high_freq_factor",
         ),
-        (
-            {"hidden_act": "relu"},
-            "hidden_act 'relu' is not supported: expected silu or gelu or gelu_new",
-        ),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported: expected silu or gelu or gelu_new"),
         ({"hidden_size": None}, "hidden_size is None: expected a whole number above 0"),
     ],
 )
@@ -52,9 +46,7 @@ def write_checkpoint_config(folder, change):
 
 def test_the_two_spellings_of_rope_mean_the_same():
     numbers = {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 16,
     }
     configs = [
@@ -101,10 +93,8 @@ def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
     with pytest.raises(ValueError) as error:
         load_model(folder)
     for part in (
-        "4 tensors do not fit",
-        "missing model.norm.weight (32,)",
-        "missing model.layers.1.mlp.up_proj.weight (48, 32)",
-        "unexpected model.layers.0.extra (2,)",
+        "4 tensors do not fit", "missing model.norm.weight (32,)",
+        "missing model.layers.1.mlp.up_proj.weight (48, 32)", "unexpected model.layers.0.extra (2,)",
         "lm_head.weight is (299, 32), expected (300, 32)",
     ):
         assert part in str(error.value)
@@ -120,9 +110,7 @@ def test_other_files_are_refused_by_name(tmp_path):
     (folder / "model.safetensors").write_bytes(b"half a downl")
     with pytest.raises(ValueError, match="cannot be read .*is the download complete?"):
         load_model(folder)
-    with pytest.raises(
-        ValueError, match="has no config.json: expected a Hugging Face checkpoint folder"
-    ):
+    with pytest.raises(ValueError, match="has no config.json: expected a Hugging Face checkpoint folder"):
         load_model(tmp_path)
 
 
@@ -195,9 +183,7 @@ def test_padding_sees_only_padding():
 @pytest.mark.parametrize(
     "config",
     [
-        {},
-        {"attention_bias": True, "mlp_bias": True, "head_dim": 16},
-        {"tie_word_embeddings": True},
+        {}, {"attention_bias": True, "mlp_bias": True, "head_dim": 16}, {"tie_word_embeddings": True},
         {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
     ],
 )
