@@ -38,7 +38,7 @@ METHODS = {
     "anticausal":     [("causal", "answer"), ("anticausal", "prompt")],
     "causal":         [],
 }
-LOGITS = 2**24      # 64 MB in float32, of 131 tokens if the vocabulary has 128,256
+LOGITS = 2**24      # at most so many at a time: 64 MB in float32, with 128,256 words those of 130 tokens
 Tokens = namedtuple("Tokens", "ids positions")               # (B, T) each, position -1 for padding
 
 
@@ -205,6 +205,7 @@ class Bitune(nn.Module):
             stay = [b for b, i in enumerate(ids) if i not in stop_ids]
             if len(stay) < len(rows):           # what has ended leaves the batch
                 rows, ids = [rows[b] for b in stay], [ids[b] for b in stay]
+                stay = torch.tensor(stay, dtype=torch.long, device=self.device)
                 token, positions, mask = token[stay], positions[stay], mask[stay]
                 cache.keep(stay)
             if not rows:

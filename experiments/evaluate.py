@@ -105,11 +105,13 @@ def log_probs(bitune, prompts, choices):
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
     past = bitune.encode(context)                               # once for all choices
 
-    owner = [b for b, group in enumerate(choices) for _ in group]           # each choice's prompt
     choice = [ids for group in choices for ids in group]
+    asked = [prompt for prompt, group in zip(prompts, choices) for _ in group]      # each choice's
     if past is not None:
-        past = Past([(k[owner], v[owner]) for k, v in past.layers], past.positions[owner])
-    sums = -bitune.score([prompts[b] for b in owner], choice, nll, past).sum(1)
+        times = torch.tensor([len(group) for group in choices], device=bitune.device)
+        again = lambda t: t.repeat_interleave(times, dim=0, output_size=len(choice))
+        past = Past([(again(k), again(v)) for k, v in past.layers], again(past.positions))
+    sums = -bitune.score(asked, choice, nll, past).sum(1)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")
     return [group.tolist() for group in sums.split([len(group) for group in choices])]
