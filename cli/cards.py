@@ -54,6 +54,7 @@ def in_turn():
         dist.init_process_group()
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        sums(0)         # all are connected: one that ends before would leave the others without a store
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         sums(0)
