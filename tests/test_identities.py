@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bitune import METHODS, Bitune, adapter_sets, sample_token
 from identities import F64, answer_logits, assert_same, failures
 from lora import KINDS, add_adapter
-from model import NONE, KVCache, Past, may_attend
+from model import ALL, NONE, KVCache, Past, may_attend
 from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model
 
 pytestmark = pytest.mark.identity
@@ -149,8 +149,9 @@ def test_mixing_is_float32_on_a_bfloat16_base():
         add_adapter(model, name)
     bitune = Bitune(model)
     assert {p.dtype for p in bitune.parameters() if p.requires_grad} == {torch.float32}
+    assert bitune.losses(RAGGED, ANSWERS).dtype == torch.float32
     bitune.theta_key.data.copy_(torch.tensor([0.03, -0.002, 0.01]))
-    bitune.theta_value.data.copy_(torch.tensor([0.5, 0.01, 0.001]))
+    bitune.theta_value.data.copy_(torch.tensor([0.5, -0.01, 0.001]))
     c, b = (
         [(torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()) for _ in range(3)]
         for _ in range(2)
@@ -163,6 +164,19 @@ def test_mixing_is_float32_on_a_bfloat16_base():
             alpha = theta[layer].abs() / (theta[layer].abs() + 0.01)
             assert got.dtype == torch.bfloat16
             assert torch.equal(got, (x.float() * (1 - alpha) + y.float() * alpha).bfloat16())
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+    is_cuda = True
+
+
+def test_heads_spelled_out_for_a_gpu_are_the_grouped_ones():
+    attention = tiny_model().model.layers[0].self_attn
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 5, 5).tril().bool()
+    spelled_out = attention.attend(q.as_subclass(OnCard), k, v, mask, ALL)
+    torch.testing.assert_close(spelled_out.as_subclass(torch.Tensor), attention.attend(q, k, v, mask, ALL))
 
 
 def test_alpha_starts_at_a_half_whatever_c_is():
