@@ -55,6 +55,7 @@ def processes():
         dist.init_process_group(timeout=timedelta(days=30))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        sums(0)         # all are connected: one that ends before would leave the others without a store
         if not first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
     yield

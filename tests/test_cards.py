@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 from itertools import count
 from multiprocessing import get_context
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import train
+from cli.cards import in_turn
 from experiments import ablate
 from experiments.ablate import listed, main
 from files.disk import locked
@@ -75,6 +77,22 @@ def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_
     for name, t in one.items():
         if torch.is_tensor(t):
             torch.testing.assert_close(two[name], t, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
+    """Though all have drawn their adapters by one seed."""
+    drawn = []
+    for rank in range(3):
+        with monkeypatch.context() as patch:
+            for name, value in (("WORLD_SIZE", 3), ("RANK", rank), ("LOCAL_RANK", 0)):
+                patch.setenv(name, str(value))
+            patch.setattr("torch.distributed.init_process_group", lambda: None)
+            patch.setattr("torch.distributed.get_rank", lambda: rank)
+            patch.setattr("sys.stdout", sys.stdout)         # of which in_turn takes all but the first's
+            with in_turn():
+                torch.manual_seed(42)
+            drawn.append(torch.rand(()).item())
+    assert len({*drawn}) == 3
 
 
 def died(step, bitune):

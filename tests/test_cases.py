@@ -91,6 +91,28 @@ def test_configs(kind, changes, want):
     assert {name: getattr(config, name) for name in want} == want
 
 
+BARE = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 32}
+LEFT_OUT = {        # of BARE, by the config classes of transformers 5.24
+    "llama": (1e-6, 2048, 32, 8, None, "silu", False),
+    "mistral": (1e-6, 131072, 8, 8, 4096, "silu", False),
+    "qwen2": (1e-6, 32768, 32, 8, None, "silu", False),
+    "qwen3": (1e-6, 32768, 32, 128, None, "silu", False),
+    "gemma": (1e-6, 8192, 16, 256, None, "gelu_pytorch_tanh", True),
+    "phi": (1e-5, 2048, 32, 8, None, "gelu_new", False),
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_what_a_config_leaves_out(kind):
+    c = parse_config(BARE | {"model_type": kind})
+    assert LEFT_OUT[kind] == (c.norm_eps, c.max_position_embeddings, c.num_key_value_heads, c.head_dim,
+                              c.sliding_window, c.activation, c.tie_word_embeddings)
+    assert c.rope == {"rope_type": "default", "rope_theta": 10000.0}
+    assert c.rotary_dim == (4 if kind == "phi" else c.head_dim)
+
+
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
 
 
@@ -112,11 +134,9 @@ def test_what_a_config_says_and_is_not_understood_is_refused(changes, message):
 
 def test_defaults_are_those_of_the_config_classes():
     transformers = pytest.importorskip("transformers")
-    bare = {"vocab_size": 300, "hidden_size": 256, "intermediate_size": 48, "num_hidden_layers": 3,
-            "num_attention_heads": 32}
-    for kind in ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi"):
-        theirs = transformers.CONFIG_MAPPING[kind](**bare)
-        ours = parse_config({"model_type": kind, **bare})
+    for kind in LEFT_OUT:
+        theirs = transformers.CONFIG_MAPPING[kind](**BARE)
+        ours = parse_config({"model_type": kind, **BARE})
         assert ours == parse_config(json.loads(theirs.to_json_string()))
         assert ours.max_position_embeddings == theirs.max_position_embeddings
         assert ours.num_key_value_heads == theirs.num_key_value_heads

@@ -11,10 +11,13 @@ import torch
 import chats
 import sample
 import train
+from bitune import Bitune
 from cli.chat import conversation
 from cli.explain import causal_only
-from experiments import ablate
+from experiments import ablate, evaluate
 from experiments.evaluate import load_questions
+from files.disk import write_files
+from files.run import run_bytes
 from text.chat import CHATS, KNOWN, Special
 from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id, template_in_words
 from text.tokenizer import Tokenizer
@@ -264,6 +267,25 @@ def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch
         first = capsys.readouterr().out.split("\n")[0]
         assert asked[-2:] == [[("system", "s"), ("user", "d")],
                               [("system", "s"), ("user", "d"), ("assistant", first), ("user", "e")]]
+
+
+def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monkeypatch):
+    """The template's end token, which is not the model's own, ends an answer, too."""
+    base, run, asked = write_checkpoint(tmp_path / "base"), tmp_path / "run", []
+    end = tokenizer_of(chats.small("chat-chatml"), base).special["<|im_end|>"]
+    write_files(run, run_bytes(tiny_bitune(), str(base), template="chat-chatml"))
+    (tmp_path / "data").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+
+    def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
+        asked.append((max_new_tokens, {*stop_ids}, temperature, top_k, top_p, seed))
+        return iter([])
+
+    monkeypatch.setattr(Bitune, "answer", answer)
+    common = [f"--adapter={run}", "--max-new-tokens=9"]
+    sampling = ["--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3"]
+    sample.main([*common, "--prompt=a", *sampling])
+    evaluate.main([*common, "--task=rows", f"--data={tmp_path / 'data'}"])
+    assert asked == [(9, {257, end}, 0.5, 7, 0.75, 3), (9, {257, end}, 0.0, 0, 1.0, 0)]
 
 
 def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, monkeypatch):

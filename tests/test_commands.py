@@ -124,10 +124,13 @@ def test_the_schedule_rises_and_falls_linearly():
 
 
 def test_validation_numbers():
-    bitune = tiny_bitune()
+    """Without dropout, with which training then goes on."""
+    bitune = tiny_bitune(adapters={"dropout": 0.5})
     examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
-    losses = [bitune.losses([p], [a]).item() for p, a in examples]
     result = train.validate(bitune, examples, batches)
+    assert all(module.training for module in bitune.modules())
+    bitune.eval()
+    losses = [bitune.losses([p], [a]).item() for p, a in examples]
     n = [len(a) for a in ANSWERS]
     assert result["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
     assert result["perplexity"] == pytest.approx(
@@ -499,6 +502,16 @@ def test_a_second_stage_starts_where_the_first_ended(method, peft, flags, tmp_pa
     assert not torch.equal(logits(first), logits(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("method", ["anticausal", "shared-weights"])
+def test_another_method_that_mixes_goes_on_with_the_mixing(method, flags, tmp_path):
+    run, first = tmp_path / "run", tmp_path / "first"
+    write_files(first, run_bytes(tiny_bitune("only-causal"), str(tmp_path / "model"), template="paper", step=1))
+    train.main(flags("--adapter", first, "--method", method, "--steps", 1, "--lr", 0, "--val-size", 0))
+    assert json.loads((run / "bitune.json").read_text())["method"] == method
+    before, after = ({n: t.tolist() for n, t in files(f).items() if "mixing" in n} for f in (first, run))
+    assert after == before
+
+
 def test_bitune_starts_from_a_peft_adapter_whose_ranks_differ(flags, tmp_path, capsys):
     model = tiny_model()
     for target, rank in (("q_proj", 2), ("up_proj", 3)):
@@ -663,7 +676,9 @@ def test_a_run_with_prompt_passes_is_not_merged(flags, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["causal", "bitune"])
 def test_a_fully_finetuned_run_is_a_checkpoint(method, flags, tmp_path, capsys):
     run = tmp_path / "run"
+    change(tmp_path / "model/config.json", torch_dtype="bfloat16")
     train.main(flags("--method", method, "--peft", "full"))
+    assert json.loads((run / "config.json").read_text())["torch_dtype"] == "float32"    # as its weights are
     said = capsys.readouterr().out.replace("\n  ", " ")
     trained = load_file(run / "state.safetensors")
     n = sum(t.numel() for name, t in trained.items() if name.startswith(("model.", "theta")))

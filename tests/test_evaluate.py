@@ -191,6 +191,8 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
             assert score(row).items() <= row.items(), row
         for metric, expected in harness[kind]["scores"].items():
             assert evaluate.mean_and_error([row[metric] for row in rows]) == pytest.approx(tuple(expected))
+    accented = question({"choices": ["éééé", "abcdef"], "answer": 1})       # it counts characters, not bytes
+    assert evaluate.score_choices(accented, [-6.0, -7.0]) == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):

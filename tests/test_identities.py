@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from bitune import METHODS, Bitune, sample_token
 from identities import F64, answer_logits, assert_same, failures
 from lora import KINDS
-from model import NONE, KVCache, Past, may_attend
-from tiny import ANSWERS, RAGGED, tiny_bitune
+from model import ALL, NONE, KVCache, Past, may_attend
+from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model
 
 pytestmark = pytest.mark.identity
 
@@ -82,6 +82,19 @@ def test_a_loss_is_each_examples_mean_over_its_answer():
     bitune = tiny_bitune(dtype=F64)
     want = [F.cross_entropy(x.float(), torch.tensor(a)) for x, a in zip(answer_logits(bitune), ANSWERS)]
     torch.testing.assert_close(bitune.losses(RAGGED, ANSWERS), torch.stack(want), atol=1e-6, rtol=1e-6)
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it lies on a GPU."""
+    is_cuda = True
+
+
+def test_heads_spelled_out_for_a_gpu_are_the_grouped_ones():
+    attention = tiny_model().model.layers[0].self_attn
+    q, k, v = (torch.randn(2, heads, 5, 8) for heads in (4, 2, 2))
+    mask = torch.ones(2, 1, 5, 5).tril().bool()
+    spelled_out = attention.attend(q.as_subclass(OnCard), k, v, mask, ALL)
+    torch.testing.assert_close(spelled_out.as_subclass(torch.Tensor), attention.attend(q, k, v, mask, ALL))
 
 
 def test_a_past_joins_with_gradients_and_a_cache_refuses_them():

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
 from files.adapters import adapter_bytes, load_adapter
-from files.disk import settle, write_files
+from files.disk import json_bytes, settle, write_files
 from files.run import load_bitune, run_bytes
 from lora import adapters, add_adapter
-from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint
+from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,17 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(run(), run())
     bitune.eval()
     assert torch.equal(run(), run())
+
+
+@pytest.mark.reference
+def test_dropout_drops_inputs():
+    """x, and not what A makes of it: of an input with a single 1, all of B A x goes or all of it stays."""
+    (adapter, *_) = add_adapter(tiny_model(), "answer", targets=["q_proj"], dropout=0.5).values()
+    scatter(adapter)
+    dropped, whole = adapter.low_rank(torch.eye(32)), adapter.eval().low_rank(torch.eye(32))
+    stays = dropped.any(dim=1)
+    torch.testing.assert_close(dropped, 2 * whole * stays[:, None])
+    assert 0 < stays.sum() < 32
 
 
 @pytest.mark.parametrize("kind, tensors", [("lora", 2), ("dora", 3), ("ia3", 1)])
@@ -159,6 +170,15 @@ def test_files_are_written_all_or_none_wherever_the_process_dies(tmp_path, monke
         assert sum(f.is_file() and f.name != ".lock" for f in folder.rglob("*")) == 3
         outcomes.append(read(folder) == new)
     assert outcomes == [False] * 5 + [True] * 3     # three drafts, their list and its name; then the renames
+
+
+def test_bytes_are_on_the_disk_before_a_name_changes(tmp_path, monkeypatch):
+    """At each fsync the system has the whole file: nothing of it waits in Python's buffer."""
+    done, replace = [], os.replace
+    monkeypatch.setattr("os.fsync", lambda file: done.append(os.fstat(file).st_size))
+    monkeypatch.setattr("os.replace", lambda old, new: (done.append(new.name), replace(old, new)))
+    write_files(tmp_path, {"a": b"12", "b": b"345"})
+    assert done == [2, 3, len(json_bytes(["a", "b"])), "renaming.json", "a", "b"]
 
 
 def test_a_file_is_replaced_not_overwritten(tmp_path):

@@ -78,7 +78,8 @@ def test_mixing_is_float32_on_a_bfloat16_base():
     bitune = Bitune(model)
     assert {p.dtype for p in bitune.parameters() if p.requires_grad} == {torch.float32}
     bitune.theta_key.data.copy_(torch.tensor([0.03, -0.002, 0.01]))
-    bitune.theta_value.data.copy_(torch.tensor([0.5, 0.01, 0.001]))
+    assert bitune.losses(RAGGED, ANSWERS).dtype == torch.float32
+    bitune.theta_value.data.copy_(torch.tensor([0.5, -0.01, 0.001]))
     c, b = (
         [(torch.randn(2, 2, 5, 8).bfloat16(), torch.randn(2, 2, 5, 8).bfloat16()) for _ in range(3)]
         for _ in range(2)

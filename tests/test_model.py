@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from files.checkpoint import load_model, parse_config
-from model import may_attend, rotary
+from model import ACTIVATIONS, may_attend, rotary
 from tiny import CONFIG, RAGGED, tiny_model, write_checkpoint
 
 
@@ -67,6 +67,22 @@ def test_linear_rope_stretches_positions():
     at = torch.arange(32)[None]
     for a, b in zip(rotary(linear, 4 * at, torch.float32), rotary(plain, at, torch.float32)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.reference
+def test_rope_s_angles_are_not_rounded_before_their_cosine():
+    """2104.09864's, p θ^(-2i/d), of a bfloat16 model: bfloat16 itself has 17.25 for 173 / 10."""
+    at = torch.tensor([[1, 173, 1001]])
+    angle = at.T * 10000.0 ** -(torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    for got, want in zip(rotary(parse_config(CONFIG), at, torch.bfloat16), (angle.cos(), angle.sin())):
+        torch.testing.assert_close(got[0, 0].double(), want, atol=2**-8, rtol=0)
+
+
+@pytest.mark.reference
+def test_activations_are_the_published_ones():
+    """At 1: the sigmoid of 1; the normal distribution's Φ(1), and what 1606.08415 has for it with tanh."""
+    at_1 = {"silu": 0.73106, "gelu": 0.84134, "gelu_new": 0.84119, "gelu_pytorch_tanh": 0.84119}
+    assert {name: round(f(torch.ones(())).item(), 5) for name, f in ACTIVATIONS.items()} == at_1
 
 
 def test_a_text_longer_than_the_sliding_window_is_refused():

@@ -262,14 +262,18 @@ def test_templates(tokenizer):
     )
     assert text("paper") == "<s>Question: Hi\n\nAnswer: Yo</s>"
     assert text("plain") == "<s>HiYo</s>"
-    assert text("alpaca").endswith("the request.\n\n### Instruction:\nHi\n\n### Response:\nYo</s>")
-    assert text("alpaca", input="x").endswith(
-        "### Instruction:\nHi\n\n### Input:\nx\n\n### Response:\nYo</s>"
-    )
+    below = (
+        "<s>Below is an instruction that describes a task{} Write a response that appropriately completes "
+        "the request.\n\n### Instruction:\nHi\n\n{}### Response:\nYo</s>"
+    ).format
+    assert text("alpaca") == below(".", "")
+    given = ", paired with an input that provides further context."
+    assert text("alpaca", input="x") == below(given, "### Input:\nx\n\n")
     with pytest.raises(ValueError, match=r"no special token <\|start_header_id\|>"):
         text("llama3")
     for i, name in enumerate(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")):
         tokenizer.special[name], tokenizer.names[258 + i] = 258 + i, name
+    turns = [(role, f" {said}\n") for role, said in turns]      # is stripped
     chat = encode_prompt(tokenizer, "llama3", turns) + encode_answer(tokenizer, "llama3", "Yo")
     assert tokenizer.decode(chat) == (
         "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
