@@ -10,7 +10,6 @@ import random
 from functools import lru_cache
 from typing import NamedTuple
 
-from text.bpe import TooLong
 from text.chat import CHATS, Special, check_turns, own_chat
 from text.rows import Unusable, read_rows
 from text.words import listed
@@ -18,6 +17,10 @@ from text.words import listed
 PROMPT_KEYS = ("prompt", "instruction", "question")
 ANSWER_KEYS = ("completion", "answer", "response", "output")
 SYSTEM_KEYS = ("system", "system_prompt")
+
+
+class TooLong(ValueError):
+    """An example of more tokens than are wanted."""
 
 
 class Example(NamedTuple):

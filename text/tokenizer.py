@@ -17,10 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from text.bpe import BPE, BYTES, Tiktoken, merge_order, to_letters
-from text.pieces import LLAMA3_PATTERN, characters, decoder, normalizer, one_pattern, pre_tokenizer
-from text.pieces import steps, take
-from text.words import read_json
+from text.bpe import BPE, BYTES, LETTERS
+from text.pieces import BYTE_LEVEL, LLAMA3_PATTERN, characters, decoder, normalizer, pre_tokenizer, steps
+from text.words import check_fields, check_kind, read_json
 
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
@@ -87,7 +86,7 @@ class Parts(NamedTuple):
 class Tokenizer:
     """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text
     (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
-    (None if unknown). `chat` is the model's chat template and its bos_token, None if it has none."""
+    (None if unknown). `chat` is the model's chat template with its bos_token and eos_token, or None."""
 
     def __init__(self, parts, bos_id, eos_id, stop_ids, chat=None):
         self.parts, added = parts, parts.added
@@ -165,15 +164,17 @@ class Tokenizer:
         if eos_id is None:
             eos_id = stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
         chat = read_chat(file.parent, config)
-        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, (chat, bos) if chat else None)
+        chat = (chat, bos, named("eos_token")) if chat else None
+        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, chat)
+
+
+ADDED = {"content": (str, ...), "id": (int, ...),
+         **dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), (bool, False))}
 
 
 def read_added(token):
     """An added token, from tokenizer.json or tokenizer_config.json."""
-    flag = (bool, False)
-    content, i, *flags = take(token, "added token", content=(str, ...), id=(int, ...), special=flag,
-                              single_word=flag, lstrip=flag, rstrip=flag, normalized=flag)
-    return Added(content, i, *flags)
+    return Added(**check_fields(token, "its added token", ADDED))
 
 
 def later_added(config, known):
@@ -207,60 +208,64 @@ def read_beside(path):
 # The files
 
 def read_tiktoken(file, config):
-    """A tokenizer.model of tiktoken's format, with Llama 3's pattern. The special tokens come from
-    tokenizer_config.json, or are Llama 3's, which follow the last rank."""
-    tokens = []
-    for line in file.read_bytes().splitlines():
+    """A tokenizer.model of tiktoken's format, with Llama 3's pattern: any two tokens that make one are
+    merged, by the rank of what they make. The special tokens come from tokenizer_config.json, or are Llama
+    3's, which follow the last rank."""
+    vocab, lines = {}, file.read_bytes().splitlines()
+    check_kind("it", b"\n".join(lines[:1]))
+    for line in lines:
         if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line):
             raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the "
                              "tokenizer.json that is published beside it")
         token, rank = line.split()
-        tokens.append((base64.b64decode(token), int(rank)))
-    tokens.sort(key=lambda pair: pair[1])
-    vocab = {to_letters(token): i for token, i in tokens}
-    if not len(vocab) == len(tokens) == len(set(vocab.values())) or not BYTES.keys() <= vocab.keys():
+        vocab["".join(LETTERS[b] for b in base64.b64decode(token))] = int(rank)
+    if not len(vocab) == len(lines) == len(set(vocab.values())) or not BYTES.keys() <= vocab.keys():
         raise ValueError("it has a token or a rank twice, or lacks a byte")
+    halves = ((token[:i], token[i:]) for token in vocab for i in range(1, len(token)))
+    ranks = {(a, b): vocab[a + b] for a, b in halves if a in vocab and b in vocab}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    llama3 = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    cut = pre_tokenizer({"type": "Sequence", "pretokenizers": [llama3, byte_level]})
     added = [t._replace(special=True) for t in later_added(config, ())]
-    added = added or [Added(name, len(tokens) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
+    added = added or [Added(name, len(lines) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
     bos = {t.content: t.id for t in added}.get("<|begin_of_text|>")
-    return Parts(lambda text, begin: text, lambda text, begin: [text], Tiktoken(LLAMA3_PATTERN, tokens),
-                 decoder({"type": "ByteLevel"}), vocab, added, bos)
+    bpe = BPE(vocab, ranks, whole=vocab)
+    return Parts(normalizer(None), cut, bpe, decoder(byte_level), vocab, added, bos)
+
+
+ANY = (object, None)
+TOP = {"model": (dict, ...), "added_tokens": (list, []), "normalizer": ANY, "pre_tokenizer": ANY,
+       "post_processor": ANY, "decoder": ANY}
+# transformers sets truncation and padding anew in each call, to none where it is not asked for any.
+NEUTRAL = ("truncation", "padding", "version")
+MODEL = {"vocab": (dict, ...), "merges": (list, ...), "unk_token": (str, None), "fuse_unk": (bool, False),
+         "byte_fallback": (bool, False), "ignore_merges": (bool, False)}
+EMPTY = {"dropout": ((0, 0.0), None), "continuing_subword_prefix": ("", None),
+         "end_of_word_suffix": ("", None)}
 
 
 def read_tokenizer_json(file, config):
-    """A tokenizer.json of the model BPE: by tiktoken, where that computes the same, else merge by merge."""
-    spec = read_json(file)
-    model, listed, before, pre, behind, back, *_ = take(
-        spec, "top level", model=(dict, ...), added_tokens=(list, []), normalizer=(object, None),
-        pre_tokenizer=(object, None), post_processor=(object, None), decoder=(object, None),
-        # transformers sets these anew in each call, to none where it is not asked for any
-        truncation=(object, None), padding=(object, None), version=(object, None))
-    if (kind := model.get("type", "BPE")) != "BPE":
+    """A tokenizer.json of the model BPE."""
+    top = check_fields(read_json(file), "its top level", TOP, NEUTRAL)
+    if (kind := top["model"].get("type", "BPE")) != "BPE":
         raise ValueError(f"it is of kind {kind!r:.60}: expected byte-level or SentencePiece BPE")
-    vocab, merges, unk, fuse_unk, byte_fallback, ignore_merges, *_ = take(
-        model, "model", vocab=(dict, ...), merges=(list, ...), unk_token=(str, None), fuse_unk=(bool, False),
-        byte_fallback=(bool, False), ignore_merges=(bool, False), dropout=((None, 0), None),
-        continuing_subword_prefix=((None, ""), None), end_of_word_suffix=((None, ""), None))
+    model = check_fields(top["model"], "its model", MODEL | EMPTY, neutral=("type",))
+    vocab, unk = model["vocab"], model["unk_token"]
     check_vocab(vocab)
-    merges = read_merges(merges, vocab)
-    added = read_all_added(listed, vocab)
-    whole = vocab.keys() - {t.content for t in added} if ignore_merges else ()
-
-    pattern = one_pattern(pre)
-    ranked = merge_order(vocab, merges, ignore_merges) if pattern else None
-    if ranked and len(ranked) >= len(whole):        # else there are whole pieces that no merge makes
-        cut, bpe = (lambda text, begin: [text]), Tiktoken(pattern, ranked)
-    else:
-        if unk not in (None, *vocab):
-            raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
-        cut, bpe = pre_tokenizer(pre), BPE(vocab, merges, unk, fuse_unk, byte_fallback, whole)
+    ranks = {pair: rank for rank, pair in enumerate(read_merges(model["merges"], vocab))}
+    added = read_all_added(top["added_tokens"], vocab)
+    names = {t.content for t in added}
+    whole = vocab.keys() - names if model["ignore_merges"] else ()
+    if unk not in (None, *vocab):
+        raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
+    before, pre = top["normalizer"], top["pre_tokenizer"]
     if any(p["type"] == "Replace" for p in steps(before, "normalizer")) and \
             any(p.get("prepend_scheme") == "first" for p in steps(pre, "pre_tokenizer")):
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
-    parts = Parts(normalizer(before), cut, bpe, decoder(back), vocab, added,
-                  read_bos(behind, {*vocab.values(), *(t.id for t in added)}))
-    known = vocab.keys() | {t.content for t in added}
-    return parts._replace(added=added + later_added(config, known))
+    bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
+    bos = read_bos(top["post_processor"], {*vocab.values(), *(t.id for t in added)})
+    added += later_added(config, vocab.keys() | names)
+    return Parts(normalizer(before), pre_tokenizer(pre), bpe, decoder(top["decoder"]), vocab, added, bos)
 
 
 def check_vocab(vocab):
@@ -300,19 +305,20 @@ def read_all_added(listed, vocab):
     return added
 
 
+TEMPLATE = {"single": (list, ...), "special_tokens": (dict, {})}
+
+
 def read_bos(part, ids):
     """The id of the token that a post_processor puts in front of a text, if any. (What it puts behind one,
     an end token, `examples.encode_answer` puts behind an answer.)"""
     bos = []
     for p in steps(part, "post_processor"):
         if p["type"] == "ByteLevel":                        # concerns offsets only
-            take(p, "post_processor", add_prefix_space=(bool, True), trim_offsets=(bool, True),
-                 use_regex=(bool, True))
+            check_fields(p, "its post_processor", BYTE_LEVEL, neutral=("type",))
             continue
         if p["type"] != "TemplateProcessing":
             raise ValueError(f"its post_processor {p['type']} is not supported")
-        single, _, special = take(p, "post_processor", single=(list, ...), pair=(list, []),
-                                  special_tokens=(dict, {}))
+        single, special = check_fields(p, "its post_processor", TEMPLATE, neutral=("type", "pair")).values()
         try:
             here = [special[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
                     piece["Sequence"]["id"] for piece in single]
