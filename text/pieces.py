@@ -296,7 +296,7 @@ def from_metaspace(replacement, prepend_scheme, **fields):
     return lambda tokens: [token.replace(replacement, " " if i else first) for i, token in enumerate(tokens)]
 
 
-BYTE_LEVEL = {"add_prefix_space": ON, "trim_offsets": ON, "use_regex": ON}       # of no matter but in cutting
+BYTE_LEVEL = {"add_prefix_space": ON, "trim_offsets": ON, "use_regex": ON}      # they matter in cutting only
 DECODERS = {
     "ByteLevel": (BYTE_LEVEL, lambda **fields: from_byte_level),
     "ByteFallback": ({}, lambda: byte_fallback),

@@ -1,0 +1,192 @@
+"""What a row of a data file says: who says what, and which answers are learned.
+
+Every key of a row, of a message and of a part of a text stands on one of the lists below: it is read, or it
+is neutral, as it says where a row is from and not what is in it. Any other turns the row away, unless it is
+an empty text: what it asks for (tools, images, preferences) is not done here. Null, an empty list and an
+empty object are absent.
+"""
+
+from typing import NamedTuple
+
+from text.words import fits, listed
+
+KEYS = {                # of a row; those of a line say the same
+    "turns": ("messages", "conversations"),
+    "prompt": ("prompt", "instruction", "question"),
+    "answer": ("completion", "answer", "response", "output"),
+    "system": ("system", "system_prompt"),
+    "input": ("input", "context"),
+    "choices": ("choices",),
+}
+LEARNED = ("weight", "train")           # of a row or of a message
+NEUTRAL = set("""
+    id _id uid uuid guid idx index row_id prompt_id conversation_id message_id question_id example_id
+    parent_id hash conversation_hash source dataset data_source origin original_index subset split task
+    task_id task_name task_type type category subcategory topic domain subject tags keywords lang
+    language license url link title author avatarUrl views model model_name generator score scores rating
+    quality difficulty toxicity reward metadata meta info timestamp date time created_at updated_at
+    version num_turns turn n_tokens num_tokens token_count length custom_instruction
+    skip_prompt_formatting
+""".split())
+MESSAGE = (("role", "content"), ("from", "value"))      # ShareGPT has the second pair, and its own names
+NAMES = {"human": "user", "gpt": "assistant"}
+ROLES = ("system", "user", "assistant")
+
+
+class Unusable(ValueError):
+    """A row that is of none of the known forms, or says nothing to learn, or what is not supported."""
+
+
+class Turn(NamedTuple):
+    role: str
+    text: str
+    thoughts: str | None = None         # of an answer, where they do not stand in its text
+    learned: bool = True                # False: an answer that is read as a part of later prompts alone
+
+
+class Row(NamedTuple):
+    turns: list
+    start: int | None = None            # what is said from this turn on is there to be learned; None: all
+    input: str = ""                     # what stands beside the question
+    choices: list = []
+    right: int | None = None            # the index of the right choice
+
+
+def parse_row(row):
+    """A row of any form as a Row; or Unusable."""
+    row = present("row", row)
+    columns = {name: one_of(row, keys) for name, keys in KEYS.items()}
+    read = {columns["turns"], columns["system"]}
+    said = lambda name: text_of(columns[name], row[columns[name]]) if columns[name] else ""
+
+    if columns["turns"]:
+        parsed = Row(read_turns(columns["turns"], row))
+        read |= {columns[name] for name in ("prompt", "answer") if repeats(row, columns, name, parsed)}
+    elif columns["prompt"] and isinstance(row[columns["prompt"]], list):        # TRL's prompt and completion
+        asked = read_turns(columns["prompt"], row)
+        parsed = Row(asked + read_turns(columns["answer"], row), start=len(asked))
+        read |= {columns["prompt"], columns["answer"]}
+    elif columns["prompt"]:
+        read = {*columns.values()}
+        question = [Turn("user", said("prompt"))]
+        if columns["choices"]:
+            choices, right = read_choices(row["choices"], columns["answer"], row)
+            parsed = Row([*question, Turn("assistant", choices[right])], 1, said("input"), choices, right)
+        else:
+            answer = [Turn("assistant", said("answer"))] if columns["answer"] else []
+            parsed = Row(question + answer, 1, said("input"))
+    else:
+        raise Unusable(f"it has {listed(list(row), ', ') or 'nothing'}: expected messages, or one of "
+                       f"{', '.join(KEYS['prompt'])} with one of {', '.join(KEYS['answer'])} (or a --task)")
+    refuse_others("row", row, read | {*LEARNED, "text"})    # Alpaca's text is all of the row once more
+    if not is_learned(row):
+        raise Unusable("weight 0, or train false")
+    if system := said("system"):
+        if any(turn.role == "system" for turn in parsed.turns):
+            raise Unusable(f"{columns['system']!r} beside a system's turn")
+        parsed = parsed._replace(turns=[Turn("system", system), *parsed.turns],
+                                 start=parsed.start and parsed.start + 1)
+    return parsed
+
+
+def answers(row):
+    """The places among a Row's turns of the answers to be learned; Unusable if there are none."""
+    found = [i for i in range(row.start or 0, len(row.turns)) if row.turns[i].role == "assistant"]
+    if learned := [i for i in found if row.turns[i].learned]:
+        return learned
+    raise Unusable("no answer" if not found else "no answer that is learned: weight 0, or train false")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Keys
+
+def present(what, part):
+    """What an object has, without what stands for nothing: datasets that were joined are full of it."""
+    if not isinstance(part, dict):
+        raise Unusable(f"expected an object, got {type(part).__name__}" if what == "row" else
+                       f"{what!r} is not a list of objects with texts")
+    return {key: value for key, value in part.items() if value not in (None, [], {})}
+
+
+def one_of(row, keys):
+    """Which of the keys that say the same a row has."""
+    given = [key for key in keys if key in row]
+    if len(given) > 1:
+        given = [key for key in given if row[key] != ""] or given[:1]
+    if len(given) > 1:
+        raise Unusable(f"it has {' and '.join(given)}, which say the same: expected one of them")
+    return given[0] if given else None
+
+
+def refuse_others(what, part, read):
+    """Unusable for a key that is neither read nor neutral, and holds something."""
+    if odd := sorted(key for key in part.keys() - read - NEUTRAL if part[key] != ""):
+        raise Unusable(f"{odd[0]!r:.40} in a {what}, which is not supported")
+
+
+def is_learned(part):
+    """Whether a row or message is there to be learned; with weight 0, or train false, it is not."""
+    weight, train = part.get("weight", 1), part.get("train", True)
+    if not fits(weight, (0, 1, 0.0, 1.0)) or not fits(train, bool):
+        raise Unusable("a weight that is not 0 or 1, or a train that is not true or false")
+    return bool(weight and train)
+
+
+def repeats(row, columns, name, parsed):
+    """Whether a column beside a conversation is its first question, or its last answer, once more."""
+    role, order = ("user", 1) if name == "prompt" else ("assistant", -1)
+    texts = [turn.text for turn in parsed.turns[::order] if turn.role == role]
+    return row.get(columns[name]) in texts[:1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Values
+
+def text_of(key, value):
+    if not isinstance(value, str):
+        raise Unusable(f"{key!r} is {type(value).__name__}, expected text")
+    return value
+
+
+def read_turns(key, row):
+    """A list of messages as turns; where there is no key, none."""
+    messages = row[key] if key else []
+    if not isinstance(messages, list):
+        raise Unusable(f"{key!r} is {type(messages).__name__}, expected a list of messages")
+    return [read_message(key, message) for message in messages]
+
+
+def read_message(key, message):
+    message = present(key, message)
+    role, content = next((pair for pair in MESSAGE if pair[0] in message), MESSAGE[0])
+    refuse_others("message", message, {role, content, "reasoning_content", *LEARNED})
+    said, text, thoughts = message.get(role), message.get(content), message.get("reasoning_content")
+    said = NAMES.get(said, said) if role == "from" and isinstance(said, str) else said
+    text = "".join(map(read_part, text)) if isinstance(text, list) else text
+    if not isinstance(said, str) or not isinstance(text, str):
+        raise Unusable(f"{key!r} is not a list of objects with the texts {role!r} and {content!r}")
+    if said not in ROLES:
+        raise Unusable(f"a turn of {said!r:.40}: expected system, user and assistant")
+    if thoughts is not None and not (said == "assistant" and isinstance(thoughts, str)):
+        raise Unusable("a reasoning_content that is no text of an answer's")
+    return Turn(said, text, thoughts, is_learned(message))
+
+
+def read_part(part):
+    """The text of one part of a text."""
+    part = present("content", part)
+    if not part.keys() <= {"type", "text"} or part.get("type", "text") != "text":
+        raise Unusable("a part of a text that is not text")
+    return text_of("text", part.get("text"))
+
+
+def read_choices(choices, key, row):
+    """The choices of a row, and the index of the right one, which is given as such or as its text."""
+    answer = row.get(key)
+    if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
+        raise Unusable("'choices' is not a list of texts")
+    right = choices.index(answer) if answer in choices else answer
+    if type(right) is not int or not 0 <= right < len(choices):
+        raise Unusable(f"{key or 'answer'!r} is {answer!r:.60}: expected one of its {len(choices)} choices, or "
+                       f"0 to {len(choices) - 1}")
+    return choices, right
