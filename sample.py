@@ -56,7 +56,7 @@ def main(argv=None):
         bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
         template = about.get("template", "plain") if about else "auto"
         template = settle(args.template or template, tokenizer, otherwise="plain")
-        turns = [("system", args.system)] if args.system else []
+        turns = [("system", args.system)] if args.system is not None else []
         encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
         stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
         first = encode(args.prompt or "")

@@ -305,7 +305,7 @@ def check(s):
     if Path(s.out).exists() and not Path(s.out).is_dir():
         raise ValueError(f"--out {s.out} is a file: expected a folder, or a new name")
     for file in (s.data, s.val_data):
-        if file is not None and not Path(file).is_file():
+        if file is not None and (Path(file).is_dir() or not Path(file).exists()):     # a pipe will do
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
     made = Path(s.model) / "bitune.json"
