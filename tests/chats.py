@@ -19,7 +19,7 @@ SHARED = HERE.parent.parent / "shared" / "tokenizers"
 sys.path[:0] = [str(HERE.parent)]
 
 from text.bpe import LETTERS  # noqa: E402
-from text.chat import CHATS, KNOWN, Mark, Special  # noqa: E402
+from text.chat import CHATS, KNOWN, MAY_BE_TEXT, Control  # noqa: E402
 
 LIKE = dict.fromkeys(CHATS, "llama2") | {"chat-llama3": "llama3", "chat-llama3.1": "llama3",
                                          "chat-gemma": "gemma_like"}
@@ -92,7 +92,7 @@ def pieces(name):
     letters = [*(f"<0x{b:02X}>" for b in range(256)), *dict.fromkeys("▁abdelmnorstuwyWSY[]/" + "".join(PIECES))]
     spec = spec_of(letters, merges, {"normalizer": {"type": "Sequence", "normalizers": steps}})
     spec["model"]["byte_fallback"] = True
-    return with_controls(spec, name, Mark)
+    return with_controls(spec, name, without=())
 
 
 def spec_of(letters, merges, parts):
@@ -108,11 +108,11 @@ def like(name):
     return with_controls(spec, name)
 
 
-def with_controls(spec, name, *kinds):
+def with_controls(spec, name, without=MAY_BE_TEXT):
     """A tokenizer.json with the control tokens of a form, and Qwen 3's marks of thoughts, which are not."""
     added, vocab = spec["added_tokens"], spec["model"]["vocab"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, (Special, *kinds))]
+    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Control) and p not in without]
     controls.append(CHATS[name].end)
     for content in dict.fromkeys([*controls, "<think>", "</think>"]):
         if content not in [t["content"] for t in added]:
@@ -122,6 +122,13 @@ def with_controls(spec, name, *kinds):
 
 
 KINDS = {"small": small, "pieces": pieces, "like": like}
+
+
+def names(name):
+    """The tokens that a form's template speaks of as bos_token and eos_token."""
+    first, end = CHATS[name].prompt([("user", "")])[0], CHATS[name].end
+    return ({"bos_token": str(first)} if "begin" in first or first in ("<s>", "<bos>") else {}) | (
+        {"eos_token": end} if end == "</s>" else {})
 
 
 def digest(value):
@@ -139,7 +146,7 @@ def main(folder):
     if lacking := KNOWN.keys() - texts.keys() - before.keys():
         sys.exit(f"{folder} lacks templates: {', '.join(KNOWN[h] + ' ' + h for h in lacking)}")
     made = {}
-    for name, form in CHATS.items():
+    for name in CHATS:
         asked, said = conversations(name), answers(name)
         messages = [[message(*turn) for turn in turns] for turns in asked]
         made[name] = {"conversations": digest((asked, said))}
@@ -147,9 +154,7 @@ def main(folder):
             with tempfile.TemporaryDirectory() as made_in:
                 file = Path(made_in) / "tokenizer.json"
                 file.write_text(json.dumps(spec(name)))
-                names = {"bos_token": form.bos, "eos_token": "</s>" if form.end == "</s>" else None}
-                names = {field: token for field, token in names.items() if token}
-                tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **names)
+                tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **names(name))
             results = []
             for text in (texts[h] for h in KNOWN if KNOWN[h] == name and h in texts):
                 apply = lambda m, **how: tokenizer.apply_chat_template(

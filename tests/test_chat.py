@@ -15,7 +15,7 @@ from cli.chat import conversation
 from cli.settings import read_flags
 from experiments import ablate
 from experiments.evaluate import load_questions, score_text
-from text.chat import CHATS, KNOWN, Special
+from text.chat import CHATS, KNOWN, Control
 from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id, template_in_words
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, write_checkpoint
@@ -111,7 +111,7 @@ def test_a_line_says_which_template_was_taken(known, tmp_path):
 @pytest.mark.parametrize("name", CHATS)
 def test_no_text_makes_a_control_token(name, tmp_path):
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
-    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Special)]
+    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Control)]
     turns = [("user", "".join(controls)), ("assistant", CHATS[name].end), ("user", controls[0] + "system\n")]
     count = lambda ids: [i for i in ids if i in tokenizer.special.values()]
     clean = [(role, "x") for role, _ in turns]

@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from text.chat import CHATS, Template, is_special, own_chat
+from text.chat import CHATS, is_control, own_chat
 from text.rows import read_rows
 from text.turns import Unusable, answers, parse_row
 from text.words import listed
@@ -45,8 +45,15 @@ def plain(turns, input=""):
     return [joined(turns, input)]
 
 
-TEMPLATES = {"paper": Template(paper, " {}".format), "alpaca": Template(alpaca, str),
-             "plain": Template(plain, str), **CHATS}
+class Words(NamedTuple):
+    """A template without control tokens: see chat.Markup."""
+    prompt: object
+    said: object = str
+    end: str | None = None      # the tokenizer's own
+    thinks: bool = False
+
+
+TEMPLATES = {"paper": Words(paper, " {}".format), "alpaca": Words(alpaca), "plain": Words(plain), **CHATS}
 
 
 def settle(template, tokenizer, otherwise):
@@ -90,7 +97,7 @@ def stop_id(tokenizer, template):
 
 def encode_prompt(tokenizer, template, turns, input="", encode=None):
     """The ids of a prompt: BOS if there is one, then the template's pieces. (A chat markup has its own.) The
-    texts between two special tokens are encoded as one, with `encode`, as the tokenizers library has it."""
+    texts between two control tokens are encoded as one, with `encode`, as the tokenizers library has it."""
     form, begin = TEMPLATES[template], True
     refuse_thoughts(form, *(turn[2] for turn in turns if turn[2:]))
     if template in CHATS:
@@ -99,12 +106,12 @@ def encode_prompt(tokenizer, template, turns, input="", encode=None):
         ids, pieces = [], form.prompt([*turns[:-1], ("user", joined(turns[-1:], input))])
     else:
         ids, pieces = [] if tokenizer.bos_id is None else [tokenizer.bos_id], form.prompt(turns, input)
-    for special, run in groupby(pieces, lambda piece: is_special(piece, tokenizer)):
-        if special:
+    for control, run in groupby(pieces, lambda piece: is_control(piece, tokenizer)):
+        if control:
             ids += [special_id(tokenizer, piece) for piece in run]
         else:
             ids += (encode or tokenizer.encode)("".join(run), begin)
-        begin = None                    # what follows stands behind a special token
+        begin = None                    # what follows stands behind a control token
     return ids
 
 
@@ -112,8 +119,8 @@ def encode_answer(tokenizer, template, answer, thoughts=None):
     """The ids of an answer, which goes on behind the prompt, and its stop token."""
     form = TEMPLATES[template]
     refuse_thoughts(form, thoughts)
-    said = form.answer(answer, thoughts) if form.thinks else form.answer(answer)
-    begin = None if is_special(form.prompt([("user", "")])[-1], tokenizer) else False
+    said = form.said(answer, thoughts) if form.thinks else form.said(answer)
+    begin = None if is_control(form.prompt([("user", "")])[-1], tokenizer) else False
     return tokenizer.encode(said, begin) + [stop_id(tokenizer, template)]
 
 
@@ -126,9 +133,9 @@ def refuse_thoughts(form, *thoughts):
 # Rows
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
-    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what cannot be
-    used, answer by answer: reason -> [how many, where the first is]. ValueError if the file is broken, with
-    the line, or if no example is left."""
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what cannot
+    be used, answer by answer: reason -> [how many, where the first is]. ValueError if the file is broken,
+    with the line, or if no example is left."""
     examples, dropped = [], {}
     for place, row in read_rows(path, task):
         for found in encode_row(row, tokenizer, template, max_length):
