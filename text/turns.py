@@ -28,9 +28,7 @@ NEUTRAL = set("""
     version num_turns turn n_tokens num_tokens token_count length custom_instruction
     skip_prompt_formatting
 """.split())
-MESSAGE = (("role", "content"), ("from", "value"))      # ShareGPT has the second pair, and its own names
-NAMES = {"human": "user", "gpt": "assistant"}
-ROLES = ("system", "user", "assistant")
+SHAREGPT = {"human": "user", "gpt": "assistant"}        # its names; its messages have from and value
 
 
 class Unusable(ValueError):
@@ -54,38 +52,36 @@ class Row(NamedTuple):
 
 def parse_row(row):
     """A row of any form as a Row; or Unusable."""
-    row = present("row", row)
+    row = present(row, "expected an object, got {}")
     columns = {name: one_of(row, keys) for name, keys in KEYS.items()}
-    read = {columns["turns"], columns["system"]}
-    said = lambda name: text_of(columns[name], row[columns[name]]) if columns[name] else ""
-
+    said = lambda name: text_of(columns[name], row.get(columns[name], ""))
+    prompt, answer = columns["prompt"], columns["answer"]
+    read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text is all of it once more
     if columns["turns"]:
-        parsed = Row(read_turns(columns["turns"], row))
-        read |= {columns[name] for name in ("prompt", "answer") if repeats(row, columns, name, parsed)}
-    elif columns["prompt"] and isinstance(row[columns["prompt"]], list):        # TRL's prompt and completion
-        asked = read_turns(columns["prompt"], row)
-        parsed = Row(asked + read_turns(columns["answer"], row), start=len(asked))
-        read |= {columns["prompt"], columns["answer"]}
-    elif columns["prompt"]:
-        read = {*columns.values()}
-        question = [Turn("user", said("prompt"))]
-        if columns["choices"]:
-            choices, right = read_choices(row["choices"], columns["answer"], row)
-            parsed = Row([*question, Turn("assistant", choices[right])], 1, said("input"), choices, right)
-        else:
-            answer = [Turn("assistant", said("answer"))] if columns["answer"] else []
-            parsed = Row(question + answer, 1, said("input"))
+        turns = read_turns(columns["turns"], row)
+        parsed, texts = Row(turns), [turn.text for turn in turns]
+        read |= {key for key in (prompt, answer) if row.get(key) in texts}          # so are these
+    elif isinstance(row.get(prompt), list):             # TRL's prompt and completion
+        asked = read_turns(prompt, row)
+        parsed = Row(asked + read_turns(answer, row), len(asked))
+        read |= {prompt, answer}
+    elif prompt:
+        choices, right = read_choices(answer, row) if columns["choices"] else ([], None)
+        learned = choices[right] if choices else said("answer")
+        turns = [Turn("user", said("prompt")), Turn("assistant", learned)]
+        parsed = Row(turns[:2 if answer else 1], 1, said("input"), choices, right)
+        read |= {*columns.values()}
     else:
         raise Unusable(f"it has {listed(list(row), ', ') or 'nothing'}: expected messages, or one of "
                        f"{', '.join(KEYS['prompt'])} with one of {', '.join(KEYS['answer'])} (or a --task)")
-    refuse_others("row", row, read | {*LEARNED, "text"})    # Alpaca's text is all of the row once more
+    refuse_others(row, read, "row")
     if not is_learned(row):
         raise Unusable("weight 0, or train false")
-    if system := said("system"):
+    if said("system"):
         if any(turn.role == "system" for turn in parsed.turns):
             raise Unusable(f"{columns['system']!r} beside a system's turn")
-        parsed = parsed._replace(turns=[Turn("system", system), *parsed.turns],
-                                 start=parsed.start and parsed.start + 1)
+        turns = [Turn("system", said("system")), *parsed.turns]
+        parsed = parsed._replace(turns=turns, start=parsed.start and parsed.start + 1)
     return parsed
 
 
@@ -100,11 +96,10 @@ def answers(row):
 # ----------------------------------------------------------------------------------------------------------
 # Keys
 
-def present(what, part):
+def present(part, otherwise):
     """What an object has, without what stands for nothing: datasets that were joined are full of it."""
     if not isinstance(part, dict):
-        raise Unusable(f"expected an object, got {type(part).__name__}" if what == "row" else
-                       f"{what!r} is not a list of objects with texts")
+        raise Unusable(otherwise.format(type(part).__name__))
     return {key: value for key, value in part.items() if value not in (None, [], {})}
 
 
@@ -118,10 +113,10 @@ def one_of(row, keys):
     return given[0] if given else None
 
 
-def refuse_others(what, part, read):
+def refuse_others(part, read, where):
     """Unusable for a key that is neither read nor neutral, and holds something."""
     if odd := sorted(key for key in part.keys() - read - NEUTRAL if part[key] != ""):
-        raise Unusable(f"{odd[0]!r:.40} in a {what}, which is not supported")
+        raise Unusable(f"{odd[0]!r:.40} in a {where}, which is not supported")
 
 
 def is_learned(part):
@@ -130,13 +125,6 @@ def is_learned(part):
     if not fits(weight, (0, 1, 0.0, 1.0)) or not fits(train, bool):
         raise Unusable("a weight that is not 0 or 1, or a train that is not true or false")
     return bool(weight and train)
-
-
-def repeats(row, columns, name, parsed):
-    """Whether a column beside a conversation is its first question, or its last answer, once more."""
-    role, order = ("user", 1) if name == "prompt" else ("assistant", -1)
-    texts = [turn.text for turn in parsed.turns[::order] if turn.role == role]
-    return row.get(columns[name]) in texts[:1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -149,44 +137,42 @@ def text_of(key, value):
 
 
 def read_turns(key, row):
-    """A list of messages as turns; where there is no key, none."""
-    messages = row[key] if key else []
-    if not isinstance(messages, list):
-        raise Unusable(f"{key!r} is {type(messages).__name__}, expected a list of messages")
-    return [read_message(key, message) for message in messages]
+    """A list of messages as turns."""
+    if not isinstance(row.get(key, []), list):
+        raise Unusable(f"{key!r} is {type(row[key]).__name__}, expected a list of messages")
+    return [read_message(message) for message in row.get(key, [])]
 
 
-def read_message(key, message):
-    message = present(key, message)
-    role, content = next((pair for pair in MESSAGE if pair[0] in message), MESSAGE[0])
-    refuse_others("message", message, {role, content, "reasoning_content", *LEARNED})
-    said, text, thoughts = message.get(role), message.get(content), message.get("reasoning_content")
-    said = NAMES.get(said, said) if role == "from" and isinstance(said, str) else said
-    text = "".join(map(read_part, text)) if isinstance(text, list) else text
-    if not isinstance(said, str) or not isinstance(text, str):
-        raise Unusable(f"{key!r} is not a list of objects with the texts {role!r} and {content!r}")
-    if said not in ROLES:
-        raise Unusable(f"a turn of {said!r:.40}: expected system, user and assistant")
-    if thoughts is not None and not (said == "assistant" and isinstance(thoughts, str)):
+def read_message(message):
+    message = present(message, "a message is {}, expected an object")
+    who, what = ("from", "value") if "from" in message else ("role", "content")
+    refuse_others(message, {who, what, "reasoning_content", *LEARNED}, "message")
+    role, text = text_of(who, message.get(who)), message.get(what)
+    role = SHAREGPT.get(role, role) if who == "from" else role
+    text = "".join(map(read_part, text)) if isinstance(text, list) else text_of(what, text)
+    thoughts = message.get("reasoning_content")
+    if role not in ("system", "user", "assistant"):
+        raise Unusable(f"a turn of {role!r:.40}: expected system, user and assistant")
+    if thoughts is not None and (role != "assistant" or not isinstance(thoughts, str)):
         raise Unusable("a reasoning_content that is no text of an answer's")
-    return Turn(said, text, thoughts, is_learned(message))
+    return Turn(role, text, thoughts, is_learned(message))
 
 
 def read_part(part):
     """The text of one part of a text."""
-    part = present("content", part)
+    part = present(part, "a part of a text is {}, expected an object")
     if not part.keys() <= {"type", "text"} or part.get("type", "text") != "text":
         raise Unusable("a part of a text that is not text")
     return text_of("text", part.get("text"))
 
 
-def read_choices(choices, key, row):
+def read_choices(key, row):
     """The choices of a row, and the index of the right one, which is given as such or as its text."""
-    answer = row.get(key)
-    if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
+    choices, answer = row["choices"], row.get(key)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise Unusable("'choices' is not a list of texts")
     right = choices.index(answer) if answer in choices else answer
     if type(right) is not int or not 0 <= right < len(choices):
-        raise Unusable(f"{key or 'answer'!r} is {answer!r:.60}: expected one of its {len(choices)} choices, or "
-                       f"0 to {len(choices) - 1}")
+        raise Unusable(f"{key or 'answer'!r} is {answer!r:.60}: expected one of its {len(choices)} choices, "
+                       f"or 0 to {len(choices) - 1}")
     return choices, right
