@@ -130,30 +130,22 @@ CHATS = {
                          "<start_of_turn>model\n", begin="<bos>", in_turn=True, strips=EVERYONE),
 }
 # The templates that say so, by the start of their text's SHA-256.
-KNOWN = {
-    "ea2472f29dbd93c3": "chat-llama2",          # Llama 2 Chat
-    "e8d5b5a546d3f19d": "chat-llama2",          # the same, in other words
-    "ba03a121d097859c": "chat-llama3",          # Llama 3 Instruct
-    "b48c47f644389271": "chat-llama3",          # the same, as it was first
-    "93c0e9aa3629bbd7": "chat-llama3.1",        # Llama 3.1 and 3.3 Instruct
-    "d82792f95932f1c9": "chat-llama3.1",        # Llama 3.2 Instruct
-    "26a59556925c9873": "chat-mistral",         # Mistral 7B Instruct 0.2, 0.3 and Mixtral, as they were first
-    "7e995b379ec01747": "chat-mistral-first",   # Mistral 7B Instruct 0.1, as it was first
-    "bbc58aad99454df6": "chat-mistral-v1",      # Mistral 7B Instruct 0.1 and 0.2, Mixtral
-    "cafb64e0e9e5fd25": "chat-mistral-v3",      # Mistral 7B Instruct 0.3, Mistral Small and Large of 2024
-    "66291cf0045c2425": "chat-zephyr",          # Zephyr 7B, TinyLlama Chat
-    "872be49dbb638044": "chat-smollm2",         # SmolLM2 Instruct
-    "793202280c0910ab": "chat-qwen2",           # Qwen2
-    "4039eed0f28b7aaa": "chat-qwen2",           # Qwen2.5, the base
-    "e7ef0c0550d1e3ba": "chat-qwen2",           # Qwen2.5, the base
-    "55b2f4a26ac9ee71": "chat-qwen2.5",         # Qwen2.5 Instruct
-    "4e9918361c284a93": "chat-qwen2.5",         # the same, in other words about tools
-    "87a2728cb8dc9fe4": "chat-qwen3",           # Qwen3
-    "a55ee1b1660128b7": "chat-qwen3",           # Qwen3, later
-    "153280e3ff55d19d": "chat-chatml",          # ChatML, as many finetunes have it
-    "58c1a1f04baa7ada": "chat-chatml",          # the same
-    "ecd6ae513fe103f0": "chat-gemma",           # Gemma and Gemma 2, it
-}
+KNOWN = {digest: name for name, digests in {
+    "chat-llama2": "ea2472f29dbd93c3 e8d5b5a546d3f19d",         # Llama 2 Chat, in two wordings
+    "chat-llama3": "ba03a121d097859c b48c47f644389271",         # Llama 3 Instruct, now and at first
+    "chat-llama3.1": "93c0e9aa3629bbd7 d82792f95932f1c9",       # Llama 3.1 and 3.3 Instruct; 3.2 Instruct
+    "chat-mistral": "26a59556925c9873",         # Mistral 7B Instruct 0.2 and 0.3, Mixtral, as they were first
+    "chat-mistral-first": "7e995b379ec01747",   # Mistral 7B Instruct 0.1, as it was first
+    "chat-mistral-v1": "bbc58aad99454df6",      # Mistral 7B Instruct 0.1 and 0.2, Mixtral
+    "chat-mistral-v3": "cafb64e0e9e5fd25",      # Mistral 7B Instruct 0.3, Mistral Small and Large of 2024
+    "chat-zephyr": "66291cf0045c2425",          # Zephyr 7B, TinyLlama Chat
+    "chat-smollm2": "872be49dbb638044",         # SmolLM2 Instruct
+    "chat-qwen2": "793202280c0910ab 4039eed0f28b7aaa e7ef0c0550d1e3ba",     # Qwen2; Qwen2.5, the base models
+    "chat-qwen2.5": "55b2f4a26ac9ee71 4e9918361c284a93",        # Qwen2.5 Instruct
+    "chat-qwen3": "87a2728cb8dc9fe4 a55ee1b1660128b7",          # Qwen3, at first and later
+    "chat-chatml": "153280e3ff55d19d 58c1a1f04baa7ada",         # ChatML, as many finetunes have it
+    "chat-gemma": "ecd6ae513fe103f0",           # Gemma and Gemma 2, it
+}.items() for digest in digests.split()}
 
 
 def own_chat(tokenizer):

@@ -7,7 +7,8 @@ three tables: the type of a step, its fields, and what makes a function of them.
 
 import re
 import unicodedata
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
+from itertools import groupby
 
 import numpy as np
 import tiktoken
@@ -125,20 +126,7 @@ def pattern_of(part):
 def normalizer(part):
     """What is done to a stretch before it is cut, as one function of (text, begin)."""
     made = functions(part, "normalizer", NORMALIZERS)
-
-    def normalize(text, begin):
-        for function in made:
-            text = function(text, begin)
-        return text
-    return normalize
-
-
-def unicode_form(form):
-    return lambda text, begin: unicodedata.normalize(form, text)
-
-
-def prepending(prepend):
-    return lambda text, begin: prepend + text if text and begin is not False else text
+    return lambda text, begin: reduce(lambda so_far, function: function(so_far, begin), made, text)
 
 
 def replacing(pattern, content):
@@ -151,10 +139,13 @@ def replacing(pattern, content):
 
 FLAG, ON, TEXT, PART = (bool, ...), (bool, True), (str, ...), (dict, ...)       # fields, for check_fields
 REPLACE = {"pattern": PART, "content": TEXT}
-METASPACE = {"replacement": TEXT, "prepend_scheme": (("first", "always", "never"), "always"), "split": ON,
-             "add_prefix_space": ON, "str_rep": (str, "")}
-NORMALIZERS = {form: ({}, partial(unicode_form, form)) for form in ("NFC", "NFD", "NFKC", "NFKD")}
-NORMALIZERS |= {"Prepend": ({"prepend": TEXT}, prepending), "Replace": (REPLACE, replacing)}
+NORMALIZERS = {
+    "Prepend": ({"prepend": TEXT}, lambda prepend: lambda text, begin:
+                prepend + text if text and begin is not False else text),
+    "Replace": (REPLACE, replacing),
+    **{form: ({}, lambda form=form: lambda text, begin: unicodedata.normalize(form, text))
+       for form in ("NFC", "NFD", "NFKC", "NFKD")},
+}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -181,15 +172,6 @@ def to_byte_level(add_prefix_space, use_regex, trim_offsets):
         pieces = split(text, begin, gpt2, "Isolated") if use_regex else [(text, begin)]
         return [(to_letters(piece), begin) for piece, begin in pieces]
     return cut
-
-
-def digits(individual_digits):
-    behavior = "Isolated" if individual_digits else "Contiguous"
-    return partial(split, found=regular(r"\p{N}"), behavior=behavior)
-
-
-def splitting(pattern, behavior, invert):
-    return partial(split, found=pattern_of(pattern), behavior=behavior, invert=invert)
 
 
 def to_metaspace(replacement, prepend_scheme, add_prefix_space, **fields):
@@ -235,11 +217,15 @@ def with_neighbours(parts, behavior):
     return sorted(pieces)
 
 
+METASPACE = {"replacement": TEXT, "prepend_scheme": (("first", "always", "never"), "always"), "split": ON,
+             "add_prefix_space": ON, "str_rep": (str, "")}
 BEHAVIORS = (("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous"), ...)
 PRE_TOKENIZERS = {
     "ByteLevel": ({"add_prefix_space": FLAG, "use_regex": ON, "trim_offsets": ON}, to_byte_level),
-    "Digits": ({"individual_digits": FLAG}, digits),
-    "Split": ({"pattern": PART, "behavior": BEHAVIORS, "invert": FLAG}, splitting),
+    "Digits": ({"individual_digits": FLAG}, lambda individual_digits: partial(
+        split, found=regular(r"\p{N}"), behavior="Isolated" if individual_digits else "Contiguous")),
+    "Split": ({"pattern": PART, "behavior": BEHAVIORS, "invert": FLAG}, lambda pattern, **how: partial(
+        split, found=pattern_of(pattern), **how)),
     "Metaspace": (METASPACE, to_metaspace),
 }
 
@@ -250,12 +236,7 @@ PRE_TOKENIZERS = {
 def decoder(part):
     """How tokens become a text again, as one function."""
     made, between = functions(part, "decoder", DECODERS), " " if part is None else ""
-
-    def decode(tokens):
-        for function in made:
-            tokens = function(tokens)
-        return between.join(tokens)
-    return decode
+    return lambda tokens: between.join(reduce(lambda so_far, function: function(so_far), made, tokens))
 
 
 def from_byte_level(tokens):
@@ -267,21 +248,20 @@ def from_byte_level(tokens):
 
 def byte_fallback(tokens):
     """Runs of <0x00> to <0xFF> to their characters; a run that is no UTF-8 to as many U+FFFD."""
-    out, data = [], b""
-    for token in [*tokens, None]:                           # None ends the last run
-        if token is not None and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
-            data += bytes([int(token[3:5], 16)])
+    out = []
+    for is_byte, run in groupby(tokens, lambda token: bool(re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))):
+        if not is_byte:
+            out += run
             continue
+        data = bytes(int(token[3:5], 16) for token in run)
         try:
-            out += [data.decode()] if data else []
+            out.append(data.decode())
         except UnicodeDecodeError:
             out += ["\ufffd"] * len(data)
-        out += [] if token is None else [token]
-        data = b""
     return out
 
 
-def replacing_in_tokens(pattern, content):
+def replacing_in_each(pattern, content):
     replace = replacing(pattern, content)
     return lambda tokens: [replace(token, True) for token in tokens]
 
@@ -301,7 +281,7 @@ DECODERS = {
     "ByteLevel": (BYTE_LEVEL, lambda **fields: from_byte_level),
     "ByteFallback": ({}, lambda: byte_fallback),
     "Fuse": ({}, lambda: lambda tokens: ["".join(tokens)]),
-    "Replace": (REPLACE, replacing_in_tokens),
+    "Replace": (REPLACE, replacing_in_each),
     "Strip": ({"content": TEXT, "start": (int, ...), "stop": (0, ...)}, stripping),
     "Metaspace": (METASPACE, from_metaspace),
 }

@@ -136,7 +136,7 @@ class Tokenizer:
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
-        config = read_beside(file.parent / "tokenizer_config.json")
+        config = read_json(file.parent / "tokenizer_config.json", absent={})
         try:
             parts = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
@@ -155,9 +155,9 @@ class Tokenizer:
             return token
         bos, eos_id = named("bos_token"), ids.get(named("eos_token"))
         bos_id = ids.get(bos) if parts.bos is None and config.get("add_bos_token") else parts.bos
-        stop = read_beside(file.parent / "generation_config.json").get("eos_token_id")
+        stop = read_json(file.parent / "generation_config.json", absent={}).get("eos_token_id")
         if stop is None:
-            stop = read_beside(file.parent / "config.json").get("eos_token_id")
+            stop = read_json(file.parent / "config.json", absent={}).get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         if not (isinstance(stop, list) and all(type(i) is int and i >= 0 for i in stop)):
             raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected an id or a list of ids")
@@ -197,11 +197,6 @@ def read_chat(folder, config):
         named = (t.get("template") for t in chat if isinstance(t, dict) and t.get("name") == "default")
         chat = next(named, None)
     return chat if isinstance(chat, str) else None
-
-
-def read_beside(path):
-    """The JSON object in a file beside the tokenizer, if it is there."""
-    return read_json(path) if path.is_file() else {}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -278,14 +273,10 @@ def read_merges(merges, vocab):
     """Pairs of tokens: lists, or strings with a space between, as up to tokenizers 0.19."""
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges if not str(m).startswith("#version")]
     for pair in pairs:
-        try:
-            a, b = pair
-            known = a in vocab and b in vocab and a + b in vocab
-        except (ValueError, TypeError):
-            known = False
-        if not known:
+        texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
+        if not texts or not vocab.keys() >= {*pair, "".join(pair)}:
             raise ValueError(f"its merge {pair!r:.80} is not of two tokens that make a third one")
-    return [(a, b) for a, b in pairs]
+    return map(tuple, pairs)
 
 
 def read_all_added(listed, vocab):

@@ -17,8 +17,11 @@ def check_kind(path, begins):
             raise ValueError(f"{path} is {kind}")
 
 
-def read_json(path, *needs, kind=dict):
-    """The contents of a JSON file. ValueError if it is absent, not of the kind, or lacks a key it needs."""
+def read_json(path, *needs, kind=dict, absent=None):
+    """The contents of a JSON file, or what stands for one that is `absent`. ValueError if there is nothing,
+    or not what it should be: of the kind, with the keys it needs."""
+    if absent is not None and not path.is_file():
+        return absent
     try:
         data = path.read_bytes()
         check_kind(path, data)
