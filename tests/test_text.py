@@ -364,14 +364,14 @@ def test_loading_drops_and_counts(tmp_path, tokenizer):
     ('{"question": "a", "answer": "b"}\n{', "data, line 2: not JSON"),
     ('{"question": "\\ud800", "answer": "b"}', "data, line 1: it has half of a character"),
     ('{"question": "a", "prompt": "a", "answer": "b"}', "dropped: 1 it has prompt and question, which say"),
-    ('\n{\n "question": "a",\n "answer": "b"\n}\n', "line 2: not JSON, an object a line or one list"),
+    ('\n{\n "question": "a",\n "answer": "b"\n}\n', "line 2: not JSON, an object a line or a list"),
     ('{"data": [{"question": "a"}]}', "dropped: 1 it has data: expected messages, or one of prompt"),
     (b"PAR1\x15\x04", "data is a parquet file"),
     (b"\x1f\x8b\x08", "data is compressed by gzip"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "data is a Git LFS pointer, not the file that"),
     ("{}".encode("utf-16"), "data is UTF-16 text"),
     (b'{"question": "\xe9"}', "data is not UTF-8 text"),
-    ("[{},\n{]", "data, line 1: not JSON, an object a line or one list: .* line 2"),
+    ("[{},\n{]", "data, line 1: not JSON, an object a line or a list: .* line 2"),
     ("", "no example left; dropped: none, it has no rows"),
 ])
 def test_a_broken_file_is_refused_with_its_line(tmp_path, tokenizer, content, message):

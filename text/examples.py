@@ -22,9 +22,6 @@ class Example(NamedTuple):
     answer: list        # token ids, the stop token last
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Templates
-
 def joined(turns, input=""):
     """The texts of all turns, and of the field beside the question, with blank lines between."""
     return "\n\n".join(text for text in [*(turn[1] for turn in turns), input] if text)
@@ -46,7 +43,7 @@ def plain(turns, input=""):
 
 
 class Words(NamedTuple):
-    """A template without control tokens: see chat.Markup."""
+    """A template of words alone: see chat.Markup."""
     prompt: object
     said: object = str
     end: str | None = None      # the tokenizer's own
@@ -77,9 +74,6 @@ def template_in_words(template, tokenizer):
     other = f" is {own}" if own != template else CHATS[own].note
     return f"template {template}: the model's own chat markup{other}"
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Prompts and answers
 
 def special_id(tokenizer, name):
     if name not in tokenizer.special:
@@ -128,9 +122,6 @@ def refuse_thoughts(form, *thoughts):
     if any(thoughts) and not form.thinks:
         raise Unusable("'reasoning_content', for which the template has no place")
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Rows
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
     """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what cannot
@@ -182,9 +173,6 @@ def encode_row(row, tokenizer, template, max_length):
 def dropped_in_words(dropped):
     return listed([f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items()])
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Order and batches
 
 @lru_cache(maxsize=2)
 def shuffled(n, seed, epoch):

@@ -1,8 +1,9 @@
 """How tokenizer.json cuts a text into pieces before BPE: normalizers, pre-tokenizers and their patterns.
 
 A stretch of text has a `begin`: True where a text begins, None behind an added token, False where it
-continues an earlier text, which then gets no dummy space in front. Every form that is read stands here, in
-three tables: the type of a step, its fields, and what makes a function of them.
+continues an earlier text, which then gets no dummy space in front. A normalizer is a function of (text,
+begin) to a text, a pre-tokenizer one to pieces, each again with a `begin`, a decoder one of a list of tokens
+to another. Every step that is read stands in a table: its type, its fields, and what makes its function.
 """
 
 import re
@@ -45,9 +46,6 @@ def functions(part, where, table):
         made.append(make(**check_fields(step, f"its {step['type']}", fields, neutral=("type",))))
     return made
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Patterns
 
 @lru_cache
 def characters(escape):
@@ -120,9 +118,6 @@ def pattern_of(part):
     return regular(said) if kind == "Regex" else re.compile(re.escape(said))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Normalizers: functions of (text, begin)
-
 def normalizer(part):
     """What is done to a stretch before it is cut, as one function of (text, begin)."""
     made = functions(part, "normalizer", NORMALIZERS)
@@ -147,9 +142,6 @@ NORMALIZERS = {
        for form in ("NFC", "NFD", "NFKC", "NFKD")},
 }
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Pre-tokenizers: functions of (text, begin) to pieces, each again with a `begin`
 
 def pre_tokenizer(part):
     """How a normalised stretch is cut, as one function of (text, begin) to a list of pieces."""
@@ -200,21 +192,15 @@ def split(text, begin, found, behavior, invert=False):
         at = end
     if behavior == "Removed":
         parts = [part for part in parts if not part[2]]
-    if "Merged" in behavior or behavior == "Contiguous":
-        parts = with_neighbours(parts, behavior)
-    return [(text[start:end], begin if start == 0 else None) for start, end, _ in parts]
-
-
-def with_neighbours(parts, behavior):
-    """Parts of a text with their neighbours."""
+    if behavior in ("Isolated", "Removed"):
+        return [(text[start:end], begin if start == 0 else None) for start, end, _ in parts]
     pieces, before = [], False
     for start, end, matches in reversed(parts) if behavior == "MergedWithNext" else parts:
-        joins = matches == before if behavior == "Contiguous" else matches > before
-        if joins and pieces:
+        if pieces and (matches == before if behavior == "Contiguous" else matches > before):
             start, end = min(start, pieces[-1][0]), max(end, pieces.pop()[1])
-        pieces.append((start, end, matches))
+        pieces.append((start, end))
         before = matches
-    return sorted(pieces)
+    return [(text[start:end], begin if start == 0 else None) for start, end in sorted(pieces)]
 
 
 METASPACE = {"replacement": TEXT, "prepend_scheme": (("first", "always", "never"), "always"), "split": ON,
@@ -229,9 +215,6 @@ PRE_TOKENIZERS = {
     "Metaspace": (METASPACE, to_metaspace),
 }
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Decoders: functions of a list of tokens to another, which are joined in the end
 
 def decoder(part):
     """How tokens become a text again, as one function."""

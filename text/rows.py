@@ -68,9 +68,6 @@ TASKS = {"rows": lambda row: row, "piqa": piqa, "arc": lettered, "csqa": lettere
          "mmlu": mmlu, "gsm8k": gsm8k, "ultrafeedback": ultrafeedback}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Files
-
 def read_rows(path, task="rows"):
     """The rows of a file, one by one, as (place, dict): its line or item, and the row as the task's reader
     makes it. ValueError names the place of one that is malformed."""
@@ -87,7 +84,7 @@ def read_rows(path, task="rows"):
             except UnicodeEncodeError:
                 raise ValueError(f"{path}, {place}: it has half of a character (a lone surrogate)") from None
             except KeyError as error:
-                beside = f", and no {path.stem}-labels.lst lies beside it" if error.args[0] == "label" else ""
+                beside = f" and no {path.stem}-labels.lst lies beside it" if error.args == ("label",) else ""
                 raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has "
                                  f"{listed(list(row), ', ') or 'nothing'}{beside}") from None
             except (ValueError, TypeError, AttributeError) as error:
@@ -110,8 +107,8 @@ def json_rows(path):
                 elif line.strip():
                     begun = True
                     yield f"line {n}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {n}: not JSON, an object a line or one list: {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: {error}") from None
 
 
 def csv_rows(path):

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from text.bpe import BPE, BYTES, LETTERS
-from text.pieces import BYTE_LEVEL, LLAMA3_PATTERN, characters, decoder, normalizer, pre_tokenizer, steps
-from text.words import check_fields, check_kind, read_json
+from text.pieces import BYTE_LEVEL, LLAMA3_PATTERN, characters, decoder, functions, normalizer
+from text.pieces import pre_tokenizer, steps
+from text.words import check_fields, check_kind, fits, read_json
 
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
@@ -143,17 +144,11 @@ class Tokenizer:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
         ids = parts.vocab | {t.content: t.id for t in parts.added}
-
-        def named(key):                         # "</s>", or {"content": "</s>", ...}, or null
-            token = config.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            if not isinstance(token, (str, type(None))):
-                raise ValueError(f"{file.parent / 'tokenizer_config.json'}: {key} is {token!r:.60}")
-            if token is not None and token not in ids and key == "eos_token":
-                raise ValueError(f"{file.parent}: {file.name} has no {token!r}, the eos_token of "
-                                 "tokenizer_config.json")
-            return token
-        bos, eos_id = named("bos_token"), ids.get(named("eos_token"))
+        named = [config.get("bos_token"), config.get("eos_token")]      # "</s>", {"content": "</s>", ...}, null
+        bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
+        if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
+            raise ValueError(f"{file.parent / 'tokenizer_config.json'} has the bos_token {bos!r:.60} and the "
+                             f"eos_token {eos!r:.60}, expected tokens of {file.name}")
         bos_id = ids.get(bos) if parts.bos is None and config.get("add_bos_token") else parts.bos
         stop = read_json(file.parent / "generation_config.json", absent={}).get("eos_token_id")
         if stop is None:
@@ -161,11 +156,9 @@ class Tokenizer:
         stop = [stop] if isinstance(stop, int) else stop or []
         if not (isinstance(stop, list) and all(type(i) is int and i >= 0 for i in stop)):
             raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected an id or a list of ids")
-        if eos_id is None:
-            eos_id = stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
+        eos_id = ids[eos] if eos else stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
         chat = read_chat(file.parent, config)
-        chat = (chat, bos, named("eos_token")) if chat else None
-        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, chat)
+        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, (chat, bos, eos) if chat else None)
 
 
 ADDED = {"content": (str, ...), "id": (int, ...),
@@ -198,9 +191,6 @@ def read_chat(folder, config):
         chat = next(named, None)
     return chat if isinstance(chat, str) else None
 
-
-# ----------------------------------------------------------------------------------------------------------
-# The files
 
 def read_tiktoken(file, config):
     """A tokenizer.model of tiktoken's format, with Llama 3's pattern: any two tokens that make one are
@@ -246,7 +236,8 @@ def read_tokenizer_json(file, config):
         raise ValueError(f"it is of kind {kind!r:.60}: expected byte-level or SentencePiece BPE")
     model = check_fields(top["model"], "its model", MODEL | EMPTY, neutral=("type",))
     vocab, unk = model["vocab"], model["unk_token"]
-    check_vocab(vocab)
+    if not all(type(i) is int and i >= 0 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
+        raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
     ranks = {pair: rank for rank, pair in enumerate(read_merges(model["merges"], vocab))}
     added = read_all_added(top["added_tokens"], vocab)
     names = {t.content for t in added}
@@ -258,15 +249,12 @@ def read_tokenizer_json(file, config):
             any(p.get("prepend_scheme") == "first" for p in steps(pre, "pre_tokenizer")):
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
     bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
-    bos = read_bos(top["post_processor"], {*vocab.values(), *(t.id for t in added)})
+    bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
+    if len(bos) > 1 or any(type(i) is not int or i not in (*vocab.values(), *(t.id for t in added)) for i in bos):
+        raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
     added += later_added(config, vocab.keys() | names)
-    return Parts(normalizer(before), pre_tokenizer(pre), bpe, decoder(top["decoder"]), vocab, added, bos)
-
-
-def check_vocab(vocab):
-    whole = all(type(i) is int and i >= 0 for i in vocab.values())
-    if not whole or len(set(vocab.values())) < len(vocab) or not vocab:
-        raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
+    return Parts(normalizer(before), pre_tokenizer(pre), bpe, decoder(top["decoder"]), vocab, added,
+                 bos[0] if bos else None)
 
 
 def read_merges(merges, vocab):
@@ -282,13 +270,12 @@ def read_merges(merges, vocab):
 def read_all_added(listed, vocab):
     """The entries of added_tokens. The tokenizers library does not look at their ids, but gives each its own
     in the vocabulary, or the next free one: ValueError where that is another."""
-    added, free, taken = [], len(vocab), set(vocab.values())
-    for token in listed:
-        token = read_added(token)
-        expected = vocab.get(token.content, free)
+    added, ids, free = [], {*vocab.values()}, len(vocab)
+    for token in map(read_added, listed):
         new = token.content not in vocab
-        if token.id != expected or new and token.id in taken or not token.content or \
-                token.content in (t.content for t in added):
+        expected = free if new else vocab[token.content]
+        twice = token.content in ("", *(t.content for t in added)) or new and token.id in ids
+        if token.id != expected or twice:
             raise ValueError(f"its added token {token.content!r} has the id {token.id}, and would get "
                              f"{expected}")
         free += new
@@ -296,26 +283,20 @@ def read_all_added(listed, vocab):
     return added
 
 
-TEMPLATE = {"single": (list, ...), "special_tokens": (dict, {})}
+def before_text(single, special_tokens, pair):
+    """The ids that are put in front of a text. (What is put behind one, an end token, `examples.encode_answer`
+    puts behind an answer.)"""
+    try:
+        here = [special_tokens[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
+                piece["Sequence"]["id"] for piece in single]
+        if here.count("A") == 1:
+            return [i for ids in here[:here.index("A")] for i in ids]
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(f"its post_processor makes {single!r:.100} of a text, which is not supported")
 
 
-def read_bos(part, ids):
-    """The id of the token that a post_processor puts in front of a text, if any. (What it puts behind one,
-    an end token, `examples.encode_answer` puts behind an answer.)"""
-    bos = []
-    for p in steps(part, "post_processor"):
-        if p["type"] == "ByteLevel":                        # concerns offsets only
-            check_fields(p, "its post_processor", BYTE_LEVEL, neutral=("type",))
-            continue
-        if p["type"] != "TemplateProcessing":
-            raise ValueError(f"its post_processor {p['type']} is not supported")
-        single, special = check_fields(p, "its post_processor", TEMPLATE, neutral=("type", "pair")).values()
-        try:
-            here = [special[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
-                    piece["Sequence"]["id"] for piece in single]
-            bos += [i for ids in here[:here.index("A")] for i in ids]
-        except (KeyError, TypeError, ValueError):
-            here = []
-        if here.count("A") != 1 or len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
-            raise ValueError(f"its post_processor makes {single!r:.100} of a text, which is not supported")
-    return bos[0] if bos else None
+POST_PROCESSORS = {         # ByteLevel concerns offsets alone
+    "ByteLevel": (BYTE_LEVEL, lambda **fields: []),
+    "TemplateProcessing": ({"single": (list, ...), "special_tokens": (dict, {}), "pair": ANY}, before_text),
+}

@@ -93,9 +93,6 @@ def answers(row):
     raise Unusable("no answer" if not found else "no answer that is learned: weight 0, or train false")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Keys
-
 def present(part, otherwise):
     """What an object has, without what stands for nothing: datasets that were joined are full of it."""
     if not isinstance(part, dict):
@@ -126,9 +123,6 @@ def is_learned(part):
         raise Unusable("a weight that is not 0 or 1, or a train that is not true or false")
     return bool(weight and train)
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Values
 
 def text_of(key, value):
     if not isinstance(value, str):

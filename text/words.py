@@ -22,13 +22,13 @@ def read_json(path, *needs, kind=dict, absent=None):
     or not what it should be: of the kind, with the keys it needs."""
     if absent is not None and not path.is_file():
         return absent
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    data = path.read_bytes()
+    check_kind(path, data)
     try:
-        data = path.read_bytes()
-        check_kind(path, data)
         value = json.loads(data.decode())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
         expected = "object" if kind is dict else "list"
@@ -62,10 +62,10 @@ def check_fields(part, where, table, neutral=()):
 
 
 def fits(value, form):
-    if isinstance(form, tuple):
-        return any(fits(value, one) for one in form)
     if isinstance(form, type):
         return form is object or type(value) is form
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
     return type(value) is type(form) and value == form
 
 
