@@ -89,7 +89,8 @@ def pieces(name):
     merges = [("▁", "▁"), ("▁", "a"), ("u", "s"), ("us", "er"), ("e", "r"), ("▁", "user"), ("S", "o")]
     steps = [{"type": "Prepend", "prepend": "▁"},
              {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    letters = [*(f"<0x{b:02X}>" for b in range(256)), *dict.fromkeys("▁abdelmnorstuwyWSY[]/" + "".join(PIECES))]
+    letters = [*(f"<0x{b:02X}>" for b in range(256)),
+               *dict.fromkeys("▁abdelmnorstuwyWSY[]/" + "".join(PIECES))]
     spec = spec_of(letters, merges, {"normalizer": {"type": "Sequence", "normalizers": steps}})
     spec["model"]["byte_fallback"] = True
     return with_controls(spec, name, without=())

@@ -44,7 +44,7 @@ class Markup(NamedTuple):
         return CONTROLS.search(self.answer)[0]
 
     def prompt(self, turns):
-        """The pieces of a prompt, texts and Controls, of turns (role, text, thoughts, ...): the last asks."""
+        """The pieces, texts and Controls, of a prompt of turns (role, text, thoughts); the last asks."""
         if self.thinks and re.fullmatch("(?s)<tool_response>.*</tool_response>", turns[-1][1]):
             raise Unusable("the answer of a tool, which is not supported")
         turns = [(role, self.words(text, *more[:1]) if role == "assistant" else text)
@@ -134,7 +134,7 @@ KNOWN = {digest: name for name, digests in {
     "chat-llama2": "ea2472f29dbd93c3 e8d5b5a546d3f19d",         # Llama 2 Chat, in two wordings
     "chat-llama3": "ba03a121d097859c b48c47f644389271",         # Llama 3 Instruct, now and at first
     "chat-llama3.1": "93c0e9aa3629bbd7 d82792f95932f1c9",       # Llama 3.1 and 3.3 Instruct; 3.2 Instruct
-    "chat-mistral": "26a59556925c9873",         # Mistral 7B Instruct 0.2 and 0.3, Mixtral, as they were first
+    "chat-mistral": "26a59556925c9873",         # Mistral 7B Instruct 0.2, 0.3, Mixtral, as they were first
     "chat-mistral-first": "7e995b379ec01747",   # Mistral 7B Instruct 0.1, as it was first
     "chat-mistral-v1": "bbc58aad99454df6",      # Mistral 7B Instruct 0.1 and 0.2, Mixtral
     "chat-mistral-v3": "cafb64e0e9e5fd25",      # Mistral 7B Instruct 0.3, Mistral Small and Large of 2024
@@ -155,7 +155,8 @@ def own_chat(tokenizer):
     text, bos, eos = tokenizer.chat
     name = KNOWN.get(hashlib.sha256(text.removesuffix("\n").encode()).hexdigest()[:16])
     if name is None:
-        raise ValueError(f"the model's chat template, {text!r:.60}..., is not one of {listed([*CHATS], ', ')}")
+        raise ValueError(f"the model's chat template, {text!r:.60}..., is not one of "
+                         f"{listed([*CHATS], ', ')}")
     pieces = [*CHATS[name].prompt([("user", "")]), Control(CHATS[name].end)]
     for token, kind, own in ((pieces[0], "bos", bos), (pieces[-1], "eos", eos)):
         if token in ("<s>", "</s>", "<bos>", "<|begin_of_text|>") and token != own:

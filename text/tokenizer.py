@@ -1,12 +1,8 @@
-"""Text to token ids and back, from the files that come with public checkpoints.
+"""Text to token ids and back, from the files that come with public checkpoints: tokenizer.json of
+the model BPE, byte-level (Llama 3, SmolLM2, Qwen2, Phi-2) or of characters (Llama 2, TinyLlama, Mistral,
+Gemma), and tokenizer.model in tiktoken's format, base64 bytes and a rank a line (Llama 3).
 
-Two kinds of file are read, told apart by what is in them:
-
-    tokenizer.model   tiktoken's format: base64 bytes and a rank a line (Llama 3)
-    tokenizer.json    as the tokenizers library writes it, of the model BPE: byte-level (Llama 3, SmolLM2,
-                      Qwen2, Phi-2) or of characters (Llama 2, TinyLlama, Mistral, Gemma)
-
-A tokenizer.json is read as that library reads it, or refused: this file, text/pieces.py and text/bpe.py name
+A tokenizer.json is read as the tokenizers library reads it, or refused: this file and text/pieces.py name
 every field at every level that is understood, and any other is an error. Whatever is in a user's text stays
 text: a special token such as </s> is never made from a string.
 """
@@ -144,11 +140,11 @@ class Tokenizer:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
         ids = parts.vocab | {t.content: t.id for t in parts.added}
-        named = [config.get("bos_token"), config.get("eos_token")]      # "</s>", {"content": "</s>", ...}, null
+        named = config.get("bos_token"), config.get("eos_token") # null, "</s>" or {"content": "</s>", ...}
         bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
         if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
-            raise ValueError(f"{file.parent / 'tokenizer_config.json'} has the bos_token {bos!r:.60} and the "
-                             f"eos_token {eos!r:.60}, expected tokens of {file.name}")
+            raise ValueError(f"{file.parent}/tokenizer_config.json has bos_token {bos!r:.60} and eos_token "
+                             f"{eos!r:.60}, expected tokens of {file.name}")
         bos_id = ids.get(bos) if parts.bos is None and config.get("add_bos_token") else parts.bos
         stop = read_json(file.parent / "generation_config.json", absent={}).get("eos_token_id")
         if stop is None:
@@ -161,8 +157,7 @@ class Tokenizer:
         return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, (chat, bos, eos) if chat else None)
 
 
-ADDED = {"content": (str, ...), "id": (int, ...),
-         **dict.fromkeys(("special", "single_word", "lstrip", "rstrip", "normalized"), (bool, False))}
+ADDED = dict.fromkeys(Added._fields, (bool, False)) | {"content": (str, ...), "id": (int, ...)}
 
 
 def read_added(token):
@@ -249,8 +244,9 @@ def read_tokenizer_json(file, config):
             any(p.get("prepend_scheme") == "first" for p in steps(pre, "pre_tokenizer")):
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
     bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
+    ids = [*vocab.values(), *(t.id for t in added)]
     bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
-    if len(bos) > 1 or any(type(i) is not int or i not in (*vocab.values(), *(t.id for t in added)) for i in bos):
+    if len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
         raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
     added += later_added(config, vocab.keys() | names)
     return Parts(normalizer(before), pre_tokenizer(pre), bpe, decoder(top["decoder"]), vocab, added,
@@ -284,8 +280,8 @@ def read_all_added(listed, vocab):
 
 
 def before_text(single, special_tokens, pair):
-    """The ids that are put in front of a text. (What is put behind one, an end token, `examples.encode_answer`
-    puts behind an answer.)"""
+    """The ids that are put in front of a text. (An end token that is put behind one is put behind an answer
+    by `examples.encode_answer`.)"""
     try:
         here = [special_tokens[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
                 piece["Sequence"]["id"] for piece in single]

@@ -56,7 +56,7 @@ def parse_row(row):
     columns = {name: one_of(row, keys) for name, keys in KEYS.items()}
     said = lambda name: text_of(columns[name], row.get(columns[name], ""))
     prompt, answer = columns["prompt"], columns["answer"]
-    read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text is all of it once more
+    read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text says all once more
     if columns["turns"]:
         turns = read_turns(columns["turns"], row)
         parsed, texts = Row(turns), [turn.text for turn in turns]

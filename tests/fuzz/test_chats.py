@@ -1,5 +1,5 @@
-"""Random conversations, in rows of several forms, by tokenizers of several kinds: the prompts that are learned
-from are those of transformers' apply_chat_template."""
+"""Random conversations, in rows of several forms, by tokenizers of several kinds: what is learned is asked
+as transformers' apply_chat_template asks it."""
 
 import json
 import random
@@ -13,44 +13,53 @@ from text.tokenizer import Tokenizer
 transformers = pytest.importorskip("transformers")
 
 # The families' templates, in short. (tests/chats.py has the published ones' results.)
-IN_TURN = """{% for m in rounds %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('in turn') }}
-{% endif %}{% endfor %}"""
-FIRST = "{% set own = messages[0].role == 'system' %}{% set rounds = messages[1:] if own else messages %}" + IN_TURN
-NONE = "{% set rounds = messages %}" + IN_TURN
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-WORDS = """{% if m.role != 'assistant' or m.reasoning_content is string or '</think>' not in m.content %}
-{% set said = m.content %}{% else %}{% set said = m.content.split('</think>')[-1].lstrip('\n') %}{% endif %}"""
+IN_TURN = ("{% for m in rounds %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+           "{{ raise_exception('in turn') }}{% endif %}{% endfor %}")
+NO_SYSTEM = "{% set rounds = messages %}" + IN_TURN
+SYSTEM = ("{% set own = messages[0].role == 'system' %}"
+          "{% set rounds = messages[1:] if own else messages %}") + IN_TURN
+WORDS = ("{% set said = m.content %}{% if m.role == 'assistant' and m.reasoning_content is not string and "
+         "'</think>' in said %}{% set said = said.split('</think>')[-1].lstrip('\n') %}{% endif %}")
 
 
-def instructions(before, after, answer, system):
-    """Mistral's; `system` is the place where the system's text stands."""
-    return (FIRST if system else NONE) + (
-        "{{ bos_token }}{% for m in rounds %}{% if m.role == 'user' %}{{ '" + before + "[INST] ' + " +
-        ("(messages[0].content + '\n\n' if own and " + system + " else '') + " if system else "") +
-        "m.content + '" + after + "[/INST]' }}{% else %}{{ " + answer + " }}{% endif %}{% endfor %}")
+def each(user, opening, begin="", before="", text="m.content", rounds="messages"):
+    """A template that writes all turns alike, of the parts of strings between which role and text stand."""
+    first, second, third = user
+    return (f"{{{{ {begin or repr('')} }}}}{{% for m in {rounds} %}}{before}"
+            f"{{{{ {first!r} + m.role + {second!r} + {text} + {third} }}}}{{% endfor %}}"
+            f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}")
 
 
+def instructions(question, answer):
+    """A template that writes questions and answers in ways of their own, as expressions in Jinja."""
+    return ("{% for m in rounds %}{% if m.role == 'user' %}{{ " + question + " }}{% else %}{{ " + answer +
+            " }}{% endif %}{% endfor %}")
+
+
+CHATML = (("<|im_start|>", "\n", "'<|im_end|>\n'"), "<|im_start|>assistant\n")
+QWEN2 = ("('' if messages[0].role == 'system' else "
+         "'<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n')")
+GEMMA = each(("<start_of_turn>", "\n", "'<end_of_turn>\n'"), "<start_of_turn>model\n", "bos_token",
+             text="m.content|trim", rounds="rounds").replace(
+                 "m.role +", "('model' if m.role == 'assistant' else 'user') +")
+LLAMA2 = ("bos_token + '[INST] ' + (('<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if own "
+          "and loop.first else '') + m.content)|trim + ' [/INST]'")
+MERGED = "(messages[0].content + '\n\n' if own and loop.{} else '') + m.content"
 JINJA = {
-    "chat-llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n'"
-                   " + m.content|trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-                   "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    "chat-chatml": CHATML,
-    "chat-qwen2": "{% if messages[0].role != 'system' %}"
-                  "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML,
-    "chat-qwen3": CHATML.replace("{{ '<|im_start|>' + m.role", WORDS + "{{ '<|im_start|>' + m.role")
-                        .replace("m.content + '<|im_end|>", "said + '<|im_end|>"),
-    "chat-gemma": NONE + "{{ bos_token }}{% for m in rounds %}{{ '<start_of_turn>' + "
-                         "('model' if m.role == 'assistant' else m.role) + '\n' + m.content|trim + '<end_of_turn>\n' }}"
-                         "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    "chat-llama2": FIRST + "{% for m in rounds %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (('<<SYS>>\n' + "
-                           "messages[0].content + '\n<</SYS>>\n\n' if own and loop.first else '') + m.content)|trim + "
-                           "' [/INST]' }}{% else %}{{ ' ' + m.content|trim + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "chat-mistral": instructions("", " ", "m.content + eos_token", ""),
-    "chat-mistral-v1": instructions(" ", " ", "' ' + m.content + eos_token", "loop.first"),
-    "chat-mistral-v3": instructions("", "", "' ' + m.content|trim + eos_token", "loop.last"),
-    "chat-zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
-                   "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "chat-llama3": each(("<|start_header_id|>", "<|end_header_id|>\n\n", "'<|eot_id|>'"),
+                        "<|start_header_id|>assistant<|end_header_id|>\n\n", "bos_token",
+                        text="m.content|trim"),
+    "chat-chatml": each(*CHATML), "chat-qwen2": each(*CHATML, QWEN2),
+    "chat-qwen3": each(*CHATML, before=WORDS, text="said"),
+    "chat-gemma": NO_SYSTEM + GEMMA,
+    "chat-llama2": SYSTEM + instructions(LLAMA2, "' ' + m.content|trim + ' ' + eos_token"),
+    "chat-mistral": NO_SYSTEM + "{{ bos_token }}" + instructions(
+        "'[INST] ' + m.content + ' [/INST]'", "m.content + eos_token"),
+    "chat-mistral-v1": SYSTEM + "{{ bos_token }}" + instructions(
+        "' [INST] ' + " + MERGED.format("first") + " + ' [/INST]'", "' ' + m.content + eos_token"),
+    "chat-mistral-v3": SYSTEM + "{{ bos_token }}" + instructions(
+        "'[INST] ' + " + MERGED.format("last") + " + '[/INST]'", "' ' + m.content|trim + eos_token"),
+    "chat-zephyr": each(("<|", "|>\n", "eos_token + '\n'"), "<|assistant|>\n"),
 }
 
 
@@ -116,7 +125,8 @@ def test_prompts_are_those_of_apply_chat_template(tmp_path, request):
                     pass
         (tmp_path / "data").write_text(json.dumps(row))
         try:
-            found, dropped = load_examples(tmp_path / "data", Tokenizer.from_pretrained(tmp_path), name, 10_000)
+            tokenizer = Tokenizer.from_pretrained(tmp_path)
+            found, dropped = load_examples(tmp_path / "data", tokenizer, name, 10_000)
         except ValueError as problem:
             assert "no example left" in str(problem), (seed, problem)
             found, dropped = [], {}

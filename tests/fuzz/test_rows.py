@@ -47,7 +47,7 @@ def in_a_form(rng, system, asked, answer, context):
         names = {"user": rng.choice(["human", "user"]), "assistant": rng.choice(["gpt", "assistant"])}
         return own | {form: [{"from": names.get(role, role), "value": said} for role, said in turns]}
     said = [{"role": role, "content": in_parts(rng, said)} for role, said in turns]
-    return own | ({"messages": said} if form == "messages" else {"prompt": said[:-1], "completion": said[-1:]})
+    return own | ({form: said} if form == "messages" else {"prompt": said[:-1], "completion": said[-1:]})
 
 
 def disguised(rng, row):
@@ -82,7 +82,7 @@ def test_one_conversation_in_every_form(request):
         more, found = row | {key: value}, read(row | {key: value})
         adds = isinstance(value, str) and key in (*KEYS["system"], *KEYS["input"])
         if found not in (None, read(row)):
-            assert adds and value in json.dumps(found) or key in KEYS["turns"] or key == "choices", (seed, more)
+            assert adds and value in str(found) or key in (*KEYS["turns"], "choices"), (seed, more)
 
 
 def junk_row(rng):
@@ -101,7 +101,8 @@ def test_every_row_of_a_file_is_an_example_or_counted(request, tmp_path):
         lines = end.join(json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows)
         whole = json.dumps(rows, indent=rng.choice([None, 2]))
         is_list = rng.random() < 0.3 or isinstance(rows[0], list)
-        (tmp_path / "data").write_bytes((rng.choice(["", "\ufeff"]) + (whole if is_list else lines)).encode())
+        written = rng.choice(["", "\ufeff"]) + (whole if is_list else lines)
+        (tmp_path / "data").write_bytes(written.encode())
         try:
             examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 200)
             assert len(examples) + sum(count for count, _ in dropped.values()) == len(rows), seed
