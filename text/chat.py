@@ -161,7 +161,7 @@ def own_chat(tokenizer):
     for token, kind, own in ((pieces[0], "bos", bos), (pieces[-1], "eos", eos)):
         if token in ("<s>", "</s>", "<bos>", "<|begin_of_text|>") and token != own:
             raise ValueError(f"{name} has {token} as its {kind}_token, and the model's is {own!r}")
-    plain = {t.content for t in tokenizer.parts.added if t == Added(t.content, t.id, special=True)}
+    plain = {t.content for t in tokenizer.all_added if t == Added(t.content, t.id, special=True)}
     if odd := {piece for piece in pieces if is_control(piece, tokenizer)} - plain:
         raise ValueError(f"{name} needs {min(odd)} as a special token that takes no white space with it")
     return name

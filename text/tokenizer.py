@@ -69,36 +69,29 @@ def word_characters():
     return frozenset(characters(r"\w"))
 
 
-class Parts(NamedTuple):
-    """What a tokenizer file says."""
-    normalize: object       # (text, begin) -> text; `begin`: see text/pieces.py
-    cut: object             # (text, begin) -> pieces
-    bpe: object             # with encode(pieces) -> ids
-    join: object            # tokens -> text
-    vocab: dict             # token -> id, without those added
-    added: list             # of Added
-    bos: int | None         # the token that the file itself puts in front of a text
-
-
 class Tokenizer:
     """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text
     (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
-    (None if unknown). `chat` is the model's chat template with its bos_token and eos_token, or None."""
+    (None if unknown). `chat` is the model's chat template with its bos_token and eos_token, or None.
 
-    def __init__(self, parts, bos_id, eos_id, stop_ids, chat=None):
-        self.parts, added = parts, parts.added
-        self.bos_id, self.eos_id, self.stop_ids, self.chat = bos_id, eos_id, frozenset(stop_ids), chat
+    It is made of what a tokenizer file says: a vocabulary, token -> id, the tokens Added to it, the token
+    that the file itself puts in front of a text, and functions of text/pieces.py."""
+
+    def __init__(self, vocab, added, bpe, normalize, cut, join, bos_id=None):
+        self.vocab, self.all_added, self.bpe, self.bos_id = vocab, added, bpe, bos_id
+        self.normalize, self.cut, self.join = normalize, cut, join
+        self.eos_id, self.stop_ids, self.chat = None, frozenset(), None
         self.special = {t.content: t.id for t in added if t.special}
         self.added = {t.content: t.id for t in added if not t.special}      # they match in plain text
-        self.names = {i: token for token, i in parts.vocab.items()}
-        self.names |= {t.id: parts.normalize(t.content, True) if t.normalized else t.content for t in added}
+        self.names = {i: token for token, i in vocab.items()}
+        self.names |= {t.id: normalize(t.content, True) if t.normalized else t.content for t in added}
         self.cut_raw = Cutter([t for t in added if not t.normalized])
-        self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: parts.normalize(t, True))
+        self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: normalize(t, True))
 
     def limit(self, vocab_size):
         """Forget special tokens beyond the model's vocabulary: as no text makes them, they do no harm (some
         checkpoints come with a <pad> there). ValueError if a text, BOS or a stop token would make one."""
-        made = [*self.parts.vocab.values(), *self.added.values(), *self.stop_ids, self.bos_id or 0]
+        made = [*self.vocab.values(), *self.added.values(), *self.stop_ids, self.bos_id or 0]
         if max(made) >= vocab_size:
             raise ValueError(f"the tokenizer's ids go up to {max(made)}, but the model's vocabulary has "
                              f"{vocab_size} tokens: they do not belong together")
@@ -112,21 +105,21 @@ class Tokenizer:
             if isinstance(piece, Added):
                 ids.append(piece.id)
             else:
-                for part in self.cut_normalized(self.parts.normalize(piece, at)):
+                for part in self.cut_normalized(self.normalize(piece, at)):
                     if isinstance(part, Added):
                         ids.append(part.id)
                     else:
-                        ids += self.parts.bpe.encode(self.parts.cut(part, at))
+                        ids += self.bpe.encode(self.cut(part, at))
                     at = None
             at = None
         return ids
 
     def decode(self, ids):
         """The text of ids; special tokens are written out, bytes that are no UTF-8 become U+FFFD."""
-        return self.parts.join([self.names[i] for i in ids if i in self.names])
+        return self.join([self.names[i] for i in ids if i in self.names])
 
-    @classmethod
-    def from_pretrained(cls, path):
+    @staticmethod
+    def from_pretrained(path):
         """Read the tokenizer of a checkpoint folder (or one tokenizer file in it); else ValueError."""
         path = Path(path)
         files = [path] if path.is_file() else [path / f for f in ("tokenizer.json", "tokenizer.model")]
@@ -135,26 +128,30 @@ class Tokenizer:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
         config = read_json(file.parent / "tokenizer_config.json", absent={})
         try:
-            parts = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
+            tokenizer = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
-        ids = parts.vocab | {t.content: t.id for t in parts.added}
+        ids = tokenizer.vocab | tokenizer.added | tokenizer.special
         named = config.get("bos_token"), config.get("eos_token") # null, "</s>" or {"content": "</s>", ...}
         bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
         if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
             raise ValueError(f"{file.parent}/tokenizer_config.json has bos_token {bos!r:.60} and eos_token "
                              f"{eos!r:.60}, expected tokens of {file.name}")
-        bos_id = ids.get(bos) if parts.bos is None and config.get("add_bos_token") else parts.bos
+        if tokenizer.bos_id is None and config.get("add_bos_token"):
+            tokenizer.bos_id = ids.get(bos)
         stop = read_json(file.parent / "generation_config.json", absent={}).get("eos_token_id")
         if stop is None:
             stop = read_json(file.parent / "config.json", absent={}).get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         if not (isinstance(stop, list) and all(type(i) is int and i >= 0 for i in stop)):
             raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected an id or a list of ids")
-        eos_id = ids[eos] if eos else stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
+        tokenizer.eos_id = ids[eos] if eos else stop[0] if stop else \
+            ids.get("<|end_of_text|>", ids.get("</s>"))
+        tokenizer.stop_ids = frozenset({tokenizer.eos_id, *stop} - {None})
         chat = read_chat(file.parent, config)
-        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, (chat, bos, eos) if chat else None)
+        tokenizer.chat = (chat, bos, eos) if chat else None
+        return tokenizer
 
 
 ADDED = dict.fromkeys(Added._fields, (bool, False)) | {"content": (str, ...), "id": (int, ...)}
@@ -210,7 +207,7 @@ def read_tiktoken(file, config):
     added = added or [Added(name, len(lines) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
     bos = {t.content: t.id for t in added}.get("<|begin_of_text|>")
     bpe = BPE(vocab, ranks, whole=vocab)
-    return Parts(normalizer(None), cut, bpe, decoder(byte_level), vocab, added, bos)
+    return Tokenizer(vocab, added, bpe, normalizer(None), cut, decoder(byte_level), bos)
 
 
 ANY = (object, None)
@@ -249,8 +246,7 @@ def read_tokenizer_json(file, config):
     if len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
         raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
     added += later_added(config, vocab.keys() | names)
-    return Parts(normalizer(before), pre_tokenizer(pre), bpe, decoder(top["decoder"]), vocab, added,
-                 bos[0] if bos else None)
+    return Tokenizer(vocab, added, bpe, normalizer(before), pre_tokenizer(pre), decoder(top["decoder"]), *bos)
 
 
 def read_merges(merges, vocab):
