@@ -13,7 +13,7 @@ from text.tokenizer import Tokenizer
 transformers = pytest.importorskip("transformers")
 
 # The families' templates, in short. (tests/chats.py has the published ones' results.)
-IN_TURN = ("{% for m in rounds %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+IN_TURN = ("{% for m in rounds %}{% if m.role != ['user', 'assistant'][loop.index0 % 2] %}"
            "{{ raise_exception('in turn') }}{% endif %}{% endfor %}")
 NO_SYSTEM = "{% set rounds = messages %}" + IN_TURN
 SYSTEM = ("{% set own = messages[0].role == 'system' %}"
