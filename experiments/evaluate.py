@@ -37,7 +37,7 @@ from model import Past
 from text.chat import words_of
 from text.examples import batches, encode_answer, encode_prompt, joined, stop_id
 from text.rows import TASKS, read_rows
-from text.turns import answers, parse_row
+from text.turns import learned_answers, parse_row
 
 TOKENS = 4096           # at a time, if nothing else is said
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
@@ -68,7 +68,7 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
             *turns, last = parsed.turns
             input, texts = parsed.input, parsed.choices
             answer = parsed.right if texts else last.text
-            if answers(parsed)[-1] < len(turns) or answer == "":
+            if learned_answers(parsed)[-1] < len(turns) or answer == "":
                 raise ValueError("it has no answer and no choices to score")
             if twice:
                 role, text = turns[-1][:2]

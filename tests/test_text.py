@@ -2,13 +2,14 @@
 test_reference.py.)"""
 
 import json
+import os
 
 import pytest
 
 from text.bpe import LETTERS
 from text.examples import Example, batches, draw, encode_answer, encode_prompt, load_examples
 from text.tokenizer import Tokenizer
-from text.turns import KEYS, NEUTRAL, Unusable, answers, parse_row
+from text.turns import KEYS, NEUTRAL, Unusable, learned_answers, parse_row
 from tiny import write_checkpoint
 
 BYTES = {chr(b): i for i, b in enumerate(range(33, 127))}
@@ -194,7 +195,7 @@ def read(row):
     try:
         parsed = parse_row(row)
         return [([turn[:2] for turn in parsed.turns[:i]], parsed.input, parsed.turns[i].text)
-                for i in answers(parsed)]
+                for i in learned_answers(parsed)]
     except Unusable:
         return NOTHING
 
@@ -337,6 +338,14 @@ def test_a_broken_file_is_refused_with_its_line(tmp_path, tokenizer, content, me
     (tmp_path / "data").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         load_examples(tmp_path / "data", tokenizer, "paper", 40)
+
+
+def test_a_pipe_is_read_once(tokenizer):
+    read_end, write_end = os.pipe()
+    os.write(write_end, b'\n [{"question": "a", "answer": "b"}]')
+    os.close(write_end)
+    assert len(load_examples(f"/dev/fd/{read_end}", tokenizer, "paper", 40)[0]) == 1
+    os.close(read_end)
 
 
 def test_order_is_fixed_by_seed_and_step_and_every_epoch_sees_all():

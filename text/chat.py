@@ -8,6 +8,7 @@ apply_chat_template (tests/chats.py). Tools, and pieces that are not text, are n
 
 import hashlib
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from text.tokenizer import Added
@@ -60,14 +61,14 @@ class Markup(NamedTuple):
             turns[self.question] = ("user", self.system.format(said) + turns[self.question][1])
         elif not own and self.default is not None:
             turns, own = [("system", self.default), *turns], True
-        pieces = controls(self.begin)
+        pieces = [*controls(self.begin)]
         for i, (role, text) in enumerate(turns):
             text = text.strip() if role in self.strips else text
             text = self.head + text if own and i == 0 else text
             form = {"system": self.system, "user": self.user, "assistant": self.opening + self.answer}[role]
             before, after = form.split("{}")
             pieces += [*controls(before), text, *controls(after)]
-        return pieces + controls(self.opening)
+        return [*pieces, *controls(self.opening)]
 
     def said(self, text, thoughts=None):
         """What stands before the end token of an answer."""
@@ -91,8 +92,9 @@ def thoughts_and_words(text, thoughts=None):
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), words.lstrip("\n")
 
 
+@lru_cache
 def controls(markup):
-    return [Control(s) if i % 2 else s for i, s in enumerate(CONTROLS.split(markup)) if s]
+    return tuple(Control(s) if i % 2 else s for i, s in enumerate(CONTROLS.split(markup)) if s)
 
 
 CHATML = Markup("<|im_start|>user\n{}<|im_end|>\n", "{}<|im_end|>\n", "<|im_start|>assistant\n",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from text.chat import CHATS, is_control, own_chat
 from text.rows import read_rows
-from text.turns import Unusable, answers, parse_row
+from text.turns import Unusable, learned_answers, parse_row
 from text.words import listed
 
 
@@ -146,7 +146,7 @@ def encode_row(row, tokenizer, template, max_length):
     beyond = False
     try:
         row = parse_row(row)
-        learned = answers(row)
+        learned = learned_answers(row)
     except Unusable as problem:
         yield str(problem)
         return

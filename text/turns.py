@@ -85,7 +85,7 @@ def parse_row(row):
     return parsed
 
 
-def answers(row):
+def learned_answers(row):
     """The places among a Row's turns of the answers to be learned; Unusable if there are none."""
     found = [i for i in range(row.start or 0, len(row.turns)) if row.turns[i].role == "assistant"]
     if learned := [i for i in found if row.turns[i].learned]:
@@ -102,9 +102,7 @@ def present(part, otherwise):
 
 def one_of(row, keys):
     """Which of the keys that say the same a row has."""
-    given = [key for key in keys if key in row]
-    if len(given) > 1:
-        given = [key for key in given if row[key] != ""] or given[:1]
+    given = [key for key in keys if row.get(key, "") != ""] or [key for key in keys if key in row][:1]
     if len(given) > 1:
         raise Unusable(f"it has {' and '.join(given)}, which say the same: expected one of them")
     return given[0] if given else None

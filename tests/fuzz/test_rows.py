@@ -6,7 +6,7 @@ import random
 
 from text.examples import load_examples
 from text.tokenizer import Tokenizer
-from text.turns import KEYS, LEARNED, NEUTRAL, Unusable, answers, parse_row
+from text.turns import KEYS, LEARNED, NEUTRAL, Unusable, learned_answers, parse_row
 from tiny import write_checkpoint
 
 WORDS = [*"a Why? é 1+1 {} 日本 \U0001fae8 </s> \\ \"".split(), *"\n \u2028\t\r"]
@@ -62,7 +62,7 @@ def read(row):
     """What is asked and learned, a context below its question; None for a row that cannot be used."""
     try:
         parsed = parse_row(json.loads(json.dumps(row)))
-        (last,) = answers(parsed)
+        (last,) = learned_answers(parsed)
     except (Unusable, ValueError):
         return None
     said = [(role, text) for role, text, *_ in parsed.turns[:last]]
