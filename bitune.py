@@ -8,8 +8,8 @@ tokens are cut like this:
     x[0] ... x[P-2]  |  x[P-1]  y[0]  y[1] ... y[A-1]
         context      |         answer stream               its logits at row i predict y[i]
 
-    1  causal pass   context, adapter set "answer",  each token sees earlier ones    ->  K_c, V_c a layer
-    2  second pass   context, adapter set "prompt",  each token sees all of them    ->  K_b, V_b a layer
+    1  causal pass   context, set "answer",  a token sees itself and earlier ones   ->  K_c, V_c a layer
+    2  second pass   context, set "prompt",  a token sees all of them               ->  K_b, V_b a layer
     3  mixing        K = (1 - α) K_c + α K_b         α = |θ| / (|θ| + c), one θ a layer for K, one for V
     4  answer pass   answer stream, set "answer",    causal, and attending to K, V of the context
     5  decoding      goes on from that cache like any decoder: the prompt is never read again
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from model import NONE, KVCache, Past, may_attend
 
 # A method is how the prompt is read: each of its passes is (what a token sees, adapter set). Two passes are
-# mixed, one is taken as it is. Without any, the prompt is read with the answer: plain causal finetuning.
+# mixed; a single one is taken as it is; without any, the prompt is read with the answer, causally.
 METHODS = {
     "bitune":         [("causal", "answer"), ("bidirectional", "prompt")],
     "naive-bidir":    [("bidirectional", "answer")],
@@ -56,8 +56,8 @@ def pad(lists, fill, device):
 
 class Bitune(nn.Module):
     """A decoder with its adapter sets (see `lora.add_adapter`), trained and asked by one of METHODS. Without
-    a set "answer" it is the bare base that answers. c is the constant of α, and where every θ starts, so α
-    starts at 0.5 whatever it is: c sets how fast α moves for a given learning rate."""
+    a set "answer" it is the bare base that answers. c is the constant of α and where every θ starts, so that
+    α starts at a half; the smaller c is, the faster a step of θ moves α."""
 
     def __init__(self, model, method="bitune", c=0.01):
         super().__init__()
@@ -69,7 +69,7 @@ class Bitune(nn.Module):
                 self.start_mixing()
 
     def twin(self, kind):
-        """The same numbers under a subclass, which may override `encode`, `mix`, `answer` or any other."""
+        """This Bitune as one of a subclass, with the same tensors: only what that overrides differs."""
         twin = object.__new__(type(kind.__name__, (kind, type(self)), {}))
         vars(twin).update(vars(self))
         return twin
@@ -85,7 +85,7 @@ class Bitune(nn.Module):
 
     def split(self, prompt):
         """Where the prompt ends: its ids as (context, opening of the answer stream). The last token opens
-        the stream, because its logits predict y[0]; without prompt passes all of them do."""
+        the stream, because its logits predict y[0]. Without prompt passes all tokens open it."""
         if not prompt:
             raise ValueError("the prompt has no tokens: expected at least one, to predict the answer from")
         cut = len(prompt) - 1 if self.passes else 0
@@ -118,8 +118,8 @@ class Bitune(nn.Module):
     def encode(self, context, past=None):
         """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
         of an earlier past if there is one (None if there is neither). No gradient reaches q, o and MLP of
-        the last layer in the set "prompt": only K and V go on from here. At the start, where B = 0, none
-        reaches A, nor θ[0], as both passes give layer 0 the same K and V."""
+        the last layer in the set "prompt": only K and V go on from here. As long as LoRA's B is zero, its A
+        and θ[0] have a gradient of zero: both passes give layer 0 the same K and V."""
         if context.ids.shape[1] == 0:
             return past
         read = self.read(context, past)
@@ -145,11 +145,11 @@ class Bitune(nn.Module):
     # ---- 4: the answer pass ------------------------------------------------------------------------------
 
     def answer_pass(self, prompts, answers, past=None):
-        """Of the answer stream: its states (B, T', C), which the head makes logits of; labels (B, T') on the
-        CPU, the answer token that each should predict or -100, and where there is one; the Past of context
-        and stream. past: what `encode` makes of the contexts, if that is there already."""
+        """The answer stream's states (B, T', C), of which the head makes logits; labels (B, T') on the CPU,
+        the answer token that each state should predict, or -100; the indices of those that have one; and the
+        Past of context and stream. past: that of the contexts, where they have been read already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
-        before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens of the opening before x[P-1]
+        before = [len(self.split(p)[1]) - 1 for p in prompts]       # of the opening, those that predict none
         keep = slice(min(before), None)
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, keep]
         at = tuple((labels >= 0).nonzero().T.to(self.device))
@@ -165,7 +165,7 @@ class Bitune(nn.Module):
 
     def score(self, prompts, answers, measure, past=None):
         """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
-        At most LOGITS logits are there at a time, and the backward pass computes them again."""
+        More logits than LOGITS are made in parts, and made again in the backward pass."""
         x, labels, at, _ = self.answer_pass(prompts, answers, past)
         x, of = x[at], labels[labels >= 0].to(self.device)                              # (N, C), (N,)
         rows = max(1, LOGITS // self.model.config.vocab_size)
@@ -211,8 +211,8 @@ class Bitune(nn.Module):
             if not rows:
                 return
             yield [dict(zip(rows, ids)).get(row) for row in range(len(prompts))]
-            if step + 1 < max_new_tokens:       # where all is seen, attention is quicker without a mask
-                mask = None if whole else mask
+            if step + 1 < max_new_tokens:
+                mask = None if whole else mask  # attention is quicker without one, if it hides nothing
                 logits = self.model(token[:, None], positions, mask, cache, self.answer_set)[0][:, -1]
                 cache.advance(positions)
                 positions = positions + 1
@@ -224,7 +224,7 @@ class Bitune(nn.Module):
 
 
 def blend(a, causal, second):
-    """(1 - α) K_c + α K_b, in α's float32, for which α needs a dimension, and then in K's dtype again."""
+    """(1 - α) K_c + α K_b in float32, which PyTorch takes if α has a dimension, and in K's dtype again."""
     a = a if a.dim() else a[None]
     return ((1 - a) * causal + a * second).to(causal.dtype)
 

@@ -5,9 +5,8 @@
     IA3  (2205.05638)   y = l W x, in the MLP y = W (l x)       l ones: it scales outputs or inputs
     full finetuning     y = W' x                                W' a copy of W
 
-with s = lora_alpha / r. Each starts at the base model. Which set runs is an argument, `linear(x, adapter)`:
-no switch that a recomputation in the backward pass could read stale. Adapters are float32 on a base of any
-dtype (a full copy has the base's): in bfloat16 a step of 3e-4 on a weight of 0.1 would be rounded away.
+with s = lora_alpha / r; each starts at the base model. Which set runs is an argument, `linear(x, adapter)`,
+and no switch. Adapters are float32 on a base of any dtype: in bfloat16, small steps are rounded away.
 """
 
 import math
@@ -28,7 +27,7 @@ class Option(NamedTuple):
     help: str
     low: float = 0              # of numbers
     high: float = math.inf
-    pattern: str | None = None  # PEFT's field in which layers of other values are listed
+    pattern: str | None = None  # PEFT's field for layers that have another value
 
 
 class Adapter(nn.Module):
@@ -40,11 +39,11 @@ class Adapter(nn.Module):
     options = {}                # name -> Option: the keyword arguments of __init__
     peft = {}                   # the fields of adapter_config.json by which the kind is known
     tensor_names = {}           # PEFT's name of a tensor, if not model.PATH.TENSOR
-    trains_base = False         # whether the first set is the base itself, which then trains
+    trains_base = False         # the first set is then the base itself, whose weights train
 
     @classmethod
     def make(cls, linears, **options):
-        """A new set: from layers by path, their adapters by path."""
+        """A new set: an adapter for each of these layers, by path."""
         return {path: cls(linear, path, **options) for path, linear in linears.items()}
 
 
@@ -143,7 +142,7 @@ class IA3(Adapter):
 
 
 class Full(Adapter):
-    """Every weight of the base trains, as the first set; a second one is a copy of the linears."""
+    """The first set is the base itself, all of which trains; a second one is a copy of its linears."""
     label, trains_base = "full finetuning", True
     peft = {"peft_type": "FULL"}                # not one of PEFT's, in its form all the same
 
@@ -182,7 +181,7 @@ def is_target(name):
 
 def add_adapter(model, name, kind="lora", targets=(), **options):
     """Put a new set `name` of a kind of KINDS on the linears whose name, or path, is of `targets` (none: see
-    `is_target`), and freeze the base; returns the adapters by path. ValueError for a target that is none."""
+    `is_target`), and freeze the base; returns the adapters by path. ValueError for an unknown target."""
     maker, layers, first = KINDS[kind], linears(model), not model.sets
     names = {path.split(".")[-1] for path in layers}
     if unknown := " or ".join(sorted(set(targets) - names - set(layers))):
@@ -201,8 +200,8 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
 
 @torch.no_grad()
 def fold(model, name):
-    """Let the set `name` hold merged weights beside its layers' own, as full copies do: the same by one
-    product a layer, to be trained no more. ValueError where a layer would compute something else."""
+    """Put merged weights, as full copies hold them, in the place of the adapters of the set `name`: a layer
+    then takes one product, and trains no more. ValueError if it would compute something else."""
     for path, adapter in adapters(model, name).items():
         linear = model.get_submodule(path)
         weight, bias = adapter.merged(linear)

@@ -89,7 +89,7 @@ def rotate(x, cos, sin):
 
 def may_attend(query_pos, key_pos, sees="causal"):
     """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
-    Padding, at position -1, sees and is seen by padding alone: no softmax may be empty."""
+    Padding stands at -1: no other token sees it, and it sees itself, as no softmax may be empty."""
     q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
     sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
     return sight & ((q >= 0) == (k >= 0))
@@ -209,10 +209,10 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask, keep):
         mask = None if mask is None else mask[:, :, keep]                                 # (B, 1, T', S + T)
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # its backward pass takes 3 times as long
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # where bfloat16's backward pass is slow
             return self.attend(q.float(), k.float(), v.float(), mask, ALL).to(q.dtype)
         grouped = self.n_q != self.n_kv
-        if grouped and mask is not None and q.is_cuda:      # no fused kernel takes both: spell the heads out
+        if grouped and mask is not None and q.is_cuda:      # no fused kernel takes them with a mask
             k, v = (t.repeat_interleave(self.n_q // self.n_kv, dim=1) for t in (k, v))
             grouped = False
         return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
@@ -302,7 +302,7 @@ class Llama(nn.Module):
         """The same without the head: the final hidden states, (B, T', C)."""
         if adapter is not None and adapter not in self.sets:
             raise ValueError(f"no layer carries an adapter set {adapter!r}: the model has {[*self.sets]}")
-        if self.config.sliding_window:          # beyond it the mask would have to hide the oldest keys
+        if self.config.sliding_window:          # a longer text needs a mask that hides old keys
             self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
         x = self.model.embed_tokens(tokens)                                               # (B, T, C)
         if self.config.model_type == "gemma":

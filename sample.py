@@ -2,10 +2,9 @@
 
     python sample.py [--model FOLDER] [--adapter RUN] [--prompt TEXT]
 
-Without --prompt, each line of standard input is a prompt, with --chat of one conversation; a terminal asks
-for it. The text goes into the template the run was trained with, or a base's own chat markup; else it is
-the prompt as it stands. A run names its base, so --model is not needed; without both it is the last run of
-the demonstration. The answer goes to standard output, everything else to standard error.
+Without --prompt, each line of standard input is a prompt, with --chat of one conversation. The text goes into
+the template the run was trained with, or into a base's own chat markup, if it has one that is known. Without
+--model and --adapter it asks the last run of the demonstration. Only answers go to standard output.
 """
 
 from cli.chat import conversation

@@ -2,7 +2,7 @@
 
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
-The defaults are the paper's (2405.14862). Without --model and --data it is the README's demonstration.
+The defaults are the paper's (2405.14862). Without --model and --data it trains the demonstration's model.
 --resume RUN goes on with a run that was killed; --adapter RUN starts from what a run, or a PEFT adapter, has
 learned. Several cards train one run: torchrun --standalone --nproc-per-node N train.py ...
 """
@@ -52,8 +52,7 @@ def parameter_groups(bitune, lr, weight_decay):
 
 
 def make_optimizer(bitune, lr, eps, weight_decay):
-    return torch.optim.AdamW(parameter_groups(bitune, lr, weight_decay), betas=(0.9, 0.999), eps=eps,
-                             fused=True)
+    return torch.optim.AdamW(parameter_groups(bitune, lr, weight_decay), eps=eps, fused=True)
 
 
 def train_step(bitune, optimizer, examples, cut, rate, clip):
@@ -106,13 +105,13 @@ def validate(bitune, examples, cut, show=lambda text: None):
 # The loop
 
 def train(run, progress, stop):
-    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand; after
-    the last one, it only leaves out the validation, which --resume makes up for."""
+    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand; if that
+    is the last, it only leaves out the validation, which --resume makes up for."""
     s, bitune, optimizer, examples = run.settings, run.bitune, run.optimizer, run.examples
     due = lambda every: run.at == s.steps or run.at % every == 0
 
     def validation():
-        model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # new adapters: the base
+        model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # untrained: the base
         with stop.at_once():
             result = validate(model, run.val, cut, progress.update)
         progress.validated(run, result)
@@ -121,7 +120,7 @@ def train(run, progress, stop):
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
     cut = partial(batches, size=s.micro_batch_size, tokens=s.micro_batch_tokens)
     progress.note(f"micro-batches: {s.micro_batch_size or f'up to {s.micro_batch_tokens:,} tokens'}")
-    if run.val and due(s.eval_every) and run.at not in run.validated:   # at 0, or cut short when killed
+    if run.val and due(s.eval_every) and run.at not in run.validated:   # at step 0, or cut short
         validation()
     for step in run.steps_left():
         began = time.monotonic()

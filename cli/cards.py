@@ -49,8 +49,8 @@ def least(number):
 
 @contextmanager
 def processes():
-    """Join the processes that torchrun has started. They wait for each other as long as it takes: one that
-    dies is noticed otherwise."""
+    """Join the processes that torchrun has started. They wait for each other as long as it takes; that one
+    has died shows by its closed connections."""
     if several():
         dist.init_process_group(timeout=timedelta(days=30))
         if torch.cuda.is_available():
@@ -87,8 +87,8 @@ def share(examples):
 
 
 def add_up(loss, trained):
-    """Sum a step's loss, and the gradients of what trains, over all processes, in place. What has a gradient
-    in one of them has one in all."""
+    """Sum a step's loss, and the gradients of what trains, over all processes, in place. A parameter that
+    has a gradient in one of them gets one in all."""
     if dist.is_initialized():
         used = [p for p, n in zip(trained, sums(*(p.grad is not None for p in trained))) if n]
         for p in used:

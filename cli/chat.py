@@ -10,7 +10,7 @@ from text.chat import CHATS
 def conversation(bitune, template, kind):
     """What answers in a conversation of the kind "recompute" or "alternating", or in none (None). ValueError
     for a template that does not say who speaks."""
-    if kind and template not in (*CHATS, "llama3"):
+    if kind and template not in CHATS:
         raise ValueError(f"--chat: the template {template} does not say who speaks; expected a model with a "
                          f"chat template, or --template {' or '.join(CHATS)}")
     if kind != "alternating":

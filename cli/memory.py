@@ -20,8 +20,8 @@ def free_bytes(device):
 
 
 def kept(bitune, loss):
-    """How many bytes autograd keeps of a forward pass, which loss() makes, parameters aside; of blocks that
-    are computed a second time, their inputs."""
+    """How many bytes autograd keeps of the forward pass that loss() makes, without parameters. (With
+    checkpointing: of each block its input.)"""
     storages = {}                                       # held here, so that none is counted twice
 
     def keep(tensor):
@@ -54,10 +54,10 @@ def step_bytes(bitune, examples):
 
 
 def tokens_that_fit(bitune, examples, s):
-    """How many tokens, with padding, a micro-batch may have. Where the settings say no number, a step's of
-    its longest examples, halved until what they take, reckoned by one of them, fits into the memory that
-    gradients and moments leave. Then such a batch goes forward and backward, for nothing: if memory is short
-    all the same, it shows now and not some night."""
+    """How many tokens, with padding, a micro-batch may have. Where the settings do not say it: first measure
+    what the longest example takes. Then begin with a whole step of such examples, and halve their number
+    until they fit into the memory that gradients and moments leave. At last run such a micro-batch forward
+    and backward, for nothing: if memory is short all the same, it shows now and not some night."""
     longest = max(examples, key=length)
     with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
         n = s.micro_batch_size or (s.micro_batch_tokens or 0) // length(longest)

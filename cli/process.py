@@ -31,7 +31,7 @@ def out_of_memory(problem):
 
 
 def command(main):
-    """Make of a function the main of a command, which ends as the head of this file says."""
+    """A decorator for the main of a command: it ends as the head of this file says."""
     @wraps(main)
     def ends(argv=None):
         for stream in (sys.stdin, sys.stdout, sys.stderr):      # what a terminal cannot show ends no run
@@ -106,8 +106,8 @@ def work(what, smaller, stop=None):
         elif isinstance(problem, RuntimeError):
             raise
         elif not first() and not isinstance(problem, OSError):
-            sys.exit()          # as the one that writes does, and says why; with another status here,
-                                # torchrun would end that one in the midst of its last save
+            sys.exit()          # the first process says why. If this one ended with another status,
+                                # torchrun would kill the first in the midst of its last save
         elif isinstance(problem, FloatingPointError) and getattr(what, "at", 0) > 1:
             said += ": start again with a lower --lr"           # at the first step it is not to blame
         elif isinstance(problem, KeyboardInterrupt):

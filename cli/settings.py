@@ -30,10 +30,10 @@ def default(function, name):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a value may be: the keywords of its flag for argparse, from which `fits` tells it, too
+# Forms: what a value may be, as keywords for argparse; `fits` checks values in files by the same
 
 class Number:
-    """A number of a kind, int or float, within [low, high]: of a text, or an error."""
+    """Makes a number of a kind, int or float, within [low, high], of a text; else an error."""
 
     def __init__(self, kind, low, high):
         self.kind, self.low, self.high = kind, low, high
@@ -83,7 +83,7 @@ class Setting(NamedTuple):
     help: str
     form: dict
     default: object = None
-    may_change: bool = False    # when a run is resumed; no number that it comes to hangs on it
+    may_change: bool = False    # when a run is resumed, as it does not change the result
     group: str = "what"         # its heading in --help
 
 
@@ -116,7 +116,7 @@ SETTINGS = {
         "data": Setting("training data, in a form of docs/data.md", text("FILE"), None, True),
         "out": Setting("folder to write the run to", text("RUN")),
         "adapter": Setting("start from what this run, or PEFT adapter, has learned: its base, adapters, "
-                           "template, method and mixing; a set that --method needs more starts as its first",
+                           "template, method and mixing; a further set of --method's starts as a copy",
                            text("RUN")),
         "resume": Setting("continue RUN from its last save, with its own settings", text("RUN")),
     }),
@@ -149,7 +149,7 @@ SETTINGS = {
         "checkpointing": Setting("compute each block twice, and keep its input alone: less memory, half "
                                  "more time (same result)", SWITCH, False, True),
         "base_bits": Setting("the linears' frozen weights in 8 bits, with lora or dora: half the memory of "
-                             "bfloat16, slower, a little off (default: as --dtype has it)", number(int, 8, 8)),
+                             "bfloat16, slower, a little off (default: as --dtype)", number(int, 8, 8)),
         "clip": Setting("largest gradient norm", number(float, 1e-9), 1.0),
         "eps": Setting("AdamW's epsilon", number(float, 1e-12), 1e-6),
         "weight_decay": Setting("AdamW's weight decay", number(float), 0.0),
@@ -244,8 +244,8 @@ def typed(argv, description=None):
 # The three layers
 
 def join(*layers):
-    """Settings from layers, name -> value, the last one first, above the defaults; without the options of
-    other kinds of adapters."""
+    """The settings: the defaults, then each layer (name -> value) over those before it; without the options
+    of other kinds of adapters."""
     s = {name: setting.default for name, setting in SETTINGS.items()}
     for layer in layers:
         s |= layer
@@ -261,7 +261,7 @@ def join(*layers):
 
 
 def settings_of(typed):
-    """The settings that stand for what was typed. ValueError for what does not go with a run below it."""
+    """All settings, from what was typed. ValueError for flags that a run below them does not allow."""
     if typed.get("resume"):
         below = resumed(typed)
     elif typed.get("adapter"):
@@ -270,6 +270,8 @@ def settings_of(typed):
         below = {}
     else:
         below = DEMO | {"out": free_name("runs/demo")}
+    if "micro_batch_tokens" in typed:
+        below["micro_batch_size"] = None
     return join(below, typed)
 
 
@@ -300,7 +302,7 @@ def resumed(typed):
 def checked(settings, file):
     """Settings that were written down: ValueError for what none can be."""
     if unknown := sorted(settings.keys() - SETTINGS.keys()):
-        raise ValueError(f"{file} has {listed(unknown, ', ')}, which no setting is called")
+        raise ValueError(f"{file} has {listed(unknown, ', ')}, which are no settings")
     for name, value in settings.items():
         if value is not None and not fits(SETTINGS[name].form, value):
             raise ValueError(f"{file}: {name} is {value!r:.60}, which it cannot be")
@@ -323,9 +325,9 @@ def adapted(typed):
 
 
 def options(s, name):
-    """The options of the adapters of the set `name`, as `lora.add_adapter` takes them."""
-    values = {name: getattr(s, name) for name in KINDS[s.peft].options}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    """The options of the adapters of the set `name`, here the same for all sets."""
+    values = {option: getattr(s, option) for option in KINDS[s.peft].options}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 def check(s):

@@ -144,7 +144,7 @@ def whole_prompt(text, file):
     if file is None and text != "-":
         return text
     try:
-        said = (sys.stdin.read() if sys.stdin else "") if file is None else Path(file).read_text(encoding="utf-8")
+        said = Path(file).read_text(encoding="utf-8") if file else sys.stdin.read() if sys.stdin else ""
     except UnicodeDecodeError:
         raise ValueError(f"{file or 'standard input'} is not UTF-8 text") from None
     return said.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")

@@ -33,8 +33,10 @@ from cli.terminal import Progress, clock
 from files.disk import json_bytes, lock_file, write_file
 from files.run import base_of, load_run, read_about
 from model import Past
-from text.examples import batches, encode_answer, encode_prompt, joined, parse_row, right_choice, stop_id
+from text.chat import words_of
+from text.examples import batches, encode_answer, encode_prompt, joined, stop_id
 from text.rows import TASKS, read_rows
+from text.turns import learned_answers, parse_row
 from text.words import read_json
 
 TOKENS = 4096           # at a time, if nothing else is said
@@ -49,6 +51,7 @@ class Question(NamedTuple):
     choices: list           # lists of ids
     answer: object          # the index of the right choice, or the right text
     subject: object = None  # of MMLU
+    template: str = "plain"
 
 
 def load_questions(path, task, tokenizer, template, longest, limit=None, twice=False):
@@ -61,17 +64,18 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
     files = sorted(f for f in path.iterdir() if f.suffix in suffixes) if several else [path]
     for file, (place, row) in ((f, r) for f in files for r in islice(read_rows(f, task), limit)):
         try:
-            turns, input, answer = parse_row(row)
-            texts = row.get("choices", [])
-            answer = right_choice(row) if texts else answer
+            parsed = parse_row(row)
+            *turns, last = parsed.turns
+            input, texts = parsed.input, parsed.choices
+            answer = parsed.right if texts else last.text
+            if learned_answers(parsed)[-1] < len(turns) or answer == "":
+                raise ValueError("it has no answer and no choices to score")
             if twice:
-                whole, (role, _) = joined(turns[-1:], input), turns[-1]
+                whole, (role, _, *_) = joined(turns[-1:], input), turns[-1]
                 turns, input = [*turns[:-1], (role, f"{whole}\n\n{whole}")], ""
             prompt = encode_prompt(tokenizer, template, turns, input)
         except ValueError as error:
             raise ValueError(f"{file}, {place}: {error}") from None
-        if answer == "":
-            raise ValueError(f"{file}, {place}: it has no answer and no choices to score")
         choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
         if [] in choices:
             raise ValueError(f"{file}, {place}: choice {choices.index([]) + 1} has no tokens to score")
@@ -80,7 +84,8 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
             left_out.append(place)
             continue
         subject = row.get("subject") if task == "mmlu" else None
-        questions.append(Question(place, joined(turns, input), prompt, texts, choices, answer, subject))
+        questions.append(Question(place, joined(turns, input), prompt, texts, choices, answer, subject,
+                                  template))
     if not questions:
         raise ValueError(f"{path}: no question left, {len(left_out)} are longer than {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
@@ -159,7 +164,8 @@ def score_gsm8k(question, said):
 
 
 def score_text(question, said):
-    return {"exact_match": float(said.strip() == question.answer.strip())}
+    said, answer = (words_of(question.template, text).strip() for text in (said, question.answer))
+    return {"exact_match": float(said == answer)}
 
 
 def mean_and_error(values):
@@ -369,8 +375,8 @@ def main(argv=None):
         beyond = f", {len(left_out)} too long left out, first: {left_out[0]}"
     print(f"{args.task}: {shown(summary['scores'])} ({summary['questions']} questions{beyond}, "
           f"{clock(summary['seconds'])})")
-    written = [Path(summary["file"]).with_suffix(end) for end in (".json", ".jsonl", *[".md"] * bool(args.samples))]
-    print(f"wrote {', '.join(map(str, written))}")
+    ends = [".json", ".jsonl", *[".md"] * bool(args.samples)]
+    print(f"wrote {', '.join(str(Path(summary['file']).with_suffix(end)) for end in ends)}")
 
 
 if __name__ == "__main__":

@@ -336,7 +336,7 @@ def merged_tensors(model, name):
     for path, adapter in adapters(model, name).items():
         own = {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
         if unknown := own.keys() - tensors.keys():
-            raise ValueError(f"merged, the model would have {min(unknown)}, for which a checkpoint has no place")
+            raise ValueError(f"merged, the model would have {min(unknown)}: checkpoints have no place for it")
         tensors |= own
     return tensors
 

@@ -22,8 +22,8 @@ class InUse(ValueError):
 
 
 def lock_file(path, trouble):
-    """Open a file, to be read and written, that no other process has open so; InUse, `trouble` in words, if
-    one has. The lock ends as it is closed. (Where the file system knows no locks, nothing is kept off.)"""
+    """Open a file for reading and writing, and lock it until it is closed; InUse, `trouble` in words, if
+    another process has locked it. (Some file systems know no locks: there nothing is kept off.)"""
     file = open(path, "a+", encoding="utf-8")
     file.seek(0)
     with suppress(OSError):
@@ -97,7 +97,7 @@ def write_file(path, data):
 
 
 def write_through(path, data):
-    """Write bytes, to the disk itself: a name that is given later then never stands for less."""
+    """Write bytes through to the disk, so that a rename that follows can never stand for half of them."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
@@ -125,7 +125,7 @@ def read_tensors(path):
 
 
 def check_finite(path, tensors):
-    """ValueError for a tensor, of those by name that come from a file, with a number that is none."""
+    """ValueError if one of a file's tensors, by name, holds NaN or infinity."""
     for name, t in tensors.items():
         if t.is_floating_point() and not t.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged")

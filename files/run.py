@@ -8,7 +8,7 @@
     bidirectional/              the set "prompt", in the same form; any further set in a folder of its name
     settings.json, log.jsonl    every setting and derived number; a line a step
     state.safetensors           what `--resume` needs
-    best/                       with --keep best: the same files as of the lowest validation loss
+    best/                       with --keep best: the adapters and mixing of the lowest validation loss
 
 settings.json is written at the start, log.jsonl as it goes, all the others by each save.
 """
@@ -27,7 +27,7 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, load_base, merged_tensors
-from files.disk import fit, json_bytes, read_tensors, settle, tensor_bytes, write_files
+from files.disk import fit, json_bytes, locked, read_tensors, settle, tensor_bytes, write_files
 from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
@@ -74,9 +74,9 @@ def base_of(run):
 
 @torch.no_grad()
 def fingerprint(bitune):
-    """What a Bitune of this one's make computes from made-up numbers, in float64: where it cuts a prompt,
-    what its passes and its mixing leave in the cache, and its logits. It is other wherever the code has come
-    to compute something else: passes, opening, masks, mixing, adapters or the decoder itself."""
+    """What a small Bitune of the same make computes of made-up numbers, in float64: where it cuts a prompt,
+    what its passes and its mixing leave in the cache, and its logits. These change when an edit changes
+    passes, opening, masks, mixing, adapters or the decoder itself."""
     c, waves = bitune.model.config, count()
     config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
                      num_attention_heads=4, num_key_value_heads=min(4, c.num_key_value_heads),
@@ -84,7 +84,7 @@ def fingerprint(bitune):
                      sliding_window=None)
 
     def fill(module, but=()):
-        """Every number of the module a wave, around 1 in norms, or around where training starts."""
+        """Make every parameter a sine wave: in norms around 1, in what trains around where it starts."""
         for name, p in module.named_parameters():
             wave = torch.sin(1.7 * next(waves) + torch.arange(p.numel()).view(p.shape))
             if p.dim() > 1:
@@ -136,8 +136,8 @@ def check_code(folder, about, bitune):
 
 @torch.no_grad()
 def alpha_by_layer(bitune, prompt):
-    """What the mixing does with a prompt: name -> each layer's α, its mean if there are several. One that
-    has not the layers as its first dimension is the same in all of them."""
+    """What the mixing does with a prompt: name -> a number for each layer, the mean of its α. (An α whose
+    first dimension is not the layers is shared by all of them.)"""
     context, _ = bitune.lay_out([prompt], [[]])
     if not bitune.mixes or not context.ids.shape[1]:
         return {}
@@ -175,9 +175,9 @@ def run_bytes(bitune, base, **about):
 
 def load_bitune(model, folder, base="", method=None, c=None):
     """The run, or the bare PEFT adapter, in `folder` on its base `model`, how many tensors it holds, and its
-    bitune.json. method: another one than the run's own that starts from what the run has learned, with the
-    constant c; a set that the run lacks starts as its set "answer". ValueError if it is not this base's, or
-    not this code's. A fully finetuned run is its own base."""
+    bitune.json. With another `method`, that one starts from what the run has learned, with the constant c:
+    a set that the run lacks starts as a copy of its set "answer". ValueError if the run is not this base's,
+    or not this code's. A fully finetuned run is its own base."""
     folder = Path(folder)
     settle(folder)
     about = read_about(folder)
@@ -359,8 +359,8 @@ class Run:
         if self.at and result["loss"] < self.best:              # at step 0 it is the base's loss
             self.best = result["loss"]
             if self.writes and self.settings.keep == "best":
-                (self.folder / "best").mkdir(exist_ok=True)
-                write_files(self.folder / "best", self.bytes())
+                with locked(self.folder / "best"):
+                    write_files(self.folder / "best", self.bytes())
         self.log({f"val_{name}": value for name, value in result.items()} |
                  {f"alphas_{name}": by_layer for name, by_layer in self.alphas().items()})
 

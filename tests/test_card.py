@@ -4,7 +4,6 @@ one wait for the card for a step, a micro-batch of a validation, a written token
 from functools import partial
 
 import pytest
-import torch
 
 import bitune as bitune_file
 import model as model_file

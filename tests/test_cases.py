@@ -19,7 +19,7 @@ from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
 from lora import adapters, add_adapter, fold
 from model import may_attend
-from text.examples import encode_prompt, load_examples, parse_row, stop_id
+from text.examples import encode_prompt, load_examples, stop_id
 from text.tokenizer import Tokenizer
 from tiny import CONFIG, scatter, tiny_bitune, tiny_model, write_checkpoint
 from train import make_optimizer
@@ -278,29 +278,6 @@ def test_weight_decay_is_for_matrices():
         assert all(p.dim() == 2 for p in bitune.parameters() if id(p) in decayed)
 
 
-@pytest.mark.parametrize("row, want", [
-    ({"messages": None, "prompt": "a", "completion": "b", "output": None}, ([("user", "a")], "", "b")),
-    ({"system": "s", "question": "a", "answer": "b"}, ([("system", "s"), ("user", "a")], "", "b")),
-    ({"system_prompt": "s", "instruction": "a", "input": "", "output": "b"},
-     ([("system", "s"), ("user", "a")], "", "b")),
-    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
-                        {"from": "gpt", "value": "b"}]}, ([("system", "s"), ("user", "a")], "", "b")),
-    ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
-     ([("user", "a")], "", "b")),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "c"}]},
-                   {"role": "assistant", "content": "b"}]}, ([("user", "ac")], "", "b")),
-    ({"prompt": "a b", "instruction": "a", "output": "b"}, "has prompt and instruction, which say the same"),
-    ({"prompt": "a", "output": "b", "response": "b"}, "has response and output, which say the same"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'messages' is not a list of obj"),
-])
-def test_rows(row, want):
-    if isinstance(want, str):
-        with pytest.raises(ValueError, match=want):
-            parse_row(row)
-    else:
-        assert tuple(parse_row(row)) == want
-
-
 def test_what_a_windows_file_adds_is_no_part_of_a_prompt(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffthe all\r\n\r\nthe\r\n", newline=""))
     assert list(prompts()) == ["the all", "the"]
@@ -370,7 +347,7 @@ def test_bos_eos_and_what_decoding_strips():
 
 def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
     tokenizer = Tokenizer.from_pretrained(CASES / "tokenizer-added-lstrip")
-    rows = [{"prompt": "hello", "completion": c} for c in ("wor", "a" + " " * 1_000_000 + "b")]
+    rows = [{"prompt": "hello", "completion": c} for c in ("wor", "a" + " " * 200_000 + "b")]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     tokenizer.eos_id = 0
     examples, dropped = load_examples(tmp_path / "data.jsonl", tokenizer, "plain", 500)

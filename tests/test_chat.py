@@ -15,15 +15,16 @@ from bitune import Bitune
 from cli.chat import conversation
 from cli.explain import causal_only
 from experiments import ablate, evaluate
-from experiments.evaluate import load_questions
+from experiments.evaluate import load_questions, score_text
 from files.disk import write_files
 from files.run import run_bytes
-from text.chat import CHATS, KNOWN, Special
+from text.chat import CHATS, KNOWN, Control
 from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id, template_in_words
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, write_checkpoint
 
 MADE = json.loads((chats.HERE / "chats.json").read_text())
+NEW_LINE = [name for name in CHATS if CHATS[name].end in ("<|im_end|>", "<end_of_turn>")] + ["chat-zephyr"]
 
 
 def tokenizer_of(spec, folder, **config):
@@ -33,16 +34,16 @@ def tokenizer_of(spec, folder, **config):
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("kind", ["small", "like"])
+@pytest.mark.parametrize("kind", chats.KINDS)
 @pytest.mark.parametrize("name", CHATS)
 def test_ids_are_those_of_apply_chat_template(name, kind, tmp_path):
     file, made = chats.SHARED / chats.LIKE[name], MADE["forms"][name]
     if kind == "like" and not file.is_dir():
         pytest.skip(f"no {file.name} beside the repository")
-    if kind == "like" and (file / "tokenizer.model").exists():      # the same in its other form, read sooner
+    if kind == "like" and file.name == "llama3":        # the same in its other form, which is read sooner
         tokenizer = Tokenizer.from_pretrained(file / "tokenizer.model")
     else:
-        tokenizer = tokenizer_of(chats.small(name) if kind == "small" else chats.like(name), tmp_path)
+        tokenizer = tokenizer_of(chats.KINDS[kind](name), tmp_path)
     asked, said = chats.conversations(name), chats.answers(name)
     assert chats.digest((asked, said)) == made["conversations"], "other conversations than the fixture's"
     for turns, ids in zip(asked, made[kind]["first"]):
@@ -50,10 +51,11 @@ def test_ids_are_those_of_apply_chat_template(name, kind, tmp_path):
     for turns, digest in zip(asked, made[kind]["ids"].split(), strict=True):
         assert chats.digest(encode_prompt(tokenizer, name, turns)) == digest, turns
     if kind == "small":         # of bytes, so that its texts are whole
-        after = "" if "llama3" in name else "\n"
+        after = {"chat-mistral-first": " "}.get(name, "\n" if name in NEW_LINE else "")
         for turns, answer, digest in zip(asked, said, made["whole"].split(), strict=True):
-            ids = encode_prompt(tokenizer, name, turns) + encode_answer(tokenizer, name, answer)
-            assert chats.digest(tokenizer.decode(ids) + after) == digest, (turns, answer)
+            prompt = encode_prompt(tokenizer, name, chats.to_whole(name, turns))
+            text = tokenizer.decode(prompt + encode_answer(tokenizer, name, *answer))
+            assert chats.digest(text + after) == digest, (turns, answer)
 
 
 # ---- which markup a model has ----------------------------------------------------------------------------
@@ -83,9 +85,9 @@ def test_a_models_own_markup_is_found(known, tmp_path):
     assert own("auto", chat_template=other) == own("auto") == "paper" and own("plain") == "plain"
     with pytest.raises(ValueError, match="--template chat: the model comes without a chat template; choose"):
         own()
-    with pytest.raises(ValueError, match="chat template, 'something else'..., is not one of chat-llama3, "):
+    with pytest.raises(ValueError, match="chat template, 'something else'..., is not one of chat-llama2, "):
         own(chat_template=other)
-    with pytest.raises(ValueError, match="chat-gemma begins with <bos>, and the model's bos_token is '<s>'"):
+    with pytest.raises(ValueError, match="chat-gemma has <bos> as its bos_token, and the model's is '<s>'"):
         own(chat_template=TEXT, bos_token="<s>")
     spec["added_tokens"][1]["rstrip"] = True
     with pytest.raises(ValueError, match="chat-gemma needs <start_of_turn> as a special token that takes"):
@@ -112,7 +114,7 @@ def test_a_line_says_which_template_was_taken(known, tmp_path):
 @pytest.mark.parametrize("name", CHATS)
 def test_no_text_makes_a_control_token(name, tmp_path):
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
-    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Special)]
+    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Control)]
     turns = [("user", "".join(controls)), ("assistant", CHATS[name].end), ("user", controls[0] + "system\n")]
     count = lambda ids: [i for i in ids if i in tokenizer.special.values()]
     clean = [(role, "x") for role, _ in turns]
@@ -156,6 +158,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
 
 @pytest.mark.parametrize("name, turns, reason", [
     ("chat-qwen2", ["user", "tool", "user", "assistant"], "a turn of 'tool': expected system, user and"),
+    ("chat-llama2", ["user", "system", "user", "assistant"], "it is not user, assistant, user ... in turn"),
     ("chat-qwen2", ["assistant"], "empty"),
     ("chat-qwen2", ["system", "assistant"], "an answer to nobody: expected a turn of the user's before it"),
     ("chat-gemma", ["user", "user", "assistant"], "it is not user, assistant, user ... in turn"),
@@ -173,6 +176,35 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
     if reason.startswith("it is not"):
         with pytest.raises(ValueError, match=f"data, line 2: {reason}"):
             load_questions(tmp_path / "data", "rows", tokenizer, name, 200)
+
+
+def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
+    row = messages("a", "b", "c", "d")
+    row["messages"][1]["reasoning_content"], row["messages"][3]["reasoning_content"] = "~", "f"
+    (tmp_path / "data").write_text(json.dumps(row))
+    tokenizer = tokenizer_of(chats.small("chat-qwen3"), tmp_path)
+    (_, last), _ = load_examples(tmp_path / "data", tokenizer, "chat-qwen3", 100)
+    assert tokenizer.decode(last.answer) == "<think>\nf\n</think>\n\nd<|im_end|>"
+    assert "~" not in tokenizer.decode(last.prompt)
+    (asked,), _ = load_questions(tmp_path / "data", "rows", tokenizer, "chat-qwen3", 100)
+    assert score_text(asked, "<think>\n\n</think>\n\nd") == score_text(asked, "d") == {"exact_match": 1.0}
+    assert score_text(asked._replace(template="plain"), "<think></think>d") == {"exact_match": 0.0}
+    with pytest.raises(ValueError, match="2 'reasoning_content', for which the template has no place"):
+        load_examples(tmp_path / "data", tokenizer, "chat-chatml", 100)
+
+
+def test_a_long_conversation_is_encoded_once(tmp_path, monkeypatch):
+    """And its ids are those of each prompt alone."""
+    tokenizer, encode, seen = tokenizer_of(chats.pieces("chat-llama2"), tmp_path), Tokenizer.encode, []
+    (tmp_path / "data").write_text(json.dumps(messages(*map(str, range(80)))))
+    turns = [(("user", "assistant")[i % 2], str(i)) for i in range(80)]
+    alone = [encode_prompt(tokenizer, "chat-llama2", turns[:i]) for i in range(1, 80, 2)]
+    monkeypatch.setattr(Tokenizer, "encode", lambda *a: seen.append(a[1]) or encode(*a))
+    examples, _ = load_examples(tmp_path / "data", tokenizer, "chat-llama2", 10_000)
+    assert [e.prompt for e in examples] == alone and len(seen) <= 3 * 40
+    seen.clear()
+    examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-llama2", len(alone[3]) + 10)
+    assert len(examples) == 4 and dropped == {"too long": [36, "line 1"]} and len(seen) <= 3 * 5
 
 
 # ---- conversations that go on ----------------------------------------------------------------------------
@@ -309,7 +341,7 @@ def test_what_cannot_be_a_chat_is_refused(known, tmp_path, capsys):
         assert end.value.code == 2
         return capsys.readouterr().err
     assert "--chat: the template plain does not say who speaks" in refusal("--chat")
-    assert "is not one of chat-llama3" in refusal("--template", "chat")
+    assert "is not one of chat-llama2, " in refusal("--template", "chat")
     known("chat-gemma")
-    assert "and no system: Gemma has no other chat" in refusal("--system", "s")
+    assert "and no system: this chat markup has no other" in refusal("--system", "s")
     assert "method causal has no prompt passes" in refusal("--chat", "alternating")

@@ -1,13 +1,8 @@
-"""Byte-pair encoding as the tokenizers library computes it: the pieces of a text to ids.
-
-`BPE` is all of it, merge by merge. `Tiktoken` is the same, faster, for vocabularies that it can express.
-"""
+"""Byte-pair encoding as the tokenizers library computes it: the pieces of a text to ids."""
 
 import heapq
 import re
 from functools import lru_cache
-
-import tiktoken
 
 # GPT-2's alphabet: printable characters stand for their own byte, those from U+0100 on for the others.
 PRINTED = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -16,31 +11,26 @@ LETTERS |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not
 BYTES = {letter: b for b, letter in LETTERS.items()}
 
 
-class TooLong(ValueError):
-    """A text that the tokenizer cannot take in one piece: a run of very many spaces or letters."""
-
-
-def to_letters(data):
-    return "".join(LETTERS[b] for b in data)
-
-
-def to_bytes(letters):
-    return bytes(BYTES[c] for c in letters)
+@lru_cache(maxsize=100_000)
+def to_letters(text):
+    """A piece of text as the letters that stand for its bytes."""
+    return "".join(LETTERS[b] for b in text.encode())
 
 
 class BPE:
-    """In each piece, the pair of tokens that was merged first in training is merged first, from the left.
-    What the vocabulary lacks becomes the tokens of its bytes, <0x00> to <0xFF>, with `byte_fallback` and if
-    these are there, else `unk`, else nothing. `whole`: pieces that are tokens whatever the merges say."""
+    """In each piece, of the pairs of tokens that have one of the `ranks` that of the lowest is merged first,
+    from the left. What the vocabulary lacks becomes the tokens of its bytes, <0x00> to <0xFF>, with
+    `byte_fallback` and if these are there, else `unk`, else nothing. `whole`: pieces that are tokens
+    whatever the ranks say."""
 
-    def __init__(self, vocab, merges, unk=None, fuse_unk=False, byte_fallback=False, whole=()):
+    def __init__(self, vocab, ranks, unk=None, fuse_unk=False, byte_fallback=False, whole=()):
         self.vocab, self.unk, self.fuse_unk, self.byte_fallback = vocab, unk, fuse_unk, byte_fallback
-        self.whole, self.ranks = whole, {pair: rank for rank, pair in enumerate(merges)}
+        self.whole, self.ranks = whole, ranks
         # Where no token has U+2581 behind another character, no merge crosses into the next word: a text
         # can be cut there, and each word be merged once. (Some of Gemma's have: its texts stay whole.)
         complete = unk is not None or byte_fallback and all(f"<0x{b:02X}>" in vocab for b in range(256))
         crossing = whole or not complete or "▁" not in vocab or \
-            any(re.search("[^▁]▁", a + b) for a, b in merges)
+            any(re.search("[^▁]▁", a + b) for a, b in ranks)
         self.words = re.compile(r"(?s).+" if crossing else r"▁*[^▁]+|▁+")
         self.word_ids = lru_cache(maxsize=100_000)(self.word_ids)
 
@@ -93,73 +83,3 @@ def merged(symbols, ranks):
         offer(left[i])
         offer(i)
     return [s for s in symbols if s]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# By tiktoken
-
-class Tiktoken:
-    """Byte-level BPE where whatever makes a token is merged: `tokens` are (bytes, id) in order of priority,
-    all 256 bytes among them; `pattern` cuts a text into the pieces within which merging goes."""
-
-    def __init__(self, pattern, tokens):
-        self.ids = [i for _, i in tokens]                           # tiktoken's own ids are the priorities
-        ranks = {token: rank for rank, (token, _) in enumerate(tokens)}
-        self.encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-
-    def encode(self, pieces):
-        ids = []
-        for text in pieces:
-            if re.search(r"\s{200000}", text):
-                raise TooLong("it has a run of 200,000 spaces, which the tokenizer cannot take")
-            try:
-                ids += [self.ids[rank] for rank in self.encoding.encode_ordinary(text)]
-            except BaseException as problem:        # tiktoken's own panic is no Exception
-                if type(problem).__name__ != "PanicException":
-                    raise
-                raise TooLong("it has a run of spaces or letters that the tokenizer cannot take") from None
-        return ids
-
-
-def merge_order(vocab, merges, ignore_merges):
-    """The tokens of a byte-level vocabulary in the order in which they are merged, (bytes, id). None if
-    tiktoken, which merges any two tokens that make one, and takes a piece that is a token as it stands,
-    would do otherwise than `merges`: so it is where they were extended with another tokenizer's."""
-    order, last = dict.fromkeys(BYTES), None
-    for a, b in merges:
-        if a + b in order and a + b != last:
-            return None                                             # one token at two priorities
-        last = a + b
-        order[last] = None
-    if not order.keys() <= vocab.keys() or not set().union(*order) <= BYTES.keys():
-        return None
-    # Two tokens that make one, and are no pair of `merges`, come to stand side by side only if the token's
-    # own bytes are merged to these two.
-    ranks = {pair: rank for rank, pair in enumerate(merges)}
-    for t in order:
-        if any((t[:i], t[i:]) not in ranks and t[:i] in order and t[i:] in order for i in range(1, len(t))) \
-                and len(merged(list(t), ranks)) == 2:
-            return None
-    tokens = [to_bytes(token) for token in order]
-    if not ignore_merges and not to_themselves(tokens, ranks):
-        return None
-    return [(data, vocab[token]) for token, data in zip(order, tokens)]
-
-
-def to_themselves(tokens, ranks):
-    """Whether the bytes of each token are merged to it, where it is a part of a piece, too."""
-    apart = set(range(128)).difference(*(token for token in tokens if len(token) > 1))
-    if not apart:
-        return False
-    end = chr(min(apart))               # no merge takes it: with it behind, no token is a whole piece
-    ranked, texts, expected = {token: rank for rank, token in enumerate(tokens)}, [], []
-    for rank, token in enumerate(tokens):
-        try:
-            texts.append(token.decode() + end)
-            expected += [rank, ranked[end.encode()]]
-        except UnicodeDecodeError:      # a part of a character, which no text can be
-            if len(merged(list(to_letters(token)), ranks)) > 1:
-                return False
-    pattern = f"[^{re.escape(end)}]*{re.escape(end)}"
-    encoding = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranked, special_tokens={})
-    return encoding.encode_ordinary("".join(texts)) == expected

@@ -2,144 +2,178 @@
 
 How a model was trained to read a conversation is said by the chat template that comes with its tokenizer, a
 program in Jinja. None is run here. Those on a closed list are known by their text, and what they make of a
-conversation is written out below; any other is refused. Each was compared with transformers'
+conversation stands in a table below; any other is refused. Each was compared with transformers'
 apply_chat_template (tests/chats.py). Tools, and pieces that are not text, are not supported.
 """
 
 import hashlib
+import re
+from functools import lru_cache
 from typing import NamedTuple
 
-from text.rows import Unusable
 from text.tokenizer import Added
+from text.turns import Unusable
+from text.words import listed
+
+CONTROLS = re.compile(r"(<\|\w+\|>|</?s>|<bos>|<\w+_of_turn>|\[/?INST\])")
+# Control tokens that a tokenizer need not have: then they are written as text.
+MAY_BE_TEXT = ("[INST]", "[/INST]", "<|system|>", "<|user|>", "<|assistant|>")
 
 
-class Special(str):
-    """The name of a special token, as against the same characters in a text."""
+class Control(str):
+    """The name of a control token, as against the same characters in a text."""
 
 
-class Chat(NamedTuple):
-    """One form: `prompt` makes the pieces of a prompt, strings to encode and Special tokens, of turns (role,
-    text), of which the last one asks; `answer` makes of an answer what stands before its end token."""
-    prompt: object
-    answer: object
-    end: str
-    begins: bool = False        # with the model's bos_token
-    note: str = ""              # what differs from the template as transformers reads it
+class Markup(NamedTuple):
+    """What one form writes for each turn, {} being its text, and in what it differs from the others."""
+    user: str
+    answer: str                         # the assistant's, up to its end token and what follows that
+    opening: str = ""                   # what stands before an answer
+    system: str | None = None
+    begin: str = ""
+    in_turn: bool = False               # user and assistant take turns
+    question: int | None = None         # the system's text is a part of this question, the first or the last
+    strips: tuple = ()                  # the roles whose texts lose their white space at both ends
+    default: str | None = None          # what the system says where it says nothing
+    head: str = ""                      # what stands before the system's text
+    thinks: bool = False                # its answers begin with thoughts, which later prompts leave out
+    note: str = ""                      # what differs from the template as transformers reads it
 
+    @property
+    def end(self):
+        """The control token that ends an answer."""
+        return CONTROLS.search(self.answer)[0]
 
-def chatml(default=None, thinks=False):
-    """Qwen's and SmolLM2's. `default` is what stands as the system's turn where there is none. Qwen 3
-    thinks: what it thought is left out of earlier turns, and is empty in an answer that has no thoughts."""
-    def prompt(turns):
-        if default is not None and turns[0][0] != "system":
-            turns = [("system", default), *turns]
-        asked = turns[-1][1]
-        if thinks and asked.startswith("<tool_response>") and asked.endswith("</tool_response>"):
+    def prompt(self, turns):
+        """The pieces, texts and Controls, of a prompt of turns (role, text, thoughts); the last asks."""
+        if self.thinks and re.fullmatch("(?s)<tool_response>.*</tool_response>", turns[-1][1]):
             raise Unusable("the answer of a tool, which is not supported")
-        pieces = []
-        for role, text in turns:
-            said = thoughts_and_words(text)[1] if thinks and role == "assistant" else text
-            pieces += [Special("<|im_start|>"), f"{role}\n{said}", Special("<|im_end|>"), "\n"]
-        return [*pieces, Special("<|im_start|>"), "assistant\n"]
+        turns = [(role, self.words(text, *more[:1]) if role == "assistant" else text)
+                 for role, text, *more in turns]
+        own = turns[0][0] == "system"
+        if self.in_turn:
+            roles = [role for role, _ in turns[own:]]
+            if own and not self.system or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+                raise Unusable("it is not user, assistant, user ... in turn"
+                               f"{'' if self.system else ', and no system'}: this chat markup has no other")
+        if own and self.question is not None:
+            (_, said), *turns = turns
+            turns[self.question] = ("user", self.system.format(said) + turns[self.question][1])
+        elif not own and self.default is not None:
+            turns, own = [("system", self.default), *turns], True
+        pieces = [*controls(self.begin)]
+        for i, (role, text) in enumerate(turns):
+            text = text.strip() if role in self.strips else text
+            text = self.head + text if own and i == 0 else text
+            form = {"system": self.system, "user": self.user, "assistant": self.opening + self.answer}[role]
+            before, after = form.split("{}")
+            pieces += [*controls(before), text, *controls(after)]
+        return [*pieces, *controls(self.opening)]
 
-    def answer(text):
-        if not thinks:
-            return text
-        thoughts, words = thoughts_and_words(text)
-        thoughts, words = thoughts.strip("\n"), words.lstrip("\n")
-        return f"<think>\n{thoughts}\n</think>\n\n{words}"
+    def said(self, text, thoughts=None):
+        """What stands before the end token of an answer."""
+        text = text.strip() if "assistant" in self.strips else text
+        if self.thinks:
+            thoughts, text = thoughts_and_words(text, thoughts)
+            text = "<think>\n{}\n</think>\n\n{}".format(thoughts.strip("\n"), text.lstrip("\n"))
+        before, after = self.answer.split(self.end)[0].split("{}")
+        return before + text + after
 
-    return Chat(prompt, answer, "<|im_end|>")
+    def words(self, text, thoughts=None):
+        """An answer without its thoughts, where there is a place for them."""
+        return thoughts_and_words(text, thoughts)[1] if self.thinks else text
 
 
-def thoughts_and_words(text):
-    if "</think>" not in text:
-        return "", text
+def thoughts_and_words(text, thoughts=None):
+    """An answer's thoughts, where they do not come apart from its text, and its words."""
+    if thoughts is not None or "</think>" not in text:
+        return thoughts or "", text
     before, *_, words = text.split("</think>")
     return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), words.lstrip("\n")
 
 
-def llama3(head=None, note=""):
-    """Llama 3's; from 3.1 on a system's turn is always there, and begins with the text `head`."""
-    def prompt(turns):
-        turns = [(role, text.strip()) for role, text in turns]
-        if head:
-            own = turns[0][0] == "system"
-            turns = [("system", head + turns[0][1] if own else head), *turns[own:]]
-        pieces = [Special("<|begin_of_text|>")]
-        for role, text in turns:
-            pieces += [Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n" + text,
-                       Special("<|eot_id|>")]
-        return pieces + [Special("<|start_header_id|>"), "assistant", Special("<|end_header_id|>"), "\n\n"]
-
-    return Chat(prompt, str.strip, "<|eot_id|>", True, note)
+@lru_cache
+def controls(markup):
+    return tuple(Control(s) if i % 2 else s for i, s in enumerate(CONTROLS.split(markup)) if s)
 
 
-def gemma(turns):
-    """Gemma's: without a system's turn, and user and assistant, which is called model, take turns."""
-    roles = [role for role, _ in turns]
-    if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise Unusable("it is not user, assistant, user ... in turn, and no system: Gemma has no other chat")
-    pieces = [Special("<bos>")]
-    for role, text in turns:
-        name = {"assistant": "model"}.get(role, role)
-        pieces += [Special("<start_of_turn>"), f"{name}\n{text.strip()}", Special("<end_of_turn>"), "\n"]
-    return pieces + [Special("<start_of_turn>"), "model\n"]
-
-
-# Llama 3.2's template takes today's date where its caller names none. Here a prompt is the same on any day:
-# it has the date that these templates fall back to.
-DATED = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+CHATML = Markup("<|im_start|>user\n{}<|im_end|>\n", "{}<|im_end|>\n", "<|im_start|>assistant\n",
+                "<|im_start|>system\n{}<|im_end|>\n")
+EVERYONE = ("system", "user", "assistant")
+LLAMA3 = Markup("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>", "{}<|eot_id|>",
+                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+                begin="<|begin_of_text|>", strips=EVERYONE)
+MISTRAL = Markup("[INST] {} [/INST]", "{}</s>", begin="<s>", in_turn=True)
 CHATS = {
-    "chat-llama3": llama3(),
-    "chat-llama3.1": llama3(DATED, ", of 26 Jul 2024 on any day"),
-    "chat-smollm2": chatml("You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-    "chat-qwen2": chatml("You are a helpful assistant."),
-    "chat-qwen2.5": chatml("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "chat-qwen3": chatml(thinks=True),
-    "chat-chatml": chatml(),
-    "chat-gemma": Chat(gemma, str.strip, "<end_of_turn>", begins=True),
+    "chat-llama2": Markup("<s>[INST] {} [/INST]", " {} </s>", system="<<SYS>>\n{}\n<</SYS>>\n\n", question=0,
+                          in_turn=True, strips=("user", "assistant")),
+    "chat-llama3": LLAMA3,
+    # Llama 3.2's template takes today's date where its caller names none. Here a prompt is the same on any
+    # day: it has the date that these templates fall back to.
+    "chat-llama3.1": LLAMA3._replace(
+        head="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n", default="",
+        note=", of 26 Jul 2024 on any day"),
+    "chat-mistral": MISTRAL,
+    "chat-mistral-first": MISTRAL._replace(answer="{}</s> "),
+    "chat-mistral-v1": MISTRAL._replace(user=" [INST] {} [/INST]", answer=" {}</s>", system="{}\n\n",
+                                        question=0),
+    "chat-mistral-v3": MISTRAL._replace(user="[INST] {}[/INST]", answer=" {}</s>", system="{}\n\n",
+                                        question=-1, strips=("assistant",)),
+    "chat-zephyr": Markup("<|user|>\n{}</s>\n", "{}</s>\n", "<|assistant|>\n", "<|system|>\n{}</s>\n"),
+    "chat-smollm2": CHATML._replace(
+        default="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+    "chat-qwen2": CHATML._replace(default="You are a helpful assistant."),
+    "chat-qwen2.5": CHATML._replace(
+        default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    "chat-qwen3": CHATML._replace(thinks=True),
+    "chat-chatml": CHATML,
+    "chat-gemma": Markup("<start_of_turn>user\n{}<end_of_turn>\n", "{}<end_of_turn>\n",
+                         "<start_of_turn>model\n", begin="<bos>", in_turn=True, strips=EVERYONE),
 }
 # The templates that say so, by the start of their text's SHA-256.
-KNOWN = {
-    "ba03a121d097859c": "chat-llama3",      # Llama 3 Instruct
-    "b48c47f644389271": "chat-llama3",      # the same, as it was first
-    "93c0e9aa3629bbd7": "chat-llama3.1",    # Llama 3.1 and 3.3 Instruct
-    "d82792f95932f1c9": "chat-llama3.1",    # Llama 3.2 Instruct
-    "872be49dbb638044": "chat-smollm2",     # SmolLM2 Instruct
-    "793202280c0910ab": "chat-qwen2",       # Qwen2
-    "4039eed0f28b7aaa": "chat-qwen2",       # Qwen2.5, the base
-    "e7ef0c0550d1e3ba": "chat-qwen2",       # Qwen2.5, the base
-    "55b2f4a26ac9ee71": "chat-qwen2.5",     # Qwen2.5 Instruct
-    "4e9918361c284a93": "chat-qwen2.5",     # the same, in other words about tools
-    "87a2728cb8dc9fe4": "chat-qwen3",       # Qwen3
-    "a55ee1b1660128b7": "chat-qwen3",       # Qwen3, later
-    "153280e3ff55d19d": "chat-chatml",      # ChatML, as many finetunes have it
-    "58c1a1f04baa7ada": "chat-chatml",      # the same
-    "ecd6ae513fe103f0": "chat-gemma",       # Gemma and Gemma 2, it
-}
+KNOWN = {digest: name for name, digests in {
+    "chat-llama2": "ea2472f29dbd93c3 e8d5b5a546d3f19d",         # Llama 2 Chat, in two wordings
+    "chat-llama3": "ba03a121d097859c b48c47f644389271",         # Llama 3 Instruct, now and at first
+    "chat-llama3.1": "93c0e9aa3629bbd7 d82792f95932f1c9",       # Llama 3.1 and 3.3 Instruct; 3.2 Instruct
+    "chat-mistral": "26a59556925c9873",         # Mistral 7B Instruct 0.2, 0.3, Mixtral, as they were first
+    "chat-mistral-first": "7e995b379ec01747",   # Mistral 7B Instruct 0.1, as it was first
+    "chat-mistral-v1": "bbc58aad99454df6",      # Mistral 7B Instruct 0.1 and 0.2, Mixtral
+    "chat-mistral-v3": "cafb64e0e9e5fd25",      # Mistral 7B Instruct 0.3, Mistral Small and Large of 2024
+    "chat-zephyr": "66291cf0045c2425",          # Zephyr 7B, TinyLlama Chat
+    "chat-smollm2": "872be49dbb638044",         # SmolLM2 Instruct
+    "chat-qwen2": "793202280c0910ab 4039eed0f28b7aaa e7ef0c0550d1e3ba",     # Qwen2; Qwen2.5, the base models
+    "chat-qwen2.5": "55b2f4a26ac9ee71 4e9918361c284a93",        # Qwen2.5 Instruct
+    "chat-qwen3": "87a2728cb8dc9fe4 a55ee1b1660128b7",          # Qwen3, at first and later
+    "chat-chatml": "153280e3ff55d19d 58c1a1f04baa7ada",         # ChatML, as many finetunes have it
+    "chat-gemma": "ecd6ae513fe103f0",           # Gemma and Gemma 2, it
+}.items() for digest in digests.split()}
 
 
 def own_chat(tokenizer):
     """The name in CHATS of a model's own chat template; ValueError if it has none, or another."""
     if tokenizer.chat is None:
         raise ValueError("the model comes without a chat template")
-    text, bos = tokenizer.chat
+    text, bos, eos = tokenizer.chat
     name = KNOWN.get(hashlib.sha256(text.removesuffix("\n").encode()).hexdigest()[:16])
     if name is None:
-        raise ValueError(f"the model's chat template, {text!r:.60}..., is not one of {', '.join(CHATS)}")
-    first, *others = dict.fromkeys(p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Special))
-    if CHATS[name].begins and bos != first:
-        raise ValueError(f"{name} begins with {first}, and the model's bos_token is {bos!r}")
-    plain = {t.content for t in tokenizer.parts.added if t == Added(t.content, t.id, special=True)}
-    if odd := {first, *others} - plain:
+        raise ValueError(f"the model's chat template, {text!r:.60}..., is not one of "
+                         f"{listed([*CHATS], ', ')}")
+    pieces = [*CHATS[name].prompt([("user", "")]), Control(CHATS[name].end)]
+    for token, kind, own in ((pieces[0], "bos", bos), (pieces[-1], "eos", eos)):
+        if token in ("<s>", "</s>", "<bos>", "<|begin_of_text|>") and token != own:
+            raise ValueError(f"{name} has {token} as its {kind}_token, and the model's is {own!r}")
+    plain = {t.content for t in tokenizer.all_added if t == Added(t.content, t.id, special=True)}
+    if odd := {piece for piece in pieces if is_control(piece, tokenizer)} - plain:
         raise ValueError(f"{name} needs {min(odd)} as a special token that takes no white space with it")
     return name
 
 
-def check_turns(turns):
-    """Unusable for turns of which the forms above do not say what to make."""
-    if odd := [role for role, _ in turns if role not in ("system", "user", "assistant")]:
-        raise Unusable(f"a turn of {odd[0]!r:.40}: expected system, user and assistant")
-    if turns[-1][0] != "user":
-        raise Unusable("an answer to nobody: expected a turn of the user's before it")
+def is_control(piece, tokenizer):
+    """Whether a piece becomes a token by its name, not by its characters."""
+    return isinstance(piece, Control) and (piece not in MAY_BE_TEXT or piece in tokenizer.special)
+
+
+def words_of(template, said):
+    """What an answer says, without the thoughts that a template has a place for."""
+    return CHATS[template].words(said) if template in CHATS else said

@@ -8,16 +8,13 @@ where the prompt ends is a matter of ids and never of text. Training, evaluation
 import math
 import random
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
-from text.bpe import TooLong
-from text.chat import CHATS, Special, check_turns, own_chat
-from text.rows import Unusable, read_rows
+from text.chat import CHATS, is_control, own_chat
+from text.rows import read_rows
+from text.turns import Unusable, learned_answers, parse_row
 from text.words import listed
-
-PROMPT_KEYS = ("prompt", "instruction", "question")
-ANSWER_KEYS = ("completion", "answer", "response", "output")
-SYSTEM_KEYS = ("system", "system_prompt")
 
 
 class Example(NamedTuple):
@@ -25,64 +22,35 @@ class Example(NamedTuple):
     answer: list        # token ids, the stop token last
 
 
-class Row(NamedTuple):
-    turns: list         # (role, text), the last one asking
-    input: str          # an optional second field: "input" or "context"
-    answer: str
+def joined(turns, input=""):
+    """The texts of all turns, and of the field beside the question, with blank lines between."""
+    return "\n\n".join(text for text in [*(turn[1] for turn in turns), input] if text)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Templates: a row's turns and input to the pieces of a prompt, strings to encode and Special tokens
-
-def joined(turns, input):
-    """The texts of all turns, and of the second field where there is one, with blank lines between."""
-    texts = [text for _, text in turns]
-    return "\n\n".join([*texts, input] if input else texts)
-
-
-def paper(turns, input):
+def paper(turns, input=""):
     return [f"Question: {joined(turns, input)}\n\nAnswer:"]
 
 
-def alpaca(turns, input):
-    instruction = joined(turns, "")
-    if input:
-        return ["Below is an instruction that describes a task, paired with an input that provides further "
-                "context. Write a response that appropriately completes the request.\n\n"
-                f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"]
-    return ["Below is an instruction that describes a task. Write a response that appropriately completes "
-            f"the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"]
+def alpaca(turns, input=""):
+    context = ", paired with an input that provides further context" if input else ""
+    field = f"### Input:\n{input}\n\n" if input else ""
+    return [f"Below is an instruction that describes a task{context}. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{joined(turns)}\n\n{field}### Response:\n"]
 
 
-def llama3(turns, input):
-    role, _ = turns[-1]
-    pieces = []
-    for role, text in [*turns[:-1], (role, joined(turns[-1:], input))]:
-        pieces += [Special("<|start_header_id|>"), role, Special("<|end_header_id|>"), "\n\n" + text.strip(),
-                   Special("<|eot_id|>")]
-    return pieces + [Special("<|start_header_id|>"), "assistant", Special("<|end_header_id|>"), "\n\n"]
-
-
-def plain(turns, input):
+def plain(turns, input=""):
     return [joined(turns, input)]
 
 
-def chat(name):
-    """A chat markup as a template: the second field follows the last turn's text."""
-    def prompt(turns, input):
-        check_turns(turns)
-        return CHATS[name].prompt([*turns[:-1], ("user", joined(turns[-1:], input))])
-    return prompt, CHATS[name].answer, CHATS[name].end
+class Words(NamedTuple):
+    """A template of words alone: see chat.Markup."""
+    prompt: object
+    said: object = str
+    end: str | None = None      # the tokenizer's own
+    thinks: bool = False
 
 
-# name: (prompt, what an answer becomes, the stop token or None for the tokenizer's own)
-TEMPLATES = {
-    "paper":  (paper, lambda answer: " " + answer, None),
-    "alpaca": (alpaca, str, None),
-    "llama3": (llama3, str, "<|eot_id|>"),
-    "plain":  (plain, str, None),
-    **{name: chat(name) for name in CHATS},
-}
+TEMPLATES = {"paper": Words(paper, " {}".format), "alpaca": Words(alpaca), "plain": Words(plain), **CHATS}
 
 
 def settle(template, tokenizer, otherwise):
@@ -115,125 +83,57 @@ def special_id(tokenizer, name):
 
 def stop_id(tokenizer, template):
     """The token that ends an answer under a template."""
-    name = TEMPLATES[template][2]
-    if name is None and tokenizer.eos_id is None:
+    end = TEMPLATES[template].end
+    if end is None and tokenizer.eos_id is None:
         raise ValueError("no stop token: expected eos_token_id in the model's config.json")
-    return special_id(tokenizer, name) if name else tokenizer.eos_id
+    return special_id(tokenizer, end) if end else tokenizer.eos_id
 
 
-def encode_prompt(tokenizer, template, turns, input=""):
-    """The ids of a prompt: BOS if there is one, then the template's pieces. (A chat markup has its own.)"""
-    ids = [] if tokenizer.bos_id is None or template in CHATS else [tokenizer.bos_id]
-    for i, piece in enumerate(TEMPLATES[template][0](turns, input)):
-        if isinstance(piece, Special):
-            ids.append(special_id(tokenizer, piece))
+def encode_prompt(tokenizer, template, turns, input="", encode=None):
+    """The ids of a prompt: BOS if there is one, then the template's pieces. (A chat markup has its own.) The
+    texts between two control tokens are encoded as one, with `encode`, as the tokenizers library has it."""
+    form, begin = TEMPLATES[template], True
+    refuse_thoughts(form, *(turn[2] for turn in turns if turn[2:]))
+    if template in CHATS:
+        if not turns or turns[-1][0] != "user":
+            raise Unusable("an answer to nobody: expected a turn of the user's before it")
+        ids, pieces = [], form.prompt([*turns[:-1], ("user", joined(turns[-1:], input))])
+    else:
+        ids, pieces = [] if tokenizer.bos_id is None else [tokenizer.bos_id], form.prompt(turns, input)
+    for control, run in groupby(pieces, lambda piece: is_control(piece, tokenizer)):
+        if control:
+            ids += [special_id(tokenizer, piece) for piece in run]
         else:
-            ids += tokenizer.encode(piece, begin=i == 0)
+            ids += (encode or tokenizer.encode)("".join(run), begin)
+        begin = None                    # what follows stands behind a control token
     return ids
 
 
-def encode_answer(tokenizer, template, answer):
-    """The ids of an answer, which continues the prompt, and its stop token."""
-    return tokenizer.encode(TEMPLATES[template][1](answer), begin=False) + [stop_id(tokenizer, template)]
+def encode_answer(tokenizer, template, answer, thoughts=None):
+    """The ids of an answer, which goes on behind the prompt, and its stop token."""
+    form = TEMPLATES[template]
+    refuse_thoughts(form, thoughts)
+    said = form.said(answer, thoughts) if form.thinks else form.said(answer)
+    begin = None if is_control(form.prompt([("user", "")])[-1], tokenizer) else False
+    return tokenizer.encode(said, begin) + [stop_id(tokenizer, template)]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Rows
-
-class Ambiguous(ValueError):
-    """A row of which two columns say the same: not one row is wrong then, but the file."""
-
-
-def parse_row(row):
-    """A row in any of the known forms as a Row, its answer "" if it has none; or Unusable, Ambiguous."""
-    if not isinstance(row, dict):
-        raise Unusable(f"expected an object, got {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}       # null is absent
-
-    def text(key):
-        if not isinstance(row.get(key, ""), str):
-            raise Unusable(f"{key!r} is {type(row[key]).__name__}, expected text")
-        return row.get(key, "")
-
-    def one_of(keys):
-        given = [key for key in keys if key in row]
-        if len(given) > 1:
-            raise Ambiguous(f"it has {' and '.join(given)}, which say the same: expected one of them")
-        return given[0] if given else None
-
-    if "messages" in row:
-        turns = read_turns("messages", row["messages"], "role", "content")
-        if turns and turns[-1][0] == "assistant":
-            return Row(turns[:-1], "", turns[-1][1])
-        return Row(turns, "", "")
-    if "conversations" in row:                      # ShareGPT's
-        named = {"human": "user", "gpt": "assistant"}
-        turns = read_turns("conversations", row["conversations"], "from", "value")
-        messages = [{"role": named.get(role, role), "content": said} for role, said in turns]
-        return parse_row({"messages": messages})
-    prompt, answer = one_of(PROMPT_KEYS), one_of(ANSWER_KEYS)
-    if prompt is None:
-        raise Unusable(f"it has {listed(list(row), ', ') or 'nothing'}: expected messages, or one of "
-                         f"{', '.join(PROMPT_KEYS)} with one of {', '.join(ANSWER_KEYS)} (or a --task)")
-    if isinstance(row[prompt], list) and isinstance(row.get(answer), list):     # TRL's prompt and completion
-        return parse_row({"messages": row[prompt] + row[answer]})
-    system = one_of(SYSTEM_KEYS)
-    turns = [(role, text(key)) for role, key in (("system", system), ("user", prompt)) if key and text(key)]
-    if "choices" in row and "answer" in row:
-        return Row(turns, text("input") or text("context"), row["choices"][right_choice(row)])
-    return Row(turns, text("input") or text("context"), text(answer) if answer else "")
-
-
-def read_turns(name, messages, role, content):
-    """A list of messages as turns (role, text); a text may come in parts, of which all must be text."""
-    def whole(value):
-        return "".join(part["text"] for part in value) if isinstance(value, list) else value
-
-    try:
-        turns = [(m[role], whole(m[content])) for m in messages]
-    except (TypeError, KeyError):
-        turns = None
-    if turns is None or not all(isinstance(part, str) for turn in turns for part in turn):
-        raise Unusable(f"{name!r} is not a list of objects with the texts {role!r} and {content!r}")
-    return turns
-
-
-def right_choice(row):
-    """The index of a multiple-choice row's answer, which is given as such or as its text."""
-    choices, answer = row["choices"], row.get("answer")
-    if not (isinstance(choices, list) and choices and all(isinstance(c, str) for c in choices)):
-        raise Unusable("'choices' is not a list of texts")
-    index = choices.index(answer) if answer in choices else answer
-    if not isinstance(index, int) or not 0 <= index < len(choices):
-        raise Unusable(f"'answer' is {answer!r}: expected one of its {len(choices)} choices, or 0 to "
-                         f"{len(choices) - 1}")
-    return index
+def refuse_thoughts(form, *thoughts):
+    if any(thoughts) and not form.thinks:
+        raise Unusable("'reasoning_content', for which the template has no place")
 
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
-    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and the rows that
-    cannot be used: reason -> [how many, where the first is]. ValueError if the file is broken, with the
-    line, or if no example is left."""
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what cannot
+    be used, answer by answer: reason -> [how many, where the first is]. ValueError if the file is broken,
+    with the line, or if no example is left."""
     examples, dropped = [], {}
-
-    def drop(problem):
-        reason = str(problem) if isinstance(problem, Unusable) else "too long"
-        dropped.setdefault(reason, [0, place])[0] += 1
-
     for place, row in read_rows(path, task):
-        try:
-            parsed = parse_row(row)
-        except Ambiguous as problem:
-            raise ValueError(f"{path}, {place}: {problem}") from None
-        except Unusable as problem:
-            drop(problem)
-            continue
-        whole = template in CHATS and row.keys() & {"messages", "conversations"}
-        for asked in every_answer(parsed) if whole else [parsed]:
-            try:
-                examples.append(encode_row(asked, tokenizer, template, max_length))
-            except (Unusable, TooLong) as problem:
-                drop(problem)
+        for found in encode_row(row, tokenizer, template, max_length):
+            if isinstance(found, Example):
+                examples.append(found)
+            else:
+                dropped.setdefault(found, [0, place])[0] += 1
     if not examples:
         why = dropped_in_words(dropped) or "none, it has no rows"
         raise ValueError(f"{path}: no example left; dropped: {why}")
@@ -250,30 +150,39 @@ def load_data(s, tokenizer):
     return examples[:n], examples[n:], {s.data: dropped}
 
 
-def every_answer(row):
-    """A conversation as one row for each of the assistant's turns, which is asked with all before it."""
-    rows = [Row(row.turns[:i], "", text) for i, (role, text) in enumerate(row.turns) if role == "assistant"]
-    return rows + [row] if row.answer or not rows else rows
-
-
 def encode_row(row, tokenizer, template, max_length):
-    if not any(text.strip() for _, text in row.turns):
-        raise Unusable("empty")
-    if not row.answer.strip():
-        raise Unusable("no answer")
-    example = Example(encode_prompt(tokenizer, template, row.turns, row.input),
-                      encode_answer(tokenizer, template, row.answer))
-    if len(example.prompt) + len(example.answer) > max_length:
-        raise TooLong
-    return example
+    """Of each answer in a row that is there to be learned: its Example, or the reason why it has none."""
+    encode = lru_cache(maxsize=None)(tokenizer.encode)          # what the prompts share is encoded once
+    beyond = False
+    try:
+        row = parse_row(row)
+        learned = learned_answers(row)
+    except Unusable as problem:
+        yield str(problem)
+        return
+    for i in learned:
+        turns, answer = row.turns[:i], row.turns[i]
+        try:
+            if not (row.input or any(turn.text.strip() for turn in turns)):
+                raise Unusable("empty")
+            if not answer.text.strip():
+                raise Unusable("no answer")
+            if template not in CHATS and row.start is None and i < len(row.turns) - 1:
+                raise Unusable("an earlier answer, which is learned by chat markup alone")
+            if not beyond:
+                prompt = encode_prompt(tokenizer, template, turns, row.input, encode)
+                beyond = len(prompt) >= max_length              # and so are all later ones
+            said = [] if beyond else encode_answer(tokenizer, template, answer.text, answer.thoughts)
+            if beyond or len(prompt) + len(said) > max_length:
+                raise Unusable("too long")
+            yield Example(prompt, said)
+        except Unusable as problem:
+            yield str(problem)
 
 
 def dropped_in_words(dropped):
     return listed([f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items()])
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Order and batches
 
 @lru_cache(maxsize=2)
 def shuffled(n, seed, epoch):

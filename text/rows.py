@@ -1,4 +1,4 @@
-"""Data files to rows, dicts in the forms that `examples.parse_row` knows.
+"""Data files to rows, dicts in the forms that text/turns.py knows.
 
 Any file of such rows is read as it stands. The paper's datasets are read as they are published: a reader of
 TASKS turns each row into
@@ -11,15 +11,12 @@ where the prompt has the words that the paper puts around the task's question an
 """
 
 import csv
+import io
 import json
 import re
 from pathlib import Path
 
-from text.words import listed
-
-
-class Unusable(ValueError):
-    """A row that is none of the known forms, or says nothing to learn."""
+from text.words import check_kind, listed
 
 
 def with_choices(question, choices, answer):
@@ -71,18 +68,14 @@ TASKS = {"rows": lambda row: row, "piqa": piqa, "arc": lettered, "csqa": lettere
          "mmlu": mmlu, "gsm8k": gsm8k, "ultrafeedback": ultrafeedback}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Files
-
 def read_rows(path, task="rows"):
     """The rows of a file, one by one, as (place, dict): its line or item, and the row as the task's reader
     makes it. ValueError names the place of one that is malformed."""
     path = Path(path)
+    if path.suffix == ".csv" and task != "mmlu":
+        raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
     try:
-        if path.suffix == ".csv" and task != "mmlu":
-            raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
-        rows = zip_labels(path, csv_rows(path) if path.suffix == ".csv" else json_rows(path))
-        for place, row in rows:
+        for place, row in zip_labels(path, csv_rows(path) if path.suffix == ".csv" else json_rows(path)):
             try:
                 if task != "rows" and not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -91,11 +84,9 @@ def read_rows(path, task="rows"):
             except UnicodeEncodeError:
                 raise ValueError(f"{path}, {place}: it has half of a character (a lone surrogate)") from None
             except KeyError as error:
-                has = listed(list(row), ", ") or "nothing"
-                lacks_labels = error.args[0] == "label"
-                beside = f" and no {path.stem}-labels.lst lies beside it" if lacks_labels else ""
-                raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has {has}{beside}"
-                                 ) from None
+                beside = f" and no {path.stem}-labels.lst lies beside it" if error.args == ("label",) else ""
+                raise ValueError(f"{path}, {place}: a row of {task} has {error}, this has "
+                                 f"{listed(list(row), ', ') or 'nothing'}{beside}") from None
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path}, {place}: not a row of {task}: {error}") from None
             yield place, row
@@ -103,76 +94,22 @@ def read_rows(path, task="rows"):
         raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
 
 
-# What a file of another form begins with: what it is, and what makes rows of it.
-OTHERS = {
-    b"PAR1": 'a parquet file: python -c "import pandas; pandas.read_parquet({file!r}).to_json({new!r}, '
-             'orient=\'records\', lines=True)"',
-    b"ARROW1": "an Arrow file: write it as JSON Lines, such as by datasets' to_json",
-    b"\x1f\x8b": "compressed: gunzip -c {file} > {new}",
-    b"BZh": "compressed: bunzip2 -c {file} > {new}",
-    b"\xfd7zXZ": "compressed: xz -dc {file} > {new}",
-    b"\x28\xb5\x2f\xfd": "compressed: zstd -dc {file} > {new}",
-    b"PK\x03\x04": "a ZIP archive (or a spreadsheet): take the file of rows out of it",
-    b"\xff\xfe": "UTF-16 text: iconv -f UTF-16 -t UTF-8 {file} > {new}",
-    b"\xfe\xff": "UTF-16 text: iconv -f UTF-16 -t UTF-8 {file} > {new}",
-}
-WRAPPERS = ("data", "rows", "examples", "instances", "train", "validation", "test")
-
-
-def check_form(path):
-    """ValueError for files that are no text of rows, by their first bytes."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-    for magic, what in OTHERS.items():
-        if head.startswith(magic):
-            what = what.format(file=str(path), new=f"{path.name.split('.')[0]}.jsonl")
-            raise ValueError(f"{path} is not read, as it is {what}")
-
-
-def wrapped(row, path):
-    """What to do about a file that is one object with the rows in it; None for a row."""
-    key = next((k for k in WRAPPERS if isinstance(row, dict) and isinstance(row.get(k), list)), None)
-    if key is None or len(row) > 3:
-        return None
-    return f"its rows are a list under {key!r}: jq -c '.{key}[]' {path} > {path.stem}-rows.jsonl"
-
-
-def several_lines(path):
-    """What to do about a file that begins with an object over several lines; None if it does not."""
-    try:
-        whole, _ = json.JSONDecoder().raw_decode(path.read_text(encoding="utf-8-sig").lstrip())
-    except (ValueError, RecursionError):
-        return None
-    return wrapped(whole, path) or ("its objects stand on several lines, expected one a line: "
-                                    f"jq -c . {path} > {path.stem}-rows.jsonl")
-
-
 def json_rows(path):
-    """JSON Lines, or one JSON list."""
-    check_form(path)
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        first = next((c for c in iter(lambda: file.read(1), "") if not c.isspace()), "")
-        file.seek(0)
-        if first == "[":
+    """JSON Lines, or one JSON list. The file may be a pipe: it is read once."""
+    with open(path, "rb") as file:
+        check_kind(path, file.peek(64))
+        lines, begun = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n"), False
+        for n, line in enumerate(lines, 1):
             try:
-                rows = json.load(file)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}: not a JSON list: {error}") from None
-            yield from ((f"item {n}", row) for n, row in enumerate(rows, 1))
-            return
-        begun = False
-        for n, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
+                if not begun and line.lstrip().startswith("["):
+                    rows = json.loads("\n" * (n - 1) + line + lines.read())
+                    yield from ((f"item {i}", row) for i, row in enumerate(rows, 1))
+                elif line.strip():
+                    begun = True
+                    yield f"line {n}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                why = not begun and several_lines(path) or f"not JSON: {error}"
-                raise ValueError(f"{path}, line {n}: {why}") from None
-            if not begun and (why := wrapped(row, path)):
-                raise ValueError(f"{path}, line {n}: {why}")
-            begun = True
-            yield f"line {n}", row
+                raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: {error}"
+                                 ) from None
 
 
 def csv_rows(path):

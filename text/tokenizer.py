@@ -1,12 +1,8 @@
-"""Text to token ids and back, from the files that come with public checkpoints.
+"""Text to token ids and back, from the files that come with public checkpoints: tokenizer.json of
+the model BPE, byte-level (Llama 3, SmolLM2, Qwen2, Phi-2) or of characters (Llama 2, TinyLlama, Mistral,
+Gemma), and tokenizer.model in tiktoken's format, base64 bytes and a rank a line (Llama 3).
 
-Two kinds of file are read, told apart by what is in them:
-
-    tokenizer.model   tiktoken's format: base64 bytes and a rank a line (Llama 3)
-    tokenizer.json    as the tokenizers library writes it, of the model BPE: byte-level (Llama 3, SmolLM2,
-                      Qwen2, Phi-2) or of characters (Llama 2, TinyLlama, Mistral, Gemma)
-
-A tokenizer.json is read as that library reads it, or refused: this file, text/pieces.py and text/bpe.py name
+A tokenizer.json is read as the tokenizers library reads it, or refused: this file and text/pieces.py name
 every field at every level that is understood, and any other is an error. Whatever is in a user's text stays
 text: a special token such as </s> is never made from a string.
 """
@@ -17,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from text.bpe import BPE, BYTES, Tiktoken, merge_order, to_letters
-from text.pieces import LLAMA3_PATTERN, characters, decoder, normalizer, one_pattern, pre_tokenizer
-from text.pieces import steps, take
-from text.words import read_json
+from text.bpe import BPE, BYTES, LETTERS
+from text.pieces import BYTE_LEVEL, LLAMA3_PATTERN, characters, decoder, functions, normalizer
+from text.pieces import pre_tokenizer, steps
+from text.words import check_fields, check_kind, fits, read_json
 
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
                   *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
@@ -73,36 +69,29 @@ def word_characters():
     return frozenset(characters(r"\w"))
 
 
-class Parts(NamedTuple):
-    """What a tokenizer file says."""
-    normalize: object       # (text, begin) -> text; `begin`: see text/pieces.py
-    cut: object             # (text, begin) -> pieces
-    bpe: object             # with encode(pieces) -> ids
-    join: object            # tokens -> text
-    vocab: dict             # token -> id, without those added
-    added: list             # of Added
-    bos: int | None         # the token that the file itself puts in front of a text
-
-
 class Tokenizer:
     """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text
     (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
-    (None if unknown). `chat` is the model's chat template and its bos_token, None if it has none."""
+    (None if unknown). `chat` is the model's chat template with its bos_token and eos_token, or None.
 
-    def __init__(self, parts, bos_id, eos_id, stop_ids, chat=None):
-        self.parts, added = parts, parts.added
-        self.bos_id, self.eos_id, self.stop_ids, self.chat = bos_id, eos_id, frozenset(stop_ids), chat
+    It is made of what a tokenizer file says: a vocabulary, token -> id, the tokens Added to it, the token
+    that the file itself puts in front of a text, and functions of text/pieces.py."""
+
+    def __init__(self, vocab, added, bpe, normalize, cut, join, bos_id=None):
+        self.vocab, self.all_added, self.bpe, self.bos_id = vocab, added, bpe, bos_id
+        self.normalize, self.cut, self.join = normalize, cut, join
+        self.eos_id, self.stop_ids, self.chat = None, frozenset(), None
         self.special = {t.content: t.id for t in added if t.special}
         self.added = {t.content: t.id for t in added if not t.special}      # they match in plain text
-        self.names = {i: token for token, i in parts.vocab.items()}
-        self.names |= {t.id: parts.normalize(t.content, True) if t.normalized else t.content for t in added}
+        self.names = {i: token for token, i in vocab.items()}
+        self.names |= {t.id: normalize(t.content, True) if t.normalized else t.content for t in added}
         self.cut_raw = Cutter([t for t in added if not t.normalized])
-        self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: parts.normalize(t, True))
+        self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: normalize(t, True))
 
     def limit(self, vocab_size):
         """Forget special tokens beyond the model's vocabulary: as no text makes them, they do no harm (some
         checkpoints come with a <pad> there). ValueError if a text, BOS or a stop token would make one."""
-        made = [*self.parts.vocab.values(), *self.added.values(), *self.stop_ids, self.bos_id or 0]
+        made = [*self.vocab.values(), *self.added.values(), *self.stop_ids, self.bos_id or 0]
         if max(made) >= vocab_size:
             raise ValueError(f"the tokenizer's ids go up to {max(made)}, but the model's vocabulary has "
                              f"{vocab_size} tokens: they do not belong together")
@@ -116,64 +105,61 @@ class Tokenizer:
             if isinstance(piece, Added):
                 ids.append(piece.id)
             else:
-                for part in self.cut_normalized(self.parts.normalize(piece, at)):
+                for part in self.cut_normalized(self.normalize(piece, at)):
                     if isinstance(part, Added):
                         ids.append(part.id)
                     else:
-                        ids += self.parts.bpe.encode(self.parts.cut(part, at))
+                        ids += self.bpe.encode(self.cut(part, at))
                     at = None
             at = None
         return ids
 
     def decode(self, ids):
         """The text of ids; special tokens are written out, bytes that are no UTF-8 become U+FFFD."""
-        return self.parts.join([self.names[i] for i in ids if i in self.names])
+        return self.join([self.names[i] for i in ids if i in self.names])
 
-    @classmethod
-    def from_pretrained(cls, path):
+    @staticmethod
+    def from_pretrained(path):
         """Read the tokenizer of a checkpoint folder (or one tokenizer file in it); else ValueError."""
         path = Path(path)
         files = [path] if path.is_file() else [path / f for f in ("tokenizer.json", "tokenizer.model")]
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
-        config = read_beside(file.parent / "tokenizer_config.json")
+        config = read_json(file.parent / "tokenizer_config.json", absent={})
         try:
-            parts = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
+            tokenizer = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
-        ids = parts.vocab | {t.content: t.id for t in parts.added}
-
-        def named(key):                         # "</s>", or {"content": "</s>", ...}, or null
-            token = config.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            if not isinstance(token, (str, type(None))):
-                raise ValueError(f"{file.parent / 'tokenizer_config.json'}: {key} is {token!r:.60}")
-            if token is not None and token not in ids and key == "eos_token":
-                raise ValueError(f"{file.parent}: {file.name} has no {token!r}, the eos_token of "
-                                 "tokenizer_config.json")
-            return token
-        bos, eos_id = named("bos_token"), ids.get(named("eos_token"))
-        bos_id = ids.get(bos) if parts.bos is None and config.get("add_bos_token") else parts.bos
-        stop = read_beside(file.parent / "generation_config.json").get("eos_token_id")
+        ids = tokenizer.vocab | tokenizer.added | tokenizer.special
+        named = config.get("bos_token"), config.get("eos_token") # null, "</s>" or {"content": "</s>", ...}
+        bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
+        if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
+            raise ValueError(f"{file.parent}/tokenizer_config.json has bos_token {bos!r:.60} and eos_token "
+                             f"{eos!r:.60}, expected tokens of {file.name}")
+        if tokenizer.bos_id is None and config.get("add_bos_token"):
+            tokenizer.bos_id = ids.get(bos)
+        stop = read_json(file.parent / "generation_config.json", absent={}).get("eos_token_id")
         if stop is None:
-            stop = read_beside(file.parent / "config.json").get("eos_token_id")
+            stop = read_json(file.parent / "config.json", absent={}).get("eos_token_id")
         stop = [stop] if isinstance(stop, int) else stop or []
         if not (isinstance(stop, list) and all(type(i) is int and i >= 0 for i in stop)):
             raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected an id or a list of ids")
-        if eos_id is None:
-            eos_id = stop[0] if stop else ids.get("<|end_of_text|>", ids.get("</s>"))
+        tokenizer.eos_id = ids[eos] if eos else stop[0] if stop else \
+            ids.get("<|end_of_text|>", ids.get("</s>"))
+        tokenizer.stop_ids = frozenset({tokenizer.eos_id, *stop} - {None})
         chat = read_chat(file.parent, config)
-        return cls(parts, bos_id, eos_id, {eos_id, *stop} - {None}, (chat, bos) if chat else None)
+        tokenizer.chat = (chat, bos, eos) if chat else None
+        return tokenizer
+
+
+ADDED = dict.fromkeys(Added._fields, (bool, False)) | {"content": (str, ...), "id": (int, ...)}
 
 
 def read_added(token):
     """An added token, from tokenizer.json or tokenizer_config.json."""
-    flag = (bool, False)
-    content, i, *flags = take(token, "added token", content=(str, ...), id=(int, ...), special=flag,
-                              single_word=flag, lstrip=flag, rstrip=flag, normalized=flag)
-    return Added(content, i, *flags)
+    return Added(**check_fields(token, "its added token", ADDED))
 
 
 def later_added(config, known):
@@ -198,101 +184,90 @@ def read_chat(folder, config):
     return chat if isinstance(chat, str) else None
 
 
-def read_beside(path):
-    """The JSON object in a file beside the tokenizer, if it is there."""
-    return read_json(path) if path.is_file() else {}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The files
-
 def read_tiktoken(file, config):
-    """A tokenizer.model of tiktoken's format, with Llama 3's pattern. The special tokens come from
-    tokenizer_config.json, or are Llama 3's, which follow the last rank."""
-    tokens = []
-    for line in file.read_bytes().splitlines():
+    """A tokenizer.model of tiktoken's format, with Llama 3's pattern: any two tokens that make one are
+    merged, by the rank of what they make. The special tokens come from tokenizer_config.json, or are Llama
+    3's, which follow the last rank."""
+    vocab, lines = {}, file.read_bytes().splitlines()
+    check_kind("it", b"\n".join(lines[:1]))
+    for line in lines:
         if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line):
             raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the "
                              "tokenizer.json that is published beside it")
         token, rank = line.split()
-        tokens.append((base64.b64decode(token), int(rank)))
-    tokens.sort(key=lambda pair: pair[1])
-    vocab = {to_letters(token): i for token, i in tokens}
-    if not len(vocab) == len(tokens) == len(set(vocab.values())) or not BYTES.keys() <= vocab.keys():
+        vocab["".join(LETTERS[b] for b in base64.b64decode(token))] = int(rank)
+    if not len(vocab) == len(lines) == len(set(vocab.values())) or not BYTES.keys() <= vocab.keys():
         raise ValueError("it has a token or a rank twice, or lacks a byte")
+    halves = ((token[:i], token[i:]) for token in vocab for i in range(1, len(token)))
+    ranks = {(a, b): vocab[a + b] for a, b in halves if a in vocab and b in vocab}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    llama3 = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+    cut = pre_tokenizer({"type": "Sequence", "pretokenizers": [llama3, byte_level]})
     added = [t._replace(special=True) for t in later_added(config, ())]
-    added = added or [Added(name, len(tokens) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
+    added = added or [Added(name, len(lines) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
     bos = {t.content: t.id for t in added}.get("<|begin_of_text|>")
-    return Parts(lambda text, begin: text, lambda text, begin: [text], Tiktoken(LLAMA3_PATTERN, tokens),
-                 decoder({"type": "ByteLevel"}), vocab, added, bos)
+    bpe = BPE(vocab, ranks, whole=vocab)
+    return Tokenizer(vocab, added, bpe, normalizer(None), cut, decoder(byte_level), bos)
+
+
+ANY = (object, None)
+TOP = {"model": (dict, ...), "added_tokens": (list, []), "normalizer": ANY, "pre_tokenizer": ANY,
+       "post_processor": ANY, "decoder": ANY}
+# transformers sets truncation and padding anew in each call, to none where it is not asked for any.
+NEUTRAL = ("truncation", "padding", "version")
+MODEL = {"vocab": (dict, ...), "merges": (list, ...), "unk_token": (str, None), "fuse_unk": (bool, False),
+         "byte_fallback": (bool, False), "ignore_merges": (bool, False)}
+EMPTY = {"dropout": ((0, 0.0), None), "continuing_subword_prefix": ("", None),
+         "end_of_word_suffix": ("", None)}
 
 
 def read_tokenizer_json(file, config):
-    """A tokenizer.json of the model BPE: by tiktoken, where that computes the same, else merge by merge."""
-    spec = read_json(file)
-    model, listed, before, pre, behind, back, *_ = take(
-        spec, "top level", model=(dict, ...), added_tokens=(list, []), normalizer=(object, None),
-        pre_tokenizer=(object, None), post_processor=(object, None), decoder=(object, None),
-        # transformers sets these anew in each call, to none where it is not asked for any
-        truncation=(object, None), padding=(object, None), version=(object, None))
-    if (kind := model.get("type", "BPE")) != "BPE":
+    """A tokenizer.json of the model BPE."""
+    top = check_fields(read_json(file), "its top level", TOP, NEUTRAL)
+    if (kind := top["model"].get("type", "BPE")) != "BPE":
         raise ValueError(f"it is of kind {kind!r:.60}: expected byte-level or SentencePiece BPE")
-    vocab, merges, unk, fuse_unk, byte_fallback, ignore_merges, *_ = take(
-        model, "model", vocab=(dict, ...), merges=(list, ...), unk_token=(str, None), fuse_unk=(bool, False),
-        byte_fallback=(bool, False), ignore_merges=(bool, False), dropout=((None, 0), None),
-        continuing_subword_prefix=((None, ""), None), end_of_word_suffix=((None, ""), None))
-    check_vocab(vocab)
-    merges = read_merges(merges, vocab)
-    added = read_all_added(listed, vocab)
-    whole = vocab.keys() - {t.content for t in added} if ignore_merges else ()
-
-    pattern = one_pattern(pre)
-    ranked = merge_order(vocab, merges, ignore_merges) if pattern else None
-    if ranked and len(ranked) >= len(whole):        # else there are whole pieces that no merge makes
-        cut, bpe = (lambda text, begin: [text]), Tiktoken(pattern, ranked)
-    else:
-        if unk not in (None, *vocab):
-            raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
-        cut, bpe = pre_tokenizer(pre), BPE(vocab, merges, unk, fuse_unk, byte_fallback, whole)
+    model = check_fields(top["model"], "its model", MODEL | EMPTY, neutral=("type",))
+    vocab, unk = model["vocab"], model["unk_token"]
+    if not all(type(i) is int and i >= 0 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
+        raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
+    ranks = {pair: rank for rank, pair in enumerate(read_merges(model["merges"], vocab))}
+    added = read_all_added(top["added_tokens"], vocab)
+    names = {t.content for t in added}
+    whole = vocab.keys() - names if model["ignore_merges"] else ()
+    if unk not in (None, *vocab):
+        raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
+    before, pre = top["normalizer"], top["pre_tokenizer"]
     if any(p["type"] == "Replace" for p in steps(before, "normalizer")) and \
             any(p.get("prepend_scheme") == "first" for p in steps(pre, "pre_tokenizer")):
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
-    parts = Parts(normalizer(before), cut, bpe, decoder(back), vocab, added,
-                  read_bos(behind, {*vocab.values(), *(t.id for t in added)}))
-    known = vocab.keys() | {t.content for t in added}
-    return parts._replace(added=added + later_added(config, known))
-
-
-def check_vocab(vocab):
-    whole = all(type(i) is int and i >= 0 for i in vocab.values())
-    if not whole or len(set(vocab.values())) < len(vocab) or not vocab:
-        raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
+    bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
+    ids = [*vocab.values(), *(t.id for t in added)]
+    bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
+    if len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
+        raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
+    added += later_added(config, vocab.keys() | names)
+    return Tokenizer(vocab, added, bpe, normalizer(before), pre_tokenizer(pre), decoder(top["decoder"]), *bos)
 
 
 def read_merges(merges, vocab):
     """Pairs of tokens: lists, or strings with a space between, as up to tokenizers 0.19."""
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges if not str(m).startswith("#version")]
     for pair in pairs:
-        try:
-            a, b = pair
-            known = a in vocab and b in vocab and a + b in vocab
-        except (ValueError, TypeError):
-            known = False
-        if not known:
+        texts = isinstance(pair, list) and len(pair) == 2 and all(isinstance(token, str) for token in pair)
+        if not texts or not vocab.keys() >= {*pair, "".join(pair)}:
             raise ValueError(f"its merge {pair!r:.80} is not of two tokens that make a third one")
-    return [(a, b) for a, b in pairs]
+    return map(tuple, pairs)
 
 
 def read_all_added(listed, vocab):
     """The entries of added_tokens. The tokenizers library does not look at their ids, but gives each its own
     in the vocabulary, or the next free one: ValueError where that is another."""
-    added, free, taken = [], len(vocab), set(vocab.values())
-    for token in listed:
-        token = read_added(token)
-        expected = vocab.get(token.content, free)
+    added, ids, free = [], {*vocab.values()}, len(vocab)
+    for token in map(read_added, listed):
         new = token.content not in vocab
-        if token.id != expected or new and token.id in taken or not token.content or \
-                token.content in (t.content for t in added):
+        expected = free if new else vocab[token.content]
+        twice = token.content in ("", *(t.content for t in added)) or new and token.id in ids
+        if token.id != expected or twice:
             raise ValueError(f"its added token {token.content!r} has the id {token.id}, and would get "
                              f"{expected}")
         free += new
@@ -300,25 +275,20 @@ def read_all_added(listed, vocab):
     return added
 
 
-def read_bos(part, ids):
-    """The id of the token that a post_processor puts in front of a text, if any. (What it puts behind one,
-    an end token, `examples.encode_answer` puts behind an answer.)"""
-    bos = []
-    for p in steps(part, "post_processor"):
-        if p["type"] == "ByteLevel":                        # concerns offsets only
-            take(p, "post_processor", add_prefix_space=(bool, True), trim_offsets=(bool, True),
-                 use_regex=(bool, True))
-            continue
-        if p["type"] != "TemplateProcessing":
-            raise ValueError(f"its post_processor {p['type']} is not supported")
-        single, _, special = take(p, "post_processor", single=(list, ...), pair=(list, []),
-                                  special_tokens=(dict, {}))
-        try:
-            here = [special[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
-                    piece["Sequence"]["id"] for piece in single]
-            bos += [i for ids in here[:here.index("A")] for i in ids]
-        except (KeyError, TypeError, ValueError):
-            here = []
-        if here.count("A") != 1 or len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
-            raise ValueError(f"its post_processor makes {single!r:.100} of a text, which is not supported")
-    return bos[0] if bos else None
+def before_text(single, special_tokens, pair):
+    """The ids that are put in front of a text. (An end token that is put behind one is put behind an answer
+    by `examples.encode_answer`.)"""
+    try:
+        here = [special_tokens[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
+                piece["Sequence"]["id"] for piece in single]
+        if here.count("A") == 1:
+            return [i for ids in here[:here.index("A")] for i in ids]
+    except (KeyError, TypeError):
+        pass
+    raise ValueError(f"its post_processor makes {single!r:.100} of a text, which is not supported")
+
+
+POST_PROCESSORS = {         # ByteLevel concerns offsets alone
+    "ByteLevel": (BYTE_LEVEL, lambda **fields: []),
+    "TemplateProcessing": ({"single": (list, ...), "special_tokens": (dict, {}), "pair": ANY}, before_text),
+}

@@ -1,14 +1,33 @@
-"""What the rooms share: JSON files, read with errors that say what is wrong, and lists in messages."""
+"""What the rooms share: JSON from outside, with errors that say what is wrong, and lists in messages."""
 
 import json
 
+OTHER_FILES = {         # by what they begin with
+    b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
+    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
+}
 
-def read_json(path, *needs, kind=dict):
-    """The contents of a JSON file. ValueError if it is absent, not of the kind, or lacks a key it needs."""
+
+def check_kind(path, begins):
+    """ValueError for a file that begins with these bytes, if it is of another kind than text."""
+    for magic, kind in OTHER_FILES.items():
+        if begins.startswith(magic):
+            raise ValueError(f"{path} is {kind}")
+
+
+def read_json(path, *needs, kind=dict, absent=None):
+    """The contents of a JSON file, or what stands for one that is `absent`. ValueError if there is nothing,
+    or not what it should be: of the kind, with the keys it needs."""
+    if absent is not None and not path.is_file():
+        return absent
+    if not path.exists():
+        raise ValueError(f"{path.parent} has no {path.name}")
+    data = path.read_bytes()
+    check_kind(path, data)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
@@ -22,6 +41,32 @@ def check_has(value, path, *needs):
     """ValueError if what a JSON file holds lacks a key it needs."""
     if lacking := [k for k in needs if value.get(k) is None]:
         raise ValueError(f"{path} lacks {', '.join(lacking)}")
+
+
+def check_fields(part, where, table, neutral=()):
+    """The fields of a JSON object from outside, by a table: name -> (form, default). The form is a type or a
+    value, or a tuple of them, of which one must fit (true is no 1); the default stands for what is left out,
+    and is ... for what may not be. ValueError for another form, and for a field that is neither in the table
+    nor `neutral`, which means that it may hold anything: nothing is overlooked."""
+    if not isinstance(part, dict):
+        raise ValueError(f"{where} is {part!r:.60}, expected an object")
+    if odd := part.keys() - table.keys() - set(neutral):
+        raise ValueError(f"{where} has {listed(sorted(odd), ', ')}, which is not known here")
+    values = {name: part.get(name, default) for name, (_, default) in table.items()}
+    for name, (form, default) in table.items():
+        if values[name] is ...:
+            raise ValueError(f"{where} lacks {name}")
+        if not fits(values[name], form) and values[name] is not default:
+            raise ValueError(f"{where} has the {name} {values[name]!r:.60}, which is not supported")
+    return values
+
+
+def fits(value, form):
+    if isinstance(form, type):
+        return form is object or type(value) is form
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    return type(value) is type(form) and value == form
 
 
 def listed(names, between="; ", most=5):

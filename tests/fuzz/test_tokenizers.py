@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 
-from text.bpe import TooLong
 from text.examples import encode_prompt
 from text.tokenizer import Tokenizer
 
@@ -49,7 +48,7 @@ def compare(spec, texts, drawn, folder):
         want = attempt(theirs.encode, text, add_special_tokens=False)
         ids = attempt(ours.encode, text)
         names = [t for t in ours.special if spec["model"].get("ignore_merges") and t in text]
-        if isinstance(ids, TooLong) or names:           # text never makes a special token, here
+        if names:                                       # text never makes a special token, here
             continue
         if ids != getattr(want, "ids", want):
             found.setdefault("encode", (text, ids, getattr(want, "ids", want)))
