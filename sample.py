@@ -2,8 +2,8 @@
 
     python sample.py [--model FOLDER] [--adapter RUN] [--prompt TEXT]
 
-Without --prompt, each line of standard input is a prompt, with --chat of one conversation. The text goes into
-the template the run was trained with, or into a base's own chat markup, if it has one that is known. Without
+Without --prompt, each line of standard input is a prompt, with --chat of one conversation. The text goes
+into the template the run was trained with, or into a base's own chat markup, if that is known. Without
 --model and --adapter it asks the last run of the demonstration. Only answers go to standard output.
 """
 
@@ -14,7 +14,7 @@ from cli.process import Failed, command
 from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser, unseen
 from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
-from text.examples import encode_prompt, settle, stop_id
+from text.examples import encode_prompt, stop_id, template_named
 
 
 def ask(bitune, tokenizer, prompt, stop_ids, args):
@@ -40,7 +40,7 @@ def main(argv=None):
     args.adapter = last_demonstration() if demonstrates else args.adapter
     bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
     template = about.get("template", "plain") if about else "auto"
-    template = settle(args.template or template, tokenizer, otherwise="plain")
+    template = template_named(args.template or template, tokenizer, otherwise="plain")
     turns = [] if args.system is None else [("system", args.system)]
     encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])
     stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())

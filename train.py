@@ -25,7 +25,7 @@ from files.checkpoint import load_base
 from files.disk import locked
 from files.run import Run, load_bitune
 from lora import KINDS, add_adapter
-from text.examples import batches, draw, length, load_data, settle
+from text.examples import batches, draw, length, load_data, template_named
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def prepare(s):
     dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
     model, tokenizer = load_base(s.model, s.device, dtype, s.base_bits)
     model.checkpointing = s.checkpointing
-    s.template = settle(s.template, tokenizer, otherwise="paper")
+    s.template = template_named(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
     examples, val, dropped = load_data(s, tokenizer)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from bitune import METHODS, Bitune
 from files.adapters import read_options
 from files.checkpoint import DTYPES
-from files.disk import settle
+from files.disk import finish_saves
 from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
@@ -30,7 +30,7 @@ def default(function, name):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Forms: what a value may be, as keywords for argparse; `fits` checks values in files by the same
+# Forms: what a value may be, as keywords for argparse; `could_be_typed` checks values in files by the same
 
 class Number:
     """Makes a number of a kind, int or float, within [low, high], of a text; else an error."""
@@ -65,7 +65,7 @@ def text(name, **more):
 SWITCH = {"action": "store_true"}
 
 
-def fits(form, value):
+def could_be_typed(form, value):
     """Whether a value that stands in a file could have been typed."""
     if "type" in form:
         return form["type"].fits(value)
@@ -278,7 +278,7 @@ def settings_of(typed):
 def resumed(typed):
     """The settings of the run that is resumed."""
     folder = typed["resume"]
-    settle(folder)
+    finish_saves(folder)
     if not (Path(folder) / "settings.json").exists():
         raise ValueError(f"{folder} has no settings.json: expected a run of train.py")
     before = checked(read_settings(folder)[0], f"{folder}/settings.json")
@@ -304,7 +304,7 @@ def checked(settings, file):
     if unknown := sorted(settings.keys() - SETTINGS.keys()):
         raise ValueError(f"{file} has {listed(unknown, ', ')}, which are no settings")
     for name, value in settings.items():
-        if value is not None and not fits(SETTINGS[name].form, value):
+        if value is not None and not could_be_typed(SETTINGS[name].form, value):
             raise ValueError(f"{file}: {name} is {value!r:.60}, which it cannot be")
     return settings
 
@@ -313,7 +313,7 @@ def adapted(typed):
     """What a run, or a PEFT adapter, says of a training that starts from it. Its adapters are what they are:
     ValueError for flags that would have them otherwise."""
     folder = Path(typed["adapter"])
-    settle(folder)
+    finish_saves(folder)
     about = read_about(folder)
     kind, options = (FULL, {}) if about.get("whole") else read_options(folder)[:2]
     fixed = ["peft", "targets", *kind_options(), *["c"] * (folder / "mixing.safetensors").exists()]

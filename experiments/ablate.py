@@ -34,7 +34,7 @@ from files.disk import InUse, write_file
 from files.run import finished, logged, read_settings
 from lora import KINDS, add_adapter
 from model import Llama
-from text.examples import settle
+from text.examples import template_named
 from text.tokenizer import Tokenizer
 from text.words import listed
 from train import finetune
@@ -201,7 +201,7 @@ def main(argv=None):
     if common.get("template", "auto") == "auto":            # the tables' own, whatever the base
         common["template"] = "paper"
     tokenizer, longest = Tokenizer.from_pretrained(common["model"]), read_config(common["model"]).max_length
-    common["template"] = settle(common["template"], tokenizer, "paper")
+    common["template"] = template_named(common["template"], tokenizer, "paper")
     if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
         raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
     tasks = tasks_of(args.evaluate, args.limit, args.eval_batch_size, args.max_new_tokens,

@@ -73,7 +73,7 @@ def difference(one, other, column):
     return by_seed, statistics.fmean(by_seed), math.sqrt(square)
 
 
-def differences(groups, name):
+def gaps(groups, name):
     """The group `name` less each of the others, column by column. A gap of up to two standard errors is
     none."""
     one, lines = groups[name], []
@@ -103,7 +103,7 @@ def report(records, base, baseline):
     for title, groups in protocols.items():
         parts += [f"{title}:"] if len(protocols) > 1 else []
         parts.append(table(list(groups.values()), [base]))
-        parts.append(differences(groups, "Bitune") if "Bitune" in groups else "")
+        parts.append(gaps(groups, "Bitune") if "Bitune" in groups else "")
     if len({r["lr"] for r in records}) > 1:
         every = [group for name in best for group in by_rate(records, name)]
         parts += ["At each learning rate:", table(every)]

@@ -122,11 +122,12 @@ def log_probs(bitune, prompts, choices):
     return [group.tolist() for group in sums.split([len(group) for group in choices])]
 
 
-def write(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
+def write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
     """The texts that greedy decoding writes after the prompts, each up to "Question:" or a stop token, or
     to the model's limit."""
     if len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > bitune.model.config.max_length:
-        return [write(bitune, tokenizer, [p], stop_ids, max_new_tokens)[0] for p in prompts]  # its own limit
+        alone = ([p] for p in prompts)                          # each up to its own limit
+        return [write_answers(bitune, tokenizer, p, stop_ids, max_new_tokens)[0] for p in alone]
     said, ended = [[] for _ in prompts], [False] * len(prompts)
     for step in bitune.answer(prompts, max_new_tokens, stop_ids):
         for b, token in enumerate(step):
@@ -193,7 +194,7 @@ def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_t
                        for q, sums in zip(batch, said)}
         else:
             score = score_gsm8k if task == "gsm8k" else score_text
-            said = write(bitune, tokenizer, prompts, stop_ids, max_new_tokens)
+            said = write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens)
             results = {q.place: {"place": q.place, "prompt": q.text, "answer": q.answer, "said": text,
                                  **score(q, text)} for q, text in zip(batch, said)}
         kept.update(results)

@@ -169,14 +169,14 @@ def load_adapter(model, name, folder):
         new |= add_adapter(model, name, kind, group, **dict(own))
     model.sets[name] = kind, options
     want = tensors_on_disk(new)
-    have = settle_names(model, want, have, folder)
+    have = named_as_wanted(model, want, have, folder)
     fit(folder, *({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (want, have)))
     for n, tensor in want.items():
         tensor.data.copy_(have[n])
     return len(have)
 
 
-def settle_names(model, want, have, folder):
+def named_as_wanted(model, want, have, folder):
     """The tensors `have` of a file under the names of `want`, as PEFT reads them: one part more in a name
     (the set's, or "weight") is dropped. The base's own tensors may have been saved along; ValueError if they
     are not the base's."""

@@ -91,7 +91,7 @@ def parse_config(c):
     if quantised := c.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(f"it is quantised, by {str(method)[:40]}: expected weights as they were trained")
-    check_fields(c, FIELDS)
+    check_config(c, FIELDS)
     if lacking := [k for k in SIZES if k not in c]:
         raise ValueError(f"it lacks {', '.join(lacking)}")
     c = COMMON | DEFAULTS[kind] | c
@@ -105,7 +105,7 @@ def parse_config(c):
             raise ValueError(f"{unlike} is not supported: expected a {kind} model without it")
 
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}      # of both, the first counts
-    check_fields(rope, ROPE_FIELDS, "of RoPE, ")
+    check_config(rope, ROPE_FIELDS, "of RoPE, ")
     heads = c["num_attention_heads"]
     groups = c["num_key_value_heads"] or heads
     head_dim = turned = c["head_dim"] or c["hidden_size"] // heads
@@ -139,7 +139,7 @@ def parse_config(c):
     )
 
 
-def check_fields(c, fields, where=""):
+def check_config(c, fields, where=""):
     """ValueError for a field that does not hold what it must, and for one that is not known here and holds
     something: it may mean that the model computes otherwise."""
     for name, (expected, types) in fields.items():
@@ -251,7 +251,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
                     where[name], have[name] = (file, name), tuple(entry.get_shape())
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
-    config = settle_names(config, where, have)
+    config = rename_tensors(config, where, have)
     with torch.device("meta"):
         model = Llama(config)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -273,7 +273,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     return model
 
 
-def settle_names(config, where, have):
+def rename_tensors(config, where, have):
     """Bring the tensors of a checkpoint, name -> (file, name in it) and name -> shape, under the names of a
     Llama; returns the config, whose head is its own where the file has one that is not the embedding."""
     def move(old, new):
@@ -336,7 +336,7 @@ def merged_tensors(model, name):
     for path, adapter in adapters(model, name).items():
         own = {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
         if unknown := own.keys() - tensors.keys():
-            raise ValueError(f"merged, the model would have {min(unknown)}: checkpoints have no place for it")
+            raise ValueError(f"merged, the model has {min(unknown)}: checkpoints have no place for it")
         tensors |= own
     return tensors
 

@@ -50,7 +50,7 @@ def locked(folder):
                 shutil.rmtree(folder)
 
 
-def settle(folder):
+def finish_saves(folder):
     """Before a folder is read: finish what a killed save has begun, unless a living process is at it."""
     if (Path(folder) / "renaming.json").exists():
         with suppress(InUse), locked(folder):

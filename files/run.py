@@ -27,7 +27,7 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, load_base, merged_tensors
-from files.disk import fit, json_bytes, locked, read_tensors, settle, tensor_bytes, write_files
+from files.disk import finish_saves, fit, json_bytes, locked, read_tensors, tensor_bytes, write_files
 from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
@@ -179,7 +179,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
     a set that the run lacks starts as a copy of its set "answer". ValueError if the run is not this base's,
     or not this code's. A fully finetuned run is its own base."""
     folder = Path(folder)
-    settle(folder)
+    finish_saves(folder)
     about = read_about(folder)
     own = about.get("method", "causal")
     if about.get("whole") and Path(base).resolve() != folder.resolve():
@@ -223,7 +223,7 @@ def load_run(run, model=None, device=None, dtype=None):
     if not run:
         base, tokenizer = load_base(model, device, dtype)
         return Bitune(base, "causal").eval(), tokenizer, 0, {}
-    settle(run)
+    finish_saves(run)
     model = model or base_of(run)
     base, tokenizer = load_base(model, device, dtype)
     bitune, tensors, about = load_bitune(base, run, model)
@@ -401,7 +401,7 @@ def logged(path, step):
 
 def finished(folder):
     """Whether a run has taken all of its steps, and has validated after the last one."""
-    settle(folder)
+    finish_saves(folder)
     folder, steps = Path(folder), read_about(folder).get("step")
     if steps is None:
         return False

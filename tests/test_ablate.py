@@ -190,11 +190,11 @@ def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
     variance = sum((g - 15) ** 2 for g in gains) / 9
     assert abs(error - (variance / 10 + 50 / 2) ** 0.5) < 1e-12
     old = [{"name": "old", "seed": 42, "scores": {"acc": 0.5}}]
-    lines = compare.differences({"Bitune": one, "LoRA": other, "old": old}, "Bitune")
+    lines = compare.gaps({"Bitune": one, "LoRA": other, "old": old}, "Bitune")
     assert [c.strip() for c in lines.splitlines()[2].split("|")[1:-1]] == [
         "Bitune - LoRA", "acc", "+20.0 +10.0", f"+15.0 ± {error:.1f}", "none"]
     assert len(lines.splitlines()) == 3                 # a record of an older version has no verdicts
-    sure = compare.differences({"Bitune": group("Bitune", "0" * 100), "LoRA": group("LoRA", "01" * 50)},
+    sure = compare.gaps({"Bitune": group("Bitune", "0" * 100), "LoRA": group("LoRA", "01" * 50)},
                                "Bitune")
     assert "-50.0 ± 5.0" in sure and sure.splitlines()[2].split("|")[5].strip() == "LoRA"
 

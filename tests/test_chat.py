@@ -19,7 +19,7 @@ from experiments.evaluate import load_questions, score_text
 from files.disk import write_files
 from files.run import run_bytes
 from text.chat import CHATS, KNOWN, Control
-from text.examples import encode_answer, encode_prompt, load_examples, settle, stop_id, template_in_words
+from text.examples import encode_answer, encode_prompt, load_examples, template_named, stop_id, template_in_words
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, write_checkpoint
 
@@ -77,7 +77,7 @@ def test_the_list_of_templates_is_the_fixtures():
 def test_a_models_own_markup_is_found(known, tmp_path):
     known("chat-gemma")
     spec, other = chats.small("chat-gemma"), "something else"
-    own = lambda template="chat", **config: settle(template, tokenizer_of(spec, tmp_path, **config), "paper")
+    own = lambda template="chat", **config: template_named(template, tokenizer_of(spec, tmp_path, **config), "paper")
     assert own(chat_template=TEXT, bos_token="<bos>") == "chat-gemma"
     assert own(chat_template=TEXT + "\n", bos_token={"content": "<bos>"}, template="auto") == "chat-gemma"
     named = [{"name": "tool_use", "template": other}, {"name": "default", "template": TEXT}]

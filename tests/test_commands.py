@@ -19,7 +19,7 @@ from cli import memory
 from experiments import evaluate, merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
-from files.disk import locked, settle, write_files
+from files.disk import finish_saves, locked, write_files
 from files.run import alpha_by_layer, load_bitune, load_run, own_tensors, run_bytes
 from lora import adapters, add_adapter
 from text.examples import Example, batches
@@ -561,7 +561,7 @@ def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, ca
     assert "run is in use: another process trains there" in exits(2, train.main, flags(), capsys)
     assert not (run / "settings.json").exists()
     (run / "renaming.json").write_text("[]")                # it is about to do this itself
-    settle(run)
+    finish_saves(run)
     assert (run / "renaming.json").exists()
     os.kill(other, signal.SIGKILL)                          # the lock dies with it
     os.waitpid(other, 0)

@@ -207,10 +207,10 @@ def test_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):
 
     asked, bitune = [], tiny_bitune()
     monkeypatch.setattr(bitune, "answer", answer)
-    assert evaluate.write(bitune, tokenizer, said, {257}, 14) == ["Yes. ", "#### 2", "Never ends ..."]
+    assert evaluate.write_answers(bitune, tokenizer, said, {257}, 14) == ["Yes. ", "#### 2", "Never ends ..."]
     said.pop()
     asked.clear()
-    assert evaluate.write(bitune, tokenizer, said, {257}, 99) == ["Yes. ", "#### 2"]
+    assert evaluate.write_answers(bitune, tokenizer, said, {257}, 99) == ["Yes. ", "#### 2"]
     assert len(asked) == len("Yes. Question:")
 
 

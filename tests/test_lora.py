@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
 from files.adapters import adapter_bytes, load_adapter
-from files.disk import json_bytes, settle, write_files
+from files.disk import finish_saves, json_bytes, write_files
 from files.run import load_bitune, run_bytes
 from lora import adapters, add_adapter
 from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint
@@ -165,7 +165,7 @@ def test_files_are_written_all_or_none_wherever_the_process_dies(tmp_path, monke
         with pytest.raises(OSError):
             write_files(folder, new)
         monkeypatch.undo()
-        settle(folder)
+        finish_saves(folder)
         assert read(folder) in (old, new)
         assert sum(f.is_file() and f.name != ".lock" for f in folder.rglob("*")) == 3
         outcomes.append(read(folder) == new)

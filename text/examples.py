@@ -53,7 +53,7 @@ class Words(NamedTuple):
 TEMPLATES = {"paper": Words(paper, " {}".format), "alpaca": Words(alpaca), "plain": Words(plain), **CHATS}
 
 
-def settle(template, tokenizer, otherwise):
+def template_named(template, tokenizer, otherwise):
     """The name in TEMPLATES that a word of --template stands for: "chat" is the model's own chat markup, and
     so is "auto", or the template `otherwise` if that is none of the known ones."""
     if template not in ("auto", "chat"):

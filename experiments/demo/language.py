@@ -76,12 +76,12 @@ def lists(rng, n):
                                      ("What comes last?", f"{things[-1]}.")]
 
 
-def sums(rng, n):
+def additions(rng, n):
     pairs = [(rng.randrange(10), rng.randrange(10)) for _ in range(n)]
     return "", [(f"What is {NUMBERS[a]} plus {NUMBERS[b]}?", f"{NUMBERS[a + b]}.") for a, b in pairs]
 
 
-KINDS = {deeds: 20, quotes: 40, quotes_behind: 15, lists: 20, sums: 5}     # per cent of documents
+KINDS = {deeds: 20, quotes: 40, quotes_behind: 15, lists: 20, additions: 5}     # per cent of documents
 
 
 def document(rng, first_lesson):
