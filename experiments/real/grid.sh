@@ -6,8 +6,7 @@
 #   easy.jsonl                           head -n 1000 ARC-Easy-Test.jsonl
 #   challenge.jsonl                      head -n 500 ARC-Challenge-Test.jsonl
 #   csqa.jsonl                           head -n 500 dev_rand_split.jsonl
-# What it has made so far lies in experiments/real: copied to ./real, no run is made again that has a record, unless it
-# still has to be scored.
+# results.jsonl and base.json beside this file are what the table's runs recorded, by an earlier version of the grid.
 set -eu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for seeds in "42" "42 43" "42 43 44"; do
