@@ -246,7 +246,8 @@ def read_tokenizer_json(file, config):
     if len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
         raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
     added += later_added(config, vocab.keys() | names)
-    return Tokenizer(vocab, added, bpe, normalizer(before), pre_tokenizer(pre), decoder(top["decoder"]), *bos)
+    made = normalizer(before), pre_tokenizer(pre), decoder(top["decoder"])
+    return Tokenizer(vocab, added, bpe, *made, *bos)
 
 
 def read_merges(merges, vocab):
