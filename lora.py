@@ -33,9 +33,8 @@ class Option(NamedTuple):
 class Adapter(nn.Module):
     """What one set does to one linear layer. A subclass is a kind of adapters and says all about itself:
     what it is made with, its tensors (parameters train, buffers stay; both are saved), `forward(x, linear)`,
-    the adapted layer, `merged(linear)`, the weight and bias of a plain layer that computes the same, and
-    PEFT's names for it. Flags, files and experiments take all this from here."""
-    label = None                # in tables, if not the name of the class
+    the adapted layer, `merged(linear)`, the weight and bias of a plain layer that computes the same, if one
+    does, and PEFT's names for it. Flags, files and experiments take all this from here."""
     options = {}                # name -> Option: the keyword arguments of __init__
     peft = {}                   # the fields of adapter_config.json by which the kind is known
     tensor_names = {}           # PEFT's name of a tensor, if not model.PATH.TENSOR
@@ -45,6 +44,9 @@ class Adapter(nn.Module):
     def make(cls, linears, **options):
         """A new set: an adapter for each of these layers, by path."""
         return {path: cls(linear, path, **options) for path, linear in linears.items()}
+
+    def merged(self, linear):
+        return None, None           # none computes the same: then the set stays as it is
 
 
 class LowRank(torch.autograd.Function):
@@ -143,7 +145,7 @@ class IA3(Adapter):
 
 class Full(Adapter):
     """The first set is the base itself, all of which trains; a second one is a copy of its linears."""
-    label, trains_base = "full finetuning", True
+    trains_base = True
     peft = {"peft_type": "FULL"}                # not one of PEFT's, in its form all the same
 
     def __init__(self, linear, path):
@@ -205,6 +207,8 @@ def fold(model, name):
     for path, adapter in adapters(model, name).items():
         linear = model.get_submodule(path)
         weight, bias = adapter.merged(linear)
+        if weight is None:
+            return
         folded = Full(SimpleNamespace(weight=weight, bias=bias), path).requires_grad_(False)
         x = torch.linspace(-1, 1, linear.in_features).to(weight)[None]
         y, tolerance = adapter(x, linear), 0.1 if x.dtype == torch.bfloat16 else 1e-3

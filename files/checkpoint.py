@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from files.disk import differences, json_bytes, tensor_bytes
 from files.int8 import eight_bits
-from lora import adapters, fold
+from lora import KINDS, Full, adapters, fold
 from model import ACTIVATIONS, Config, Llama
 from text.tokenizer import Tokenizer
 from text.words import listed, read_json
@@ -332,6 +332,8 @@ def merged_tensors(model, name):
     """The tensors, by name, of a model without adapters that computes what this one does with a set, which
     is folded."""
     fold(model, name)
+    if KINDS[kind := model.sets[name][0]] is not Full:
+        raise ValueError(f"adapters of the kind {kind} cannot be merged: there is no plain layer like them")
     tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
     for path, adapter in adapters(model, name).items():
         own = {f"{path}.{part}": t for part, t in adapter.state_dict().items()}

@@ -48,7 +48,7 @@ def read_about(folder):
             raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
         return {}
     about = read_json(file, "method", "c", "base", "base_config", "fingerprint")
-    kinds = {"method": str, "c": (int, float), "base": str, "base_config": dict, "fingerprint": dict,
+    kinds = {"method": str, "c": (int, float), "base": str, "base_config": dict, "fingerprint": (dict, list),
              "template": str, "step": int, "alpha": dict, "whole": bool}
     if about["method"] not in METHODS:
         raise ValueError(f"{file}: method {about['method']!r} is unknown: expected {' or '.join(METHODS)}")
@@ -152,7 +152,8 @@ def alpha_by_layer(bitune, prompt):
 
 def own_tensors(bitune):
     """What Bitune holds beside the model: the mixing's parameters, and whatever an edit adds."""
-    return {n: t for n, t in bitune.state_dict().items() if not n.startswith("model.")}
+    own = [*bitune.named_parameters(), *bitune.named_buffers()]
+    return {n: t.detach() for n, t in own if not n.startswith("model.")}
 
 
 def run_bytes(bitune, base, **about):
@@ -196,7 +197,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
             n += load_adapter(model, name, folder / FOLDERS.get(source, source))
     c = about["c"] if "c" in about and method in (None, own) else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
-    if about and bitune.method == own:
+    if about.get("fingerprint") and bitune.method == own:
         check_code(folder, about, bitune)
     mixing, file = own_tensors(bitune), folder / "mixing.safetensors"
     if mixing and (bitune.method == own or file.exists()):
@@ -241,9 +242,16 @@ def trained_tensors(bitune):
             if t.requires_grad or not isinstance(t, torch.nn.Parameter)}
 
 
+def optimizer_names(bitune, optimizer):
+    """The names of an optimizer's parameters, in its order."""
+    names = {id(p): name for name, p in bitune.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
 def state_bytes(bitune, optimizer, step):
     """The file with all that is needed to go on after `step` steps: one file, whole or absent."""
-    moments = {f"adamw.{i}.{key}": t for i, own in optimizer.state_dict()["state"].items()
+    names = dict(enumerate(optimizer_names(bitune, optimizer)))
+    moments = {f"adamw.{key}.{names[i]}": t for i, own in optimizer.state_dict()["state"].items()
                for key, t in own.items()}
     random = {"rng": torch.get_rng_state(), "step": torch.tensor(step)}
     if bitune.device.type == "cuda":
@@ -260,12 +268,12 @@ def load_state(path, bitune, optimizer):
         torch.set_rng_state(have["rng"])
         if "rng.cuda" in have and bitune.device.type == "cuda":
             torch.cuda.set_rng_state(have["rng.cuda"], bitune.device)
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        index = {name: i for i, name in enumerate(optimizer_names(bitune, optimizer))}
         for name in have:
             if name.startswith("adamw."):
-                _, i, key = name.split(".")
-                assert key == "step" or have[name].shape == params[int(i)].shape
-                moments.setdefault(int(i), {})[key] = have[name]
+                _, key, of = name.split(".", 2)
+                assert key == "step" or have[name].shape == want[of].shape
+                moments.setdefault(index[of], {})[key] = have[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         step = int(have["step"])
     except (KeyError, TypeError, RuntimeError, ValueError, IndexError, AssertionError):

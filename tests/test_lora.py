@@ -77,7 +77,7 @@ def test_full_finetuning_trains_the_base_and_a_copy_of_its_linears(tmp_path):
 
 
 def test_dropout_acts_in_training_only():
-    bitune = tiny_bitune("causal")
+    bitune = tiny_bitune("causal").train()
     for adapter in adapters(bitune.model, "answer").values():
         adapter.dropout = 0.5
     run = lambda: bitune(RAGGED, ANSWERS)[0]

@@ -41,6 +41,9 @@ def scatter(module, seed=1):
         if p.requires_grad:
             size = torch.empty_like(p).uniform_(0.3, 2)
             p.copy_(torch.where(p == 0, torch.empty_like(p).normal_(0, 0.5), p * size))
+    for name, b in module.named_buffers():
+        if b.is_floating_point() and not name.startswith("model."):     # an adapter's are drawn by its seed
+            b.add_(0.3)
     return module
 
 
@@ -58,7 +61,7 @@ def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options
 
 def tiny_bitune(*args, dtype=torch.float32, **options):
     """The same, with everything that trains away from its start."""
-    return scatter(fresh_bitune(*args, **options)).to(dtype)
+    return scatter(fresh_bitune(*args, **options)).to(dtype).eval()
 
 
 def some_of(bitune):
