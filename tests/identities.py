@@ -1,5 +1,7 @@
 """What must hold of any method, any kind of adapters and any mixing, whatever the weights: checks that stay
-green under a right edit of the source, and turn red under a slip.
+green under a right edit of the source, and turn red under a slip. Two of them take something for granted:
+that the weights of a mixing sum to one (the_passes_are_what_is_mixed), and that prompts become only longer
+contexts as they grow (prompts_are_cut_in_two). They are run without dropout.
 
 Each takes a factory, make(dtype=...), of a Bitune with everything that trains away from its start (see
 tiny.scatter), and a folder to write to. `IDENTITIES` has them all; none knows the name of a parameter.
@@ -9,7 +11,7 @@ from functools import partial
 
 import torch
 
-from bitune import adapter_sets
+from bitune import Tokens, adapter_sets
 from files.checkpoint import merged_tensors
 from files.disk import write_files
 from files.run import alpha_by_layer, load_run, load_state, run_bytes, state_bytes
@@ -49,6 +51,9 @@ def batched_is_alone(make, folder):
     alone = [answer_logits(bitune, [p], [a])[0] for p, a in zip(RAGGED, ANSWERS)]
     assert_same(answer_logits(bitune), alone)
     assert bitune.generate(RAGGED, 4) == [bitune.generate([p], 4)[0] for p in RAGGED]
+    both = answer_logits(bitune, [LONG, LONG[:40]], ANSWERS[:2])
+    assert_same(both[:1], answer_logits(bitune, [LONG], ANSWERS[:1]))
+    assert_same(both[1:], answer_logits(bitune, [LONG[:40]], ANSWERS[1:2]))
 
 
 @identity
@@ -91,7 +96,7 @@ def the_passes_are_what_is_mixed(make, folder):
         context, _ = bitune.lay_out(RAGGED, ANSWERS)
         read = bitune.read(context)[:1] * len(bitune.passes)
         for mixed, single in zip(bitune.mix(read, context.positions), read[0]):
-            assert_same(mixed, single)
+            assert_same(mixed, single, 1e-5)        # RoPE's angles are float32
 
 
 @identity
@@ -103,6 +108,24 @@ def layer_0_is_read_alike(make, folder):
     first, *others = [layers[0] for layers in bitune.read(bitune.lay_out(RAGGED, ANSWERS)[0])] or [None]
     for pair in others:
         assert_same(pair, first, 1e-4)          # RoPE's angles are float32
+
+
+@identity
+def what_stands_before_is_seen(make, folder):
+    """A context that goes on from a past, as in a chat, is read with that in sight: above layer 0 its
+    keys and values are others behind another past, and the past itself stays as it is."""
+    bitune = make(dtype=F64)
+    if not bitune.passes:
+        return
+    (first, _), (other, _) = (bitune.lay_out([ids], [[]]) for ids in (LONG[:20], LONG[20:40]))
+    more = Tokens(torch.tensor([LONG[40:50]]), torch.arange(len(first.ids[0]), len(first.ids[0]) + 10)[None])
+    pasts = [bitune.encode(context) for context in (first, other)]
+    one, two = (bitune.encode(more, past) for past in pasts)
+    n = len(pasts[0])
+    assert len(one) == len(two) > n
+    for layer, ((k, v), (k2, v2)) in enumerate(zip(one.layers, two.layers)):
+        assert torch.equal(k[:, :, :n], pasts[0].layers[layer][0])
+        assert layer == 0 or (k[:, :, n:] - k2[:, :, n:]).abs().max() > 1e-6 < (v - v2)[:, :, n:].abs().max()
 
 
 @identity
@@ -240,8 +263,9 @@ def every_rate_acts(make, folder):
     schedule. What else a group says must be AdamW's own."""
     bitune, examples = make(), [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
     optimizer = make_optimizer(bitune, 1e-3, 1e-12, 0.0)
-    assert all(group.keys() == {"params", "peak", *torch.optim.AdamW([torch.zeros(1)]).defaults}
-               for group in optimizer.param_groups)
+    own = torch.optim.AdamW([torch.zeros(1)]).defaults      # of which "lr" is written over in each step
+    for group in optimizer.param_groups:
+        assert group.keys() == {"params", "peak", *own} and group["lr"] == own["lr"]
     peaks = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
     before = {n: p.detach().clone() for n, p in bitune.named_parameters()}
     train_step(bitune, optimizer, examples, batches, 0.5, 1.0)

@@ -1,9 +1,10 @@
-"""A card that is not there: tensors that say they are on `cuda:0`, keep their numbers on the CPU, and compute there.
+"""A card that is not there: tensors that say they are on `cuda:0`, keep their numbers on the CPU, and compute
+there.
 
 It can show that a tensor was left on the CPU: an operation that mixes one of more than no dimensions with a
 card's, or indexes one by the other, is an error, as on a card. It counts the places that wait for the card: a
-number that Python asks for. The arithmetic is the CPU's, so that every number equals the CPU's. It cannot show
-how fast a card is, what its kernels do in another order, or what a driver does.
+number that Python asks for. The arithmetic is the CPU's, so all numbers are. It cannot show how fast a card is,
+what its kernels do in another order, or what a driver does.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,7 @@ class Pretended(torch.Tensor):
 
 
 def compute(func, args, kwargs):
-    """The operation on the numbers inside; its results are the card's, unless they are asked for elsewhere."""
+    """The operation on the numbers inside; its results are the card's, if not asked for elsewhere."""
     flat = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
     card, cpu = [[t for t in flat if isinstance(t, Pretended) == on] for on in (True, False)]
     asked = kwargs.get("device")
@@ -100,9 +101,10 @@ def is_card(device):
 def pretended():
     """In here there is a card."""
     generator = torch.Generator
-    answers = {"is_available": lambda: True, "set_device": lambda n: None, "mem_get_info": lambda d=None: (2**36,) * 2,
-               "get_rng_state": lambda d=None: torch.zeros(16, dtype=torch.uint8), "set_rng_state": lambda *a: None,
-               "current_device": lambda: 0, "device_count": lambda: 1, "synchronize": lambda d=None: None}
+    answers = {"is_available": lambda: True, "set_device": lambda n: None, "device_count": lambda: 1,
+               "mem_get_info": lambda d=None: (2**36,) * 2, "synchronize": lambda d=None: None,
+               "get_rng_state": lambda d=None: torch.zeros(16, dtype=torch.uint8),
+               "set_rng_state": lambda *a: None, "current_device": lambda: 0}
     waits.clear()
     with ExitStack() as stack:
         for name, answer in answers.items():

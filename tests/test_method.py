@@ -3,6 +3,7 @@ computed in. An edit of the method may turn these red."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bitune import Bitune, adapter_sets
 from identities import F64, answer_logits, assert_same
@@ -98,3 +99,9 @@ def test_alpha_starts_at_a_half_whatever_c_is():
     for c in (0.1, 0.01, 0.001):
         bitune = Bitune(tiny_bitune().model, c=c)
         assert all((a == 0.5).all() for a in bitune.alpha(None, None).values())
+
+
+def test_a_loss_is_each_examples_mean_over_its_answer():
+    bitune = tiny_bitune(dtype=F64)
+    want = [F.cross_entropy(x.float(), torch.tensor(a)) for x, a in zip(answer_logits(bitune), ANSWERS)]
+    torch.testing.assert_close(bitune.losses(RAGGED, ANSWERS), torch.stack(want), atol=1e-6, rtol=1e-6)
