@@ -150,12 +150,11 @@ class Bitune(nn.Module):
         Past of context and stream. past: that of the contexts, where they have been read already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # of the opening, those that predict none
-        keep = slice(min(before), None)
-        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, keep]
+        labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
         at = tuple((labels >= 0).nonzero().T.to(self.device))
         past = past or self.encode(context)
         sees = self.sight(stream.positions, past)
-        x, new = self.model.states(*stream, sees, past, self.answer_set, keep)
+        x, new = self.model.states(*stream, sees, past, self.answer_set, slice(min(before), None))
         return x, labels, at, past.extended(new, stream.positions) if past else Past(new, stream.positions)
 
     def forward(self, prompts, answers):
@@ -239,8 +238,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     finite = logits.isfinite().all(dim=-1, keepdim=True)
     if temperature == 0:
         return torch.where(finite[:, 0], logits.argmax(dim=-1), -1)
-    logits = torch.where(finite, logits.float(), 0.0)
-    logits = logits - logits.amax(dim=-1, keepdim=True)             # 0 is the highest at any temperature
+    logits = torch.where(finite, logits.float() - logits.float().amax(dim=-1, keepdim=True), 0.0)   # 0 is most
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
     if top_k:
         logits[:, top_k:] = -torch.inf

@@ -290,7 +290,6 @@ class Llama(nn.Module):
 
     def forward(self, tokens, positions, mask=None, past=None, adapter=None, keep=ALL):
         """Logits (B, T', V) of the tokens in `keep`, and the new keys and values: L pairs (B, G, T, D).
-
         tokens, positions: (B, T), position -1 for padding. mask: (B, 1, T, S + T) as `may_attend` makes it;
         None lets every token attend to all. past: a Past or KVCache. adapter: the set to run, None for the
         bare base; ValueError if no layer carries it. keep: the slice of the T tokens whose logits are asked
@@ -308,8 +307,7 @@ class Llama(nn.Module):
         if self.config.model_type == "gemma":
             x = x * x.new_tensor(self.config.hidden_size ** 0.5)
         rope = rotary(self.config, positions, x.dtype)
-        keys_values = []
-        last = len(self.model.layers) - 1
+        keys_values, last = [], len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing else block
             x, kv = run(x, rope, mask, past, i, adapter, keep if i == last else ALL)

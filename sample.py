@@ -50,8 +50,8 @@ def main(argv=None):
         raise ValueError("--explain and --show-mixing show what becomes of a prompt: give --prompt")
     if args.prompt is not None and not begin or "" in args.stop:
         raise ValueError("--prompt or --stop is empty: expected some text")
-    page = bars(bitune, begin) if args.show_mixing else ""
-    page = explain(bitune, tokenizer, begin, stop_ids) if args.explain else page    # which has the bars
+    page = explain(bitune, tokenizer, begin, stop_ids) if args.explain else \
+        bars(bitune, begin) if args.show_mixing else ""
     bitune = conversation(ready_to_answer(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     say(page) if page else None

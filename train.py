@@ -131,8 +131,7 @@ def train(run, progress, stop):
         seconds = time.monotonic() - began
         record = {"loss": loss, "lr": s.lr * rate, "grad_norm": norm, "seconds": round(seconds, 4),
                   "tokens_per_s": round(sum(map(length, batch)) / seconds)}
-        for name, alphas in run.alphas().items():
-            record[f"alpha_{name}"] = sum(alphas) / len(alphas)
+        record |= {f"alpha_{name}": sum(a) / len(a) for name, a in run.alphas().items()}
         run.log(record)
         progress.step(run, record)
 

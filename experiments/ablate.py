@@ -62,7 +62,7 @@ def variants(methods, kinds=(KIND,), cs=(C,), given={}):
     """The models of a grid: name -> settings. What a method does not use is not varied; `given` has the
     options of adapters that were typed."""
     models = {}
-    label = lambda kind: KINDS[kind].label or KINDS[kind].__name__
+    label = lambda kind: "full finetuning" if KINDS[kind].trains_base else KINDS[kind].__name__
     for kind in dict.fromkeys([KIND, *kinds]):
         own = {name: given.get(name, option.default) for name, option in KINDS[kind].options.items()}
         for times in (1, 2) if "rank" in own else (1,):
