@@ -238,7 +238,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     finite = logits.isfinite().all(dim=-1, keepdim=True)
     if temperature == 0:
         return torch.where(finite[:, 0], logits.argmax(dim=-1), -1)
-    logits = torch.where(finite, logits.float() - logits.float().amax(dim=-1, keepdim=True), 0.0)   # 0 is most
+    logits = torch.where(finite, logits.float() - logits.float().amax(dim=-1, keepdim=True), 0.0)  # most: 0
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
     if top_k:
         logits[:, top_k:] = -torch.inf

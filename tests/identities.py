@@ -277,7 +277,7 @@ def every_rate_acts(make, folder):
 
 @identity
 def micro_batches_change_nothing(make, folder):
-    """However a step's examples are cut, it is the same step; so it is with blocks computed a second time."""
+    """However a step's examples are cut, it is the same step; so it is with blocks computed twice."""
     def step(cut, checkpointing=False):
         bitune, examples = make(dtype=F64), [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
         bitune.model.checkpointing = checkpointing

@@ -1,10 +1,10 @@
-"""A card that is not there: tensors that say they are on `cuda:0`, keep their numbers on the CPU, and compute
-there.
+"""A card that is not there: tensors that say they are on `cuda:0`, keep their numbers on the CPU, and
+compute there.
 
 It can show that a tensor was left on the CPU: an operation that mixes one of more than no dimensions with a
-card's, or indexes one by the other, is an error, as on a card. It counts the places that wait for the card: a
-number that Python asks for. The arithmetic is the CPU's, so all numbers are. It cannot show how fast a card is,
-what its kernels do in another order, or what a driver does.
+card's, or indexes one by the other, is an error, as on a card. It counts the places that wait for the card:
+a number that Python asks for. The arithmetic is the CPU's, so all numbers are. It cannot show how fast a
+card is, what its kernels do in another order, or what a driver does.
 """
 
 from contextlib import ExitStack, contextmanager

@@ -1,5 +1,5 @@
-"""On a card that is not there (pretended.py), what is computed on the CPU: the same numbers, no tensor left behind, and
-one wait for the card for a step, a micro-batch of a validation, a written token."""
+"""On a card that is not there (pretended.py), what is computed on the CPU: the same numbers, no tensor left
+behind, and one wait for the card for a step, a micro-batch of a validation, a written token."""
 
 from functools import partial
 
@@ -45,7 +45,8 @@ def test_a_step_a_validation_and_answers(method, kind):
     assert waits <= 1 + len(batches(EXAMPLES)) + 4
 
 
-@pytest.mark.parametrize("how", ["sampled", "folded", "8 bits", "bfloat16", "checkpointing", "alternating", "choices"])
+@pytest.mark.parametrize("how", ["sampled", "folded", "8 bits", "bfloat16", "checkpointing", "alternating",
+                                 "choices"])
 def test_everything_else(how, monkeypatch):
     def make():
         if how != "8 bits":
@@ -81,7 +82,8 @@ def test_everything_else(how, monkeypatch):
 def test_a_run_goes_on_where_it_was_saved(there, tmp_path):
     """Saved on the card and resumed on the CPU, and the other way round."""
     def steps(bitune, optimizer):
-        return [number for _ in range(2) for number in train_step(bitune, optimizer, EXAMPLES, batches, 1.0, 1.0)]
+        step = lambda: train_step(bitune, optimizer, EXAMPLES, batches, 1.0, 1.0)
+        return [number for _ in range(2) for number in step()]
 
     def begun(bitune):
         optimizer = make_optimizer(bitune, 1e-3, 1e-6, 0.0)
@@ -111,7 +113,8 @@ def inside(t):
     return t.inner if isinstance(t, Pretended) else t
 
 
-@pytest.mark.parametrize("slip", ["a mask made on the CPU", "a cache buffer on the CPU", "an index list left behind"])
+@pytest.mark.parametrize("slip", ["a mask made on the CPU", "a cache buffer on the CPU",
+                                  "an index list left behind"])
 def test_a_tensor_left_on_the_cpu_is_an_error(slip, monkeypatch):
     if slip.startswith("a mask"):
         may_attend = bitune_file.may_attend

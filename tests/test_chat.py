@@ -19,7 +19,9 @@ from experiments.evaluate import load_questions, score_text
 from files.disk import write_files
 from files.run import run_bytes
 from text.chat import CHATS, KNOWN, Control
-from text.examples import encode_answer, encode_prompt, load_examples, template_named, stop_id, template_in_words
+from text.examples import (
+    encode_answer, encode_prompt, load_examples, stop_id, template_in_words, template_named,
+)
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, write_checkpoint
 
