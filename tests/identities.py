@@ -188,15 +188,16 @@ def alpha_is_where_it_says(make, folder):
 # ----------------------------------------------------------------------------------------------------------
 # What trains
 
-def unread(bitune, name):
-    """Whether nothing reads what a parameter does. Of a set that only reads prompts, layers matter up to the
-    last one that is mixed (where α is not 0), and of that one only the keys and values that are mixed."""
+def unread(bitune, name, alpha):
+    """Whether nothing reads what a parameter does, where α is `alpha`. Of a set that only reads prompts,
+    layers matter up to the last one that is mixed (where α is not 0), and of that one only the keys and
+    values that are mixed."""
     others = [s for s in adapter_sets(bitune.method) if s != bitune.answer_set]
     if not any(f".sets.{s}." in name for s in others):
         return False
     layer, L = int(name.split(".layers.")[1].split(".")[0]), bitune.model.config.num_hidden_layers
     mixed = {"k_proj": {L - 1}, "v_proj": {L - 1}}              # linear -> layers whose cache it reaches
-    if alpha := alpha_by_layer(bitune, RAGGED[3]):
+    if alpha:
         mixed = {"k_proj": set(), "v_proj": set()}
         for what, alphas in alpha.items():                      # names begin with "key" or "value"
             mixed["k_proj" if what.startswith("key") else "v_proj"] |= {l for l, a in enumerate(alphas) if a}
@@ -209,17 +210,17 @@ def every_parameter_has_a_gradient_and_moves_the_output(make, folder):
     bitune = make(dtype=F64)
     bitune.losses(RAGGED, ANSWERS).sum().backward()
     with torch.no_grad():
-        before = torch.cat(answer_logits(bitune))
+        before, alpha = torch.cat(answer_logits(bitune)), alpha_by_layer(bitune, RAGGED[3])
         alike = len(bitune.passes) > 1 and alike_in_layer_0(bitune)
         for name, p in bitune.named_parameters():
             if not p.requires_grad:
                 assert p.grad is None, name
-            elif unread(bitune, name):
+            elif unread(bitune, name, alpha):
                 assert p.grad is None or not p.grad.any(), f"{name}: a gradient, though nothing reads it"
             else:
                 own = not name.startswith("model.") and not alike       # then each of its numbers counts
                 assert p.grad is not None and (p.grad.all() if own else p.grad.any()), f"{name}: no gradient"
-                if ".layers." not in name or ".layers.0." in name:      # the other layers are alike
+                if not name.startswith("model."):                       # the others' slopes: see below
                     kept = p.clone()
                     p.mul_(1.5).add_(0.01)
                     change = (torch.cat(answer_logits(bitune)) - before).abs().max()
