@@ -137,13 +137,15 @@ def check_code(folder, about, bitune):
 @torch.no_grad()
 def alpha_by_layer(bitune, prompt):
     """What the mixing does with a prompt: name -> a number for each layer, the mean of its α. (An α whose
-    first dimension is not the layers is shared by all of them.)"""
+    first dimension is not the layers is shared by all of them.) Without dropout, which draws numbers."""
     context, _ = bitune.lay_out([prompt], [[]])
     if not bitune.mixes or not context.ids.shape[1]:
         return {}
     L = bitune.model.config.num_hidden_layers
     by_layer = lambda a: a.reshape(L, -1).mean(1) if a.shape[:1] == (L,) else a.mean().expand(L)
-    alphas = bitune.alpha(bitune.read(context), context.positions)
+    training = bitune.training
+    alphas = bitune.eval().alpha(bitune.read(context), context.positions)
+    bitune.train(training)
     return {name: by_layer(a.float()).tolist() for name, a in alphas.items()}
 
 

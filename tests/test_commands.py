@@ -145,9 +145,9 @@ def test_validation_numbers():
 
 @pytest.mark.parametrize("peft", ["lora", "full"])
 def test_resumed_is_uninterrupted(peft, flags, tmp_path, monkeypatch):
-    """Bit for bit, with dropout drawing random numbers on the way: SIGTERM after step 3, then on to the
-    end."""
-    train.main(flags("--peft", peft, "--dropout", 0.2, "--out", tmp_path / "whole"))
+    """Bit for bit, with dropout drawing random numbers on the way: saves draw none. SIGTERM after step
+    3, then on to the end."""
+    train.main(flags("--peft", peft, "--dropout", 0.2, "--save-every", 1, "--out", tmp_path / "whole"))
 
     step = train.train_step
 
@@ -161,7 +161,7 @@ def test_resumed_is_uninterrupted(peft, flags, tmp_path, monkeypatch):
     interrupted.count = 0
     monkeypatch.setattr(train, "train_step", interrupted)
     with pytest.raises(SystemExit) as end:
-        train.main(flags("--peft", peft, "--dropout", 0.2))
+        train.main(flags("--peft", peft, "--dropout", 0.2, "--save-every", 1))
     assert end.value.code == 128 + signal.SIGTERM and len(log(tmp_path / "run")) == 3
     with open(tmp_path / "run/log.jsonl", "a") as f:
         f.write('{"step": 4, "lo')  # what a kill may leave of a line

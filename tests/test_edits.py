@@ -164,7 +164,10 @@ def test_the_whole_suite_through_an_edit(whole, tmp_path):
     folder = copy_project(tmp_path / "copy", whole)
     for path in ("docs", "tests/reference", "tests/cases", "README.md", "pytest.ini", "requirements.txt"):
         copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
-        copy(ROOT / path, folder / path)
+        if (ROOT / path).is_dir():
+            shutil.copytree(ROOT / path, folder / path, dirs_exist_ok=True)
+        else:
+            shutil.copy(ROOT / path, folder / path)
     suite = [sys.executable, "-m", "pytest", "--ignore=tests/test_edits.py", "--ignore=tests/fuzz", "-m"]
     run = lambda mark: subprocess.run([*suite, mark], cwd=folder, capture_output=True, text=True)
     green = run("not reference")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bitune import Bitune
 from files.adapters import adapter_bytes, load_adapter
 from files.disk import finish_saves, json_bytes, write_files
-from files.run import load_bitune, run_bytes
+from files.run import alpha_by_layer, load_bitune, run_bytes
 from lora import adapters, add_adapter
 from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint
 
@@ -84,6 +84,16 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(run(), run())
     bitune.eval()
     assert torch.equal(run(), run())
+
+
+def test_showing_alpha_draws_no_random_numbers():
+    """Otherwise a run killed after its validation would go on with other dropout masks."""
+    bitune = tiny_bitune().train()
+    for adapter in adapters(bitune.model, "prompt").values():
+        adapter.dropout = 0.5
+    before = torch.get_rng_state()
+    assert alpha_by_layer(bitune, RAGGED[3]) and bitune.training
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.reference
