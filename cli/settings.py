@@ -212,19 +212,11 @@ def new_parser(description, *tables, typed_only=False):
     groups = {}
     for name, s in (pair for table in tables for pair in table.items()):
         group = groups.setdefault(s.group, parser.add_argument_group(s.group))
-        shown = "" if s.default in (None, False, []) else f" (default: {s.default})"
+        values = s.default if isinstance(s.default, (list, tuple)) else [s.default]
+        shown = "" if s.default in (None, False, []) else f" (default: {' '.join(map(str, values))})"
         own = {} if typed_only or s.form == SWITCH else {"default": s.default}
         group.add_argument(flag(name), help=s.help + shown, **own, **s.form)
     return parser
-
-
-def flag_adder(parser):
-    """A function that adds a flag that is no setting to a parser, its default written behind its help."""
-    def add(name, *, help, default=None, **more):
-        words = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-        shown = "" if default in (None, False) else f" (default: {words})"
-        parser.add_argument(name, default=default, help=help + shown, **more)
-    return add
 
 
 def flag(name):

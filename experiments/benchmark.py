@@ -27,7 +27,7 @@ from torch.profiler import profile
 from bitune import Bitune, adapter_sets
 from cli.memory import ready_to_answer, step_bytes
 from cli.process import command
-from cli.settings import flag_adder, new_parser, number
+from cli.settings import SETTINGS, Setting, new_parser, number, text, words
 from files.checkpoint import DTYPES, check_device, default_device, default_dtype, load_model, parse_config
 from lora import add_adapter
 from model import Llama
@@ -256,23 +256,23 @@ def environment(device, dtype, against):
     return known
 
 
+FLAGS = {
+    "preset": Setting("shape of the random model", words(*PRESETS), "56M"),
+    "prompts": Setting("lengths of prompts", number(int, 1, 2048) | {"nargs": "+"}, [32, 128, 512]),
+    "answer": Setting("length of the answers", number(int, 2, 2048), 64),
+    "batches": Setting("examples of a training step", number(int, 1) | {"nargs": "+"}, [1, 8]),
+    "repeats": Setting("timed calls of each", number(int, 1), 5),
+    "parts": Setting("what is measured", words("training", "answering") | {"nargs": "+"},
+                     ["training", "answering"]),
+    "against": Setting("also time transformers and peft, which must be installed", words("hf")),
+    "out": Setting("where the figures go", text("FILE"), "benchmark.json"),
+    **{name: SETTINGS[name] for name in ("checkpointing", "dtype", "device")},
+}
+
+
 @command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = flag_adder(parser)
-    arg("--preset", choices=PRESETS, default="56M", help="shape of the random model")
-    arg("--device", help="cpu, cuda or mps (default: cuda if there is one, else cpu)")
-    arg("--dtype", choices=DTYPES, help="(default: bfloat16 on a GPU, float32 on a CPU)")
-    arg("--prompts", **number(int, 1, 2048), nargs="+", default=[32, 128, 512], help="lengths of prompts")
-    arg("--answer", **number(int, 2, 2048), default=64, help="length of the answers")
-    arg("--batches", **number(int, 1), nargs="+", default=[1, 8], help="examples of a training step")
-    arg("--repeats", **number(int, 1), default=5, help="timed calls of each")
-    arg("--parts", choices=["training", "answering"], nargs="+", default=["training", "answering"],
-        help="what is measured")
-    arg("--checkpointing", action="store_true", help="train with train.py's flag of this name")
-    arg("--against", choices=["hf"], help="also time transformers and peft, which must be installed")
-    arg("--out", default="benchmark.json", metavar="FILE", help="where the figures go")
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
     device = args.device or default_device()
     check_device(device)
     if not Path(args.out).parent.is_dir():

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitune import Bitune, adapter_sets
 from cli.memory import step_bytes
 from cli.process import command
-from cli.settings import default, flag_adder, new_parser, number
+from cli.settings import SETTINGS, Setting, new_parser, number, words
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
 from lora import KINDS, add_adapter
@@ -89,16 +89,14 @@ def cost(shape, method, kind, options, P, A, checkpointing=False, bits=None):
 
 @command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = flag_adder(parser)
-    arg("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="shapes")
-    arg("--peft", choices=KINDS, default=default(add_adapter, "kind"), help="kind of adapters")
-    arg("--prompt", **number(int, 1), default=256, help="tokens of the prompt")
-    arg("--answer", **number(int, 1), default=256, help="tokens of the answer")
-    arg("--tflops", **number(float, 1), default=150, help="10^12 operations a second")
-    arg("--checkpointing", action="store_true", help="with train.py's flag of this name")
-    arg("--base-bits", type=int, choices=[8], help="with train.py's flag of this name")
-    args = parser.parse_args(argv)
+    flags = {
+        "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
+        "prompt": Setting("tokens of the prompt", number(int, 1), 256),
+        "answer": Setting("tokens of the answer", number(int, 1), 256),
+        "tflops": Setting("10^12 operations a second", number(float, 1), 150),
+        **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
+    }
+    args = new_parser(__doc__, flags).parse_args(argv)
     rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
     variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
     print("| base model | parameters | method | that train | frozen weights | trained, 16 bytes each "

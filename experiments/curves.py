@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cli.process import command
-from cli.settings import flag_adder, new_parser
+from cli.settings import Setting, new_parser, text
 
 COLOURS = ["#cc6677", "#4499cc", "#ddaa33", "#33a055", "#aa66cc", "#999999", "#aa7744"]
 LEFT, TOP, WIDTH, HEIGHT, KEY = 64, 36, 500, 250, 170
@@ -133,10 +133,8 @@ def read_log(run):
 
 @command
 def main(argv=None):
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, {"out": Setting("where the picture goes", text("FILE"), "curves.svg")})
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    arg = flag_adder(parser)
-    arg("--out", default="curves.svg", metavar="FILE", help="where the picture goes")
     args = parser.parse_args(argv)
     alone = [Path(run).resolve().name for run in args.runs]
     names = alone if len({*alone}) == len(alone) else args.runs         # several of one name: by their paths

@@ -9,21 +9,23 @@ adapters. It is refused for a run with prompt passes: these need the base, or tw
 from pathlib import Path
 
 from cli.process import command
-from cli.settings import new_parser
+from cli.settings import ASKED, SETTINGS, Setting, new_parser, text
 from files.checkpoint import DTYPES, checkpoint_bytes, checkpoint_dtype, load_model, merged_tensors
 from files.disk import locked, write_files
 from files.run import base_of, load_bitune, read_about
 
 
+FLAGS = {
+    "model": ASKED["model"],
+    "adapter": Setting("a run of train.py, or a PEFT adapter", text("RUN", required=True)),
+    "out": Setting("where to write the checkpoint", text("FOLDER", required=True)),
+    "dtype": Setting("of its weights (default: the base's)", SETTINGS["dtype"].form),
+}
+
+
 @command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = parser.add_argument
-    arg("--model", metavar="FOLDER", help="base model: a checkpoint folder (default: the run's own)")
-    arg("--adapter", metavar="RUN", required=True, help="a run of train.py, or a PEFT adapter")
-    arg("--out", metavar="FOLDER", required=True, help="where to write the checkpoint")
-    arg("--dtype", choices=DTYPES, help="of its weights (default: the base's)")
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
     run, out = Path(args.adapter), Path(args.out)
     if out.exists():
         raise ValueError(f"--out {out} exists: choose another name")

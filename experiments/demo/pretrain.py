@@ -16,7 +16,7 @@ import torch
 
 from bitune import Bitune, nll, pad
 from cli.process import command
-from cli.settings import flag_adder, new_parser, number
+from cli.settings import Setting, new_parser, number, text
 from cli.terminal import Progress, clock
 from experiments.demo.language import AGAIN, KINDS, PIECES, document, row
 from files.checkpoint import parse_config
@@ -90,14 +90,16 @@ def scores(model, tokenizer, n=300):
             for form, turns in found.items()}
 
 
+FLAGS = {
+    "out": Setting("where to write the base", text("FOLDER", required=True)),
+    "steps": Setting(f"of {BATCH} documents", number(int, 1), 6000),
+    "seed": Setting("of weights and documents", number(int), 1),
+}
+
+
 @command
 def main(argv=None):
-    parser = new_parser(__doc__)
-    arg = flag_adder(parser)
-    arg("--out", required=True, metavar="FOLDER", help="where to write the base")
-    arg("--steps", **number(int, 1), default=6000, help=f"of {BATCH} documents")
-    arg("--seed", **number(int, 0), default=1, help="of weights and documents")
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
 
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,13 @@ import torch
 
 from bitune import Bitune, adapter_sets
 from cli.process import command
-from cli.settings import ASKED, flag_adder, new_parser, number
+from cli.settings import ASKED, SETTINGS, Setting, new_parser, number, text
 from cli.terminal import Progress
 from experiments.compare import markdown
 from files.checkpoint import load_base
 from files.run import load_run
 from lora import add_adapter
 from text.examples import batches, load_examples
-from text.rows import TASKS
 from train import validate
 
 SCALES = 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1
@@ -53,15 +52,18 @@ def load(args):
     return Bitune(model).twin(Alone), tokenizer, "paper"
 
 
+FLAGS = {
+    **{name: ASKED[name] for name in ("model", "adapter", "dtype", "device")},
+    "data": Setting("examples; the last ones are taken", text("FILE", required=True)),
+    "task": Setting("how --data is read", SETTINGS["task"].form, "rows"),
+    "n": Setting("how many examples", number(int, 1), 60),
+    "scales": Setting("of α, beside 0", number(float, 0, 1) | text("S", nargs="+"), SCALES),
+}
+
+
 @command
 def main(argv=None):
-    parser = new_parser(__doc__, {name: ASKED[name] for name in ("model", "adapter", "dtype", "device")})
-    arg = flag_adder(parser)
-    arg("--data", metavar="FILE", required=True, help="examples; the last ones are taken")
-    arg("--task", choices=TASKS, default="rows", help="how --data is read")
-    arg("--n", **number(int, 1), default=60, help="how many examples")
-    arg("--scales", **number(float, 0, 1), nargs="+", default=SCALES, metavar="S", help="of α, beside 0")
-    args = parser.parse_args(argv)
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: see --help")
     bitune, tokenizer, template = load(args)
