@@ -54,7 +54,7 @@ def main(argv=None):
         bars(bitune, begin) if args.show_mixing else ""
     bitune = conversation(ready_to_answer(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
-    say(page) if page else None
+    say(page)
     if demonstrates and args.prompt is None:
         say(f"It knows the words of experiments/demo/language.py. Unseen questions:\n\n{unseen()}\n")
     failed = False

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from text.examples import length
+
 
 def several():
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -82,7 +84,7 @@ def apart():
 
 def share(examples):
     """This process's part of a list of examples, dealt by length, so that all have about as much to do."""
-    ordered = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer), reverse=True)
+    ordered = sorted(examples, key=length, reverse=True)
     return ordered[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else examples
 
 

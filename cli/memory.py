@@ -86,7 +86,8 @@ def ready_to_answer(bitune):
     weight = bitune.model.model.embed_tokens.weight
     size = sum(p.numel() * p.element_size() for p in bitune.model.parameters())
     if weight.dtype == torch.float32 and 2 * size < free_bytes(bitune.device):
-        fold(bitune.model, bitune.answer_set)
+        if bitune.answer_set:
+            fold(bitune.model, bitune.answer_set)
         for p in bitune.model.parameters() if weight.device.type == "cpu" else ():
             p.data = p.data.t().contiguous().t() if p.dim() == 2 and p.dtype == torch.float32 else p.data
     return bitune

@@ -4,7 +4,6 @@ Exit status 2: the input was wrong, and no work has begun. 1: the work went wron
 """
 
 import os
-import shlex
 import signal
 import sys
 from contextlib import contextmanager
@@ -59,11 +58,6 @@ def command(main):
             print("error:", " ".join(str(problem).split())[:1000], file=sys.stderr)
         sys.exit(status)
     return ends
-
-
-def to_type(*words):
-    """A command of ours as it is typed: `to_type("sample.py", "--adapter", run)`."""
-    return shlex.join(["python", *map(str, words)])
 
 
 class Stop:

@@ -9,9 +9,9 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from cli.process import to_type
 from files.run import alpha_by_layer
 from text.examples import dropped_in_words, template_in_words
+from text.words import to_type
 
 
 def clock(seconds):
@@ -61,7 +61,8 @@ class Progress:
                     f"{record['tokens_per_s']:,} tokens/s", last=run.at == last and not self.title)
 
     def begins(self, run):
-        announce(run) if not self.title else None
+        if not self.title:
+            announce(run)
 
     def validated(self, run, result):
         self.bars += "▁▂▃▄▅▆▇█"[round(7 * result["exact_match"])]
@@ -124,8 +125,9 @@ def bars(bitune, prompt):
 
 
 def say(text):
-    """To standard error: standard output is for answers."""
-    print(text, file=sys.stderr, flush=True)
+    """To standard error, if there is something to say: standard output is for answers."""
+    if text:
+        print(text, file=sys.stderr, flush=True)
 
 
 def say_loaded(name, tensors, bitune, about, template, tokenizer):

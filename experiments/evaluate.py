@@ -18,13 +18,14 @@ import math
 import re
 import statistics
 import time
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from bitune import Bitune, nll
+from bitune import nll
 from cli.explain import causal_only
 from cli.memory import ready_to_answer
 from cli.process import command, work
@@ -96,16 +97,12 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
 # ----------------------------------------------------------------------------------------------------------
 # What the model says
 
-class PromptFirst(Bitune):
-    """Plain causal finetuning whose prompts are read before the choices, once for all of them."""
-
-
 @torch.inference_mode()
 def log_probs(bitune, prompts, choices):
     """The log-probability of each choice after its prompt, the sum over its tokens: lists of ids, a list of
     them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
-        bitune = bitune.twin(PromptFirst)
+        bitune = copy(bitune)
         bitune.passes = [("causal", bitune.answer_set)]
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
     past = bitune.encode(context)                               # once for all choices

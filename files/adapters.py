@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from files.disk import fit, json_bytes, read_tensors, tensor_bytes
+from files.disk import fill, json_bytes, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
 from text.words import check_has, listed, read_json
 
@@ -169,11 +169,8 @@ def load_adapter(model, name, folder):
         new |= add_adapter(model, name, kind, group, **dict(own))
     model.sets[name] = kind, options
     want = tensors_on_disk(new)
-    have = named_as_wanted(model, want, have, folder)
-    fit(folder, *({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (want, have)))
-    for n, tensor in want.items():
-        tensor.data.copy_(have[n])
-    return len(have)
+    fill(want, named_as_wanted(model, want, have, folder), folder)
+    return len(want)
 
 
 def named_as_wanted(model, want, have, folder):

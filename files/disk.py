@@ -131,10 +131,14 @@ def check_finite(path, tensors):
             raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged")
 
 
-def fit(path, want, have):
-    """ValueError unless tensors `have`, name -> shape, of a file are just those that `want` names."""
-    if wrong := differences(want, have):
+def fill(tensors, have, path):
+    """Fill tensors with those of the same names that a file holds. ValueError, with nothing filled, unless
+    these are just the ones that are wanted, and of their shapes."""
+    shapes = [{name: tuple(t.shape) for name, t in side.items()} for side in (tensors, have)]
+    if wrong := differences(*shapes):
         raise ValueError(f"{path} does not fit the model: {listed(wrong)}")
+    for name, tensor in tensors.items():
+        tensor.data.copy_(have[name])
 
 
 def differences(want, have):

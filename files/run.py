@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import shlex
 from dataclasses import asdict, replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -27,11 +26,11 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, load_base, merged_tensors
-from files.disk import finish_saves, fit, json_bytes, locked, read_tensors, tensor_bytes, write_files
+from files.disk import fill, finish_saves, json_bytes, locked, read_tensors, tensor_bytes, write_files
 from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
-from text.words import listed, read_json
+from text.words import listed, read_json, to_type
 
 FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 FOLDERS = {"answer": ".", "prompt": "bidirectional"}
@@ -203,18 +202,9 @@ def load_bitune(model, folder, base="", method=None, c=None):
         check_code(folder, about, bitune)
     mixing, file = own_tensors(bitune), folder / "mixing.safetensors"
     if mixing and (bitune.method == own or file.exists()):
-        n += put(mixing, file)
+        fill(mixing, read_tensors(file), file)
+        n += len(mixing)
     return bitune, n, about
-
-
-def put(tensors, path):
-    """Fill tensors, by name, from a file that holds just these; returns how many they are."""
-    have = read_tensors(path)
-    fit(path, *({n: tuple(t.shape) for n, t in side.items()} for side in (tensors, have)))
-    with torch.no_grad():
-        for name, t in tensors.items():
-            t.copy_(have[name])
-    return len(tensors)
 
 
 def load_run(run, model=None, device=None, dtype=None):
@@ -264,8 +254,7 @@ def state_bytes(bitune, optimizer, step):
 def load_state(path, bitune, optimizer):
     """Put back what `state_bytes` holds; returns the number of steps done."""
     have, want, moments = read_tensors(path), trained_tensors(bitune), {}
-    fit(path, *({n: tuple(t.shape) for n, t in side.items()} for side in (
-        want, {n: t for n, t in have.items() if not n.startswith(("adamw.", "rng")) and n != "step"})))
+    fill(want, {n: t for n, t in have.items() if not n.startswith(("adamw.", "rng")) and n != "step"}, path)
     try:
         torch.set_rng_state(have["rng"])
         if "rng.cuda" in have and bitune.device.type == "cuda":
@@ -277,12 +266,9 @@ def load_state(path, bitune, optimizer):
                 assert key == "step" or have[name].shape == want[of].shape
                 moments.setdefault(index[of], {})[key] = have[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
-        step = int(have["step"])
+        return int(have["step"])
     except (KeyError, TypeError, RuntimeError, ValueError, IndexError, AssertionError):
         raise ValueError(f"{path} is damaged") from None
-    for name, t in want.items():
-        t.copy_(have[name])
-    return step
 
 
 class Run:
@@ -324,8 +310,7 @@ class Run:
         return f"step {self.at}"
 
     def kept(self):
-        resume = shlex.join(["python", "train.py", "--resume", str(self.folder)])
-        whole = f"The save of step {self.saved} is whole: {resume}"
+        whole = f"The save of step {self.saved} is whole: {to_type('train.py', '--resume', self.folder)}"
         return whole if self.saved else "Nothing was saved yet."
 
     def begin(self, tokens):

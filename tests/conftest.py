@@ -20,12 +20,22 @@ import pytest
 import torch
 
 from edits import edits
+from tiny import write_checkpoint, write_data
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"  # and those of the commands run by the tests
 os.fsync = lambda file: None  # no test cuts the power, and a disk may take its time
+
+
+@pytest.fixture
+def flags(tmp_path):
+    """The flags of a short run; `flags("--lr", 1)` adds some."""
+    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+    line = (f"--model {model} --data {data} --out {tmp_path}/run --steps 6 --batch-size 4 --lr 0.01 "
+            "--save-every 2 --eval-every 3")
+    return lambda *more: [*line.split(), *map(str, more)]
 
 
 def pytest_addoption(parser):

@@ -16,17 +16,9 @@ from experiments import ablate
 from experiments.ablate import listed, main
 from files.disk import locked
 from test_commands import files, log
-from tiny import some_of, write_checkpoint, write_data
+from tiny import some_of
 
 fork = get_context("fork")
-
-
-@pytest.fixture
-def flags(tmp_path):
-    """The flags of a short run; `flags("--lr", 1)` adds some."""
-    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
-    line = f"--model {model} --data {data} --steps 6 --batch-size 4 --save-every 2 --eval-every 3 --out"
-    return lambda *more: [*line.split(), str(tmp_path / "run"), *map(str, more)]
 
 
 def at_once(*calls):
@@ -120,7 +112,7 @@ def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
 def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
     """All but one, which a third is at until one of them waits for nothing else; then it is made too."""
     grid, kept, waited = tmp_path / "run", "bitune-lr0.01-seed42", tmp_path / "waited"
-    argv = flags("--steps", 2, "--lrs", 0.01, "--seeds", 42, 43)
+    argv = [a.replace("--lr", "--lrs") for a in flags("--steps", 2, "--seeds", 42, 43)]
 
     def third():
         with locked(grid / kept):

@@ -163,7 +163,6 @@ def test_the_whole_suite_through_an_edit(whole, tmp_path):
     """References turn red, where their numbers are not those of today; identities and commands stay green."""
     folder = copy_project(tmp_path / "copy", whole)
     for path in ("docs", "tests/reference", "tests/cases", "README.md", "pytest.ini", "requirements.txt"):
-        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
         if (ROOT / path).is_dir():
             shutil.copytree(ROOT / path, folder / path, dirs_exist_ok=True)
         else:

@@ -12,7 +12,7 @@ from cli.explain import causal_only, explain
 from experiments import curves, evaluate
 from experiments.real import alphas
 from files.run import load_run
-from test_commands import exits, flags  # noqa: F401 (a fixture)
+from test_commands import exits
 from test_evaluate import PUBLISHED, write_rows
 from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, write_checkpoint
 
@@ -20,7 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.reference          # of today's method
-def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, capsys):  # noqa: F811
+def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, capsys):
     train.main(flags("--lr", 0.5))
     train.main(flags("--method", "causal", "--out", tmp_path / "plain"))
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -52,7 +52,7 @@ def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
     assert band[0] == f"{left:.1f},{bottom:.1f}" and band[-1] == f"{left:.1f},{top:.1f}"
 
 
-def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):  # noqa: F811
+def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):
     """Its losses are made up: the second of three validations is the lowest, also of a resumed run."""
     validate, made_up = train.validate, iter([9.0, 1.0, 2.0])
     monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | (
@@ -68,7 +68,7 @@ def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):  #
 
 
 @pytest.mark.reference          # of today's method
-def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_path, capsys):  # noqa: F811
+def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_path, capsys):
     train.main(flags("--lr", 0.1))
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     losses = [r["val_loss"] for r in log if "val_loss" in r]
@@ -88,7 +88,7 @@ def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_p
 
 @pytest.mark.reference          # of today's method
 @pytest.mark.parametrize("method", ["bitune", "naive-bidir", "causal"])
-def test_a_prompt_is_explained_step_by_step(method, flags, tmp_path, capsys):  # noqa: F811
+def test_a_prompt_is_explained_step_by_step(method, flags, tmp_path, capsys):
     train.main(flags("--method", method))
     capsys.readouterr()
     sample.main(["--adapter", str(tmp_path / "run"), "--prompt", "Why?", "--explain",

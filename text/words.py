@@ -1,6 +1,7 @@
-"""What the rooms share: JSON from outside, with errors that say what is wrong, and lists in messages."""
+"""What the rooms share: JSON from outside, with errors that say what is wrong, and words for messages."""
 
 import json
+import shlex
 
 OTHER_FILES = {         # by what they begin with
     b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a ZIP archive",
@@ -73,3 +74,8 @@ def listed(names, between="; ", most=5):
     """Names or findings in words: the first few, and how many more there are."""
     more = f"{between}and {len(names) - most} more" if len(names) > most else ""
     return between.join(map(str, names[:most])) + more
+
+
+def to_type(*words):
+    """A command of ours as it is typed: `to_type("sample.py", "--adapter", run)`."""
+    return shlex.join(["python", *map(str, words)])
