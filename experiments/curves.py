@@ -34,10 +34,12 @@ def shades(n):
     return [f"hsl({230 - 200 * i / max(1, n - 1):.0f} 65% 55%)" for i in range(n)]
 
 
-def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, logarithmic=False):
+def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, logarithmic=False,
+          across="steps"):
     """One diagram as a list of SVG elements, from the height 0 downwards. lines: name -> [(step, values)],
     a value for each seed; colour: name -> colour. low, high: ends of the axis, if not those of the values.
-    level: (value, words) of a dashed line. logarithmic: for what falls by factors, as losses do."""
+    level: (value, words) of a dashed line. logarithmic: for what falls by factors, as losses do. across: what
+    a "step" is."""
     scale, unscale = (lambda v: math.log(max(v, 1e-6)), math.exp) if logarithmic else (float, float)
     values = [v for line in lines.values() for _, seeds in line for v in seeds]
     low = min(values) if low is None else low
@@ -49,7 +51,7 @@ def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, lo
     text = lambda a, b, words, anchor="start": (
         f'<text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{escape(words)}</text>')
 
-    svg = [text(LEFT, TOP - 10, title), text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, "steps", "middle")]
+    svg = [text(LEFT, TOP - 10, title), text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle")]
     for part in range(5):
         v = unscale(low + (high - low) * part / 4)
         svg += [f'<path class="grid" d="M{LEFT},{y(v):.1f}h{WIDTH}"/>',

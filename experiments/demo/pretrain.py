@@ -47,9 +47,9 @@ def tokenizer_files():
         "added_tokens_decoder": special})}
 
 
-def fresh_model(seed):
+def fresh_model(config, seed):
     torch.manual_seed(seed)
-    model = Llama(parse_config(CONFIG))
+    model = Llama(parse_config(config))
     for name, p in model.named_parameters():
         if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
             torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
@@ -97,34 +97,39 @@ FLAGS = {
 }
 
 
-@command
-def main(argv=None):
-    args = new_parser(__doc__, FLAGS).parse_args(argv)
-
+def pretrain(out, steps, seed, shape={}):
+    """Write the base that `steps` and `seed` make, of CONFIG with another `shape`, into the folder `out`."""
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    write_files(args.out, {"config.json": json_bytes(CONFIG), **tokenizer_files()})
-    tokenizer, model, progress = Tokenizer.from_pretrained(args.out), fresh_model(args.seed), Progress()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    config = CONFIG | shape
+    write_files(out, {"config.json": json_bytes(config), **tokenizer_files()})
+    tokenizer, model, progress = Tokenizer.from_pretrained(out), fresh_model(config, seed), Progress()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     begun, average = time.monotonic(), None
-    for step in range(args.steps):
-        rng = random.Random(f"{args.seed}/{step}")
-        first = step < int(args.steps * FIRST_LESSON)
+    for step in range(steps):
+        rng = random.Random(f"{seed}/{step}")
+        first = step < int(steps * FIRST_LESSON)
         now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
         optimizer.zero_grad()
         now.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = PEAK * schedule(step, args.steps, WARMUP)
+        optimizer.param_groups[0]["lr"] = PEAK * schedule(step, steps, WARMUP)
         optimizer.step()
 
         average = now.item() if average is None else 0.99 * average + 0.01 * now.item()
-        eta = (time.monotonic() - begun) / (step + 1) * (args.steps - step - 1)
-        progress.update(f"step {step + 1}/{args.steps}  ETA {clock(eta)}  loss {average:.3f}")
-        if (step + 1) % 1000 == 0 or step + 1 == args.steps:
+        eta = (time.monotonic() - begun) / (step + 1) * (steps - step - 1)
+        progress.update(f"step {step + 1}/{steps}  ETA {clock(eta)}  loss {average:.3f}")
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
             right = "  ".join(f"{form} {part:.0%}" for form, part in scores(model, tokenizer).items())
             progress.note(f"step {step + 1}: loss {average:.3f}  right: {right}")
     half = {name: p.half() for name, p in model.state_dict().items()}
-    write_files(args.out, {"model.safetensors": tensor_bytes(half)})
+    write_files(out, {"model.safetensors": tensor_bytes(half)})
+
+
+@command
+def main(argv=None):
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
+    pretrain(args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":
