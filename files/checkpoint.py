@@ -233,10 +233,9 @@ def check_device(device):
 def load_model(folder, dtype=torch.float32, device="cpu"):
     """Read config.json and model.safetensors, or shards with their index, into a Llama.
 
-    Built without memory, then filled tensor by tensor. On a CPU, weights stored in the dtype are not copied:
-    they are the file, mapped into memory, and a page of it becomes the process's own when it is written to.
-    Others are copied one at a time, so the host holds no more than the weights and the largest tensor. All
-    missing, unexpected and misshapen tensors are in one ValueError, raised before any is read.
+    Built without memory, then filled tensor by tensor, so that the host holds no more than the weights and
+    the largest tensor. All missing, unexpected and misshapen tensors are in one ValueError, raised before
+    any is read.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -259,16 +258,12 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed(wrong)}")
 
     state = {}
-    for file in sorted({file for file, _ in where.values()}):
-        f = safe_open(file, framework="pt")
-        for name in [n for n in want if where[n][0] == file]:
-            stored = f.get_tensor(where[name][1])
-            state[name] = stored.to(device, dtype)
-            if state[name] is not stored:       # what was read of the file leaves the memory as it is closed
-                del f, stored
-                f = safe_open(file, framework="pt")
-            if not torch.stack(state[name].aminmax()).isfinite().all():
-                raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
+    for file in {file for file, _ in where.values()}:
+        with safe_open(file, framework="pt") as f:      # mapped into memory: what is read takes no room
+            for name in [n for n in want if where[n][0] == file]:
+                state[name] = f.get_tensor(where[name][1]).to(device, dtype, copy=True)
+                if not torch.stack(state[name].aminmax()).isfinite().all():
+                    raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
     model.load_state_dict(state, assign=True)
     return model
 
