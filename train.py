@@ -151,16 +151,17 @@ def train(run, progress, stop):
 
 def prepare(s):
     """The Run that settings stand for, new or resumed; ValueError if anything is wrong with them."""
-    dtype = "float32" if KINDS[s.peft].trains_base else s.dtype
-    model, tokenizer = load_base(s.model, s.device, dtype, s.base_bits)
+    whole, begun = KINDS[s.peft].trains_base, s.out if s.resume else s.adapter
+    base = s.out if s.resume and whole else s.model         # what was finetuned in full is its own base
+    model, tokenizer = load_base(base, s.device, "float32" if whole else s.dtype, s.base_bits)
     model.checkpointing = s.checkpointing
     s.template = template_named(s.template, tokenizer, otherwise="paper")
     s.max_length = s.max_length or min(512, model.config.max_length)
     model.config.check_length(s.max_length)
     examples, val, dropped = load_data(s, tokenizer)
     torch.manual_seed(s.seed)
-    if s.adapter and not (s.resume and KINDS[s.peft].trains_base):
-        bitune, _, _ = load_bitune(model, s.out if s.resume else s.adapter, s.model, s.method, s.c)
+    if begun:
+        bitune, _, _ = load_bitune(model, begun, base, s.method, s.c)
     else:
         for name in adapter_sets(s.method):
             add_adapter(model, name, s.peft, s.targets or (), **options(s, name))

@@ -228,12 +228,6 @@ def load_run(run, model=None, device=None, dtype=None):
 # ----------------------------------------------------------------------------------------------------------
 # A model in training
 
-def trained_tensors(bitune):
-    """What a save must hold of a model in training, by name: what trains, and its buffers."""
-    return {n: t.detach() for n, t in [*bitune.named_parameters(), *bitune.named_buffers()]
-            if t.requires_grad or not isinstance(t, torch.nn.Parameter)}
-
-
 def optimizer_names(bitune, optimizer):
     """The names of an optimizer's parameters, in its order."""
     names = {id(p): name for name, p in bitune.named_parameters()}
@@ -241,34 +235,34 @@ def optimizer_names(bitune, optimizer):
 
 
 def state_bytes(bitune, optimizer, step):
-    """The file with all that is needed to go on after `step` steps: one file, whole or absent."""
-    names = dict(enumerate(optimizer_names(bitune, optimizer)))
-    moments = {f"adamw.{key}.{names[i]}": t for i, own in optimizer.state_dict()["state"].items()
-               for key, t in own.items()}
-    random = {"rng": torch.get_rng_state(), "step": torch.tensor(step)}
+    """The file with what is needed, beside the model itself, to go on after `step` steps: the optimizer's
+    moments, by their parameters' names, and where the random numbers are."""
+    names = optimizer_names(bitune, optimizer)
+    state = {f"adamw.{key}.{names[i]}": t for i, own in optimizer.state_dict()["state"].items()
+             for key, t in own.items()}
+    state |= {"rng": torch.get_rng_state(), "step": torch.tensor(step)}
     if bitune.device.type == "cuda":
-        random["rng.cuda"] = torch.cuda.get_rng_state(bitune.device)
-    return tensor_bytes(trained_tensors(bitune) | moments | random)
+        state["rng.cuda"] = torch.cuda.get_rng_state(bitune.device)
+    return tensor_bytes(state)
 
 
 def load_state(path, bitune, optimizer):
     """Put back what `state_bytes` holds; returns the number of steps done."""
-    have, want, moments = read_tensors(path), trained_tensors(bitune), {}
-    fill(want, {n: t for n, t in have.items() if not n.startswith(("adamw.", "rng")) and n != "step"}, path)
+    have, moments, names = read_tensors(path), {}, optimizer_names(bitune, optimizer)
+    shapes = {name: p.shape for name, p in bitune.named_parameters()}
     try:
         torch.set_rng_state(have["rng"])
         if "rng.cuda" in have and bitune.device.type == "cuda":
             torch.cuda.set_rng_state(have["rng.cuda"], bitune.device)
-        index = {name: i for i, name in enumerate(optimizer_names(bitune, optimizer))}
         for name in have:
             if name.startswith("adamw."):
                 _, key, of = name.split(".", 2)
-                assert key == "step" or have[name].shape == want[of].shape
-                moments.setdefault(index[of], {})[key] = have[name]
+                assert key == "step" or have[name].shape == shapes[of]
+                moments.setdefault(names.index(of), {})[key] = have[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         return int(have["step"])
-    except (KeyError, TypeError, RuntimeError, ValueError, IndexError, AssertionError):
-        raise ValueError(f"{path} is damaged") from None
+    except (KeyError, TypeError, RuntimeError, ValueError, AssertionError):
+        raise ValueError(f"{path} is damaged, or another model's") from None
 
 
 class Run:
@@ -288,9 +282,6 @@ class Run:
             if before["data_hash"] != self.derived["data_hash"]:
                 raise ValueError(f"{settings.data}, or the validation data, has changed since {self.folder} "
                                  "began")
-            about = read_about(self.folder)
-            check_base(self.folder, about, bitune.model, settings.model)
-            check_code(self.folder, about, bitune)
             self.saved = load_state(self.folder / "state.safetensors", bitune, optimizer)
         elif any((self.folder / f).exists() for f in ("adapter_config.json", "config.json")):
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "

@@ -295,17 +295,16 @@ def micro_batches_change_nothing(make, folder):
 # ----------------------------------------------------------------------------------------------------------
 # What is kept
 
-def write_run(make, folder):
-    """A Bitune, and its run in folder/run on the checkpoint folder/base."""
-    bitune, base = make(), folder / "base"
-    write_checkpoint(base, **bitune.tiny_config)
-    write_files(folder / "run", run_bytes(bitune, str(base), template="paper", step=1))
-    return bitune
+def save(bitune, folder, **more):
+    """Its run in folder/run on the checkpoint folder/base."""
+    base = write_checkpoint(folder / "base", **bitune.tiny_config)
+    write_files(folder / "run", run_bytes(bitune, str(base), template="paper", step=1) | more)
 
 
 @identity
 def saved_is_loaded_and_loaded_again(make, folder):
-    bitune = write_run(make, folder)
+    bitune = make()
+    save(bitune, folder)
     for _ in range(2):
         torch.rand(3)                               # what is random must come from the run
         loaded, _, n, about = load_run(folder / "run", device="cpu")
@@ -319,15 +318,18 @@ def resumed_is_uninterrupted(make, folder):
         examples = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
         return [train_step(bitune, optimizer, examples, batches, 1 / (1 + step), 1.0) for step in which]
 
-    whole, half, rest = make(), make(), scatter(make(), seed=2)
-    optimizers = [make_optimizer(b, 0.01, 1e-6, 0.0) for b in (whole, half, rest)]
-    record = steps(whole, optimizers[0], range(3))
-    steps(half, optimizers[1], range(2))
-    write_files(folder, {"state.safetensors": state_bytes(half, optimizers[1], 2)})
-    assert load_state(folder / "state.safetensors", rest, optimizers[2]) == 2
-    assert steps(rest, optimizers[2], range(2, 3)) == record[2:]
-    for (name, a), b in zip(whole.state_dict().items(), rest.state_dict().values()):
-        assert torch.equal(a, b), name
+    optimizer_of = partial(make_optimizer, lr=0.01, eps=1e-6, weight_decay=0.0)
+    whole, half = make(), make()
+    record = steps(whole, optimizer_of(whole), range(3))
+    steps(half, optimizer := optimizer_of(half), range(2))
+    save(half, folder, **{"state.safetensors": state_bytes(half, optimizer, 2)})
+    rest, _, _, _ = load_run(folder / "run", device="cpu")
+    optimizer = optimizer_of(rest.train())
+    assert load_state(folder / "run/state.safetensors", rest, optimizer) == 2
+    assert steps(rest, optimizer, range(2, 3)) == record[2:]
+    there = rest.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, there[name]), name
     assert any(not torch.equal(a, b) for a, b in zip(whole.parameters(), make().parameters()))
 
 

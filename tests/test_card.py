@@ -13,11 +13,11 @@ from cli.memory import ready_to_answer
 from experiments.evaluate import log_probs
 from files.disk import write_files
 from files.int8 import eight_bits
-from files.run import load_state, state_bytes
+from files.run import load_bitune, load_state, run_bytes, state_bytes
 from lora import KINDS, add_adapter
 from pretended import Pretended, pretended, to_card
 from text.examples import Example, batches
-from tiny import ANSWERS, RAGGED, fresh_bitune, scatter, tiny_bitune, tiny_model
+from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model
 from train import make_optimizer, train_step, validate
 
 EXAMPLES = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
@@ -88,24 +88,24 @@ def test_a_run_goes_on_where_it_was_saved(there, tmp_path):
     def begun(bitune):
         optimizer = make_optimizer(bitune, 1e-3, 1e-6, 0.0)
         steps(bitune, optimizer)
-        write_files(tmp_path, {"state": state_bytes(bitune, optimizer, 2)})
+        state = state_bytes(bitune, optimizer, 2)
+        write_files(tmp_path, run_bytes(bitune, "base", step=2) | {"state.safetensors": state})
         return steps(bitune, optimizer)
 
-    def resumed(bitune):
+    def resumed(model):
+        bitune, _, _ = load_bitune(model, tmp_path)
         optimizer = make_optimizer(bitune, 1e-3, 1e-6, 0.0)
-        assert load_state(tmp_path / "state", bitune, optimizer) == 2
+        assert load_state(tmp_path / "state.safetensors", bitune, optimizer) == 2
         return steps(bitune, optimizer)
 
-    make = partial(tiny_bitune, "bitune")
-    want, got, _ = on_both(make, begun)
-    with pretended():
-        want = want if there else begun(to_card(make()))
     if there:
-        begun(make())
+        want = begun(tiny_bitune())
         with pretended():
-            got = resumed(to_card(scatter(fresh_bitune(), 3)))
+            got = resumed(to_card(tiny_model()))
     else:
-        got = resumed(scatter(fresh_bitune(), 3))
+        with pretended():
+            want = begun(to_card(tiny_bitune()))
+        got = resumed(tiny_model())
     assert got == same(want)
 
 
