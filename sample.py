@@ -36,7 +36,7 @@ def ask(bitune, tokenizer, prompt, stop_ids, args):
 def main(argv=None):
     args = new_parser(__doc__, ASKED, PROMPT, SAMPLING).parse_args(argv)
     demonstrates = not (args.model or args.adapter)
-    args.prompt = whole_prompt(args.prompt, args.prompt_file)
+    args.prompt = whole_prompt(args.prompt)
     args.adapter = last_demonstration() if demonstrates else args.adapter
     bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
     template = about.get("template", "plain") if about else "auto"

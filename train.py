@@ -118,8 +118,8 @@ def train(run, progress, stop):
         run.log_validation(result)
 
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
-    cut = partial(batches, size=s.micro_batch_size, tokens=s.micro_batch_tokens)
-    progress.note(f"micro-batches: {s.micro_batch_size or f'up to {s.micro_batch_tokens:,} tokens'}")
+    cut = partial(batches, tokens=s.micro_batch_tokens)
+    progress.note(f"micro-batches of up to {s.micro_batch_tokens:,} tokens")
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at step 0, or cut short
         validation()
     for step in run.steps_left():
@@ -181,7 +181,7 @@ def finetune(s, progress):
         apart()
         progress.begins(run)
         stop = held.enter_context(signals())
-        with work(run, "--micro-batch-size", stop):
+        with work(run, "--micro-batch-tokens", stop):
             train(run, progress, stop)
 
 

@@ -43,24 +43,15 @@ def cut(ids, words):
     return words(ids) if len(ids) <= SHOWN else f"{words(ids[:half])} … {words(ids[-half:])}"
 
 
-class Watched(Bitune):
-    """Writes down what is seen: the masks that it is asked for."""
-
-    def sight(self, *args):
-        self.told.append(super().sight(*args))
-        return self.told[-1]
-
-
 def masks_of(bitune, prompt, answer):
-    """What the model is told about who sees whom, pass by pass and then in the answer stream, of the first
-    few tokens."""
-    watched, few, context = bitune.twin(Watched), SHOWN // 2, len(bitune.split(prompt)[0])
-    watched.told = []
-    watched([prompt], [answer])
-    *passes, stream = (mask[0, 0] for mask in watched.told)
-    new = stream.shape[1] - stream.shape[0]             # its own tokens stand behind those of the cache
-    stream = torch.cat((stream[:few, :min(few, context)], stream[:few, new:new + few]), dim=1)
-    return [*(mask[:few, :few] for mask in passes), stream]
+    """Who sees whom, pass by pass and then in the answer stream, of the first few tokens."""
+    few, (context, stream) = SHOWN // 2, bitune.lay_out([prompt], [answer])
+    past = bitune.encode(context)
+    passes = bitune.passes * bool(len(bitune.split(prompt)[0]))
+    masks = [bitune.sight(context.positions, None, sees)[0, 0, :few, :few] for sees, _ in passes]
+    before = len(past) if past else 0                   # the stream's own keys stand behind the cache's
+    seen = bitune.sight(stream.positions, past)[0, 0, :few]
+    return [*masks, torch.cat((seen[:, :min(few, before)], seen[:, before:before + few]), dim=1)]
 
 
 def side_by_side(masks):

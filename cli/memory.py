@@ -54,14 +54,14 @@ def step_bytes(bitune, examples):
 
 
 def tokens_that_fit(bitune, examples, s):
-    """How many tokens, with padding, a micro-batch may have. Where the settings do not say it: first measure
-    what the longest example takes. Then begin with a whole step of such examples, and halve their number
-    until they fit into the memory that gradients and moments leave. At last run such a micro-batch forward
-    and backward, for nothing: if memory is short all the same, it shows now and not some night."""
+    """How many tokens, with padding, a micro-batch may have. Where the settings do not say it: a whole step
+    of the longest example, halved until it fits, as measured, into the memory that gradients and moments
+    leave. Then such a micro-batch runs forward and backward, for nothing: if memory is short all the same,
+    it shows now and not some night."""
     longest = max(examples, key=length)
     with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
-        n = s.micro_batch_size or (s.micro_batch_tokens or 0) // length(longest)
-        if not n:
+        n = max(1, (s.micro_batch_tokens or 0) // length(longest))
+        if not s.micro_batch_tokens:
             trained = sum(p.numel() * p.element_size() for p in bitune.parameters() if p.requires_grad)
             room = 0.8 * free_bytes(bitune.device) - 3 * trained
             n, one = s.batch_size, step_bytes(bitune, [longest])
@@ -72,7 +72,7 @@ def tokens_that_fit(bitune, examples, s):
                 bitune.losses(*zip(*[longest] * n)).sum().backward()
                 return n * length(longest)
             except RuntimeError as problem:
-                if n == 1 or s.micro_batch_size or not out_of_memory(problem):
+                if n == 1 or not out_of_memory(problem):
                     raise
             bitune.zero_grad()
             n = -(-n // 2)

@@ -141,7 +141,6 @@ SETTINGS = {
     **group("optimisation", {
         "steps": Setting("optimizer steps", number(int, 1, 10**9), 3000),
         "batch_size": Setting("examples a step", number(int, 1, 10**9), 10),
-        "micro_batch_size": Setting("examples at a time (same result)", number(int, 1), None, True),
         "micro_batch_tokens": Setting("tokens at a time, of examples of like length (same result; default: "
                                       "as many as the memory has room for)", number(int, 1), None, True),
         "lr": Setting("peak learning rate", number(float), 3e-4),
@@ -180,8 +179,7 @@ ASKED = {               # what is asked or scored
     "dtype": SETTINGS["dtype"], "device": SETTINGS["device"],
 }
 PROMPT = {
-    "prompt": Setting("what to ask; -: all of standard input, as one prompt", text("TEXT")),
-    "prompt_file": Setting("a file with the prompt, which may have several lines", text("FILE")),
+    "prompt": Setting("what to ask; -: all of standard input, as one prompt of several lines", text("TEXT")),
     "template": Setting("words around the text (default: the run's; without one auto: the model's own chat "
                         "markup if it is one of chat-*, else plain)", TEMPLATE),
     "chat": Setting("each line goes on from those before; recompute (the default) reads all again, "
@@ -262,8 +260,6 @@ def settings_of(typed):
         below = {}
     else:
         below = DEMO | {"out": free_name("runs/demo")}
-    if "micro_batch_tokens" in typed:
-        below["micro_batch_size"] = None
     return join(below, typed)
 
 

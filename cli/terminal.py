@@ -7,7 +7,6 @@ import textwrap
 import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 from files.run import alpha_by_layer
 from text.examples import dropped_in_words, template_in_words
@@ -139,17 +138,11 @@ def say_loaded(name, tensors, bitune, about, template, tokenizer):
         say(template_in_words(template, tokenizer))
 
 
-def whole_prompt(text, file):
-    """The one prompt that is asked for: the text itself, all of standard input (-), or a file; or None."""
-    if file is not None and text is not None:
-        raise ValueError("both --prompt and --prompt-file given: expected one")
-    if file is None and text != "-":
+def whole_prompt(text):
+    """The one prompt that is asked for: the text itself or, for a dash, all of standard input."""
+    if text != "-" or sys.stdin is None:
         return text
-    try:
-        said = Path(file).read_text(encoding="utf-8") if file else sys.stdin.read() if sys.stdin else ""
-    except UnicodeDecodeError:
-        raise ValueError(f"{file or 'standard input'} is not UTF-8 text") from None
-    return said.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
+    return sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
 class Stream:

@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_the_flags_that_may_change(argv, tmp_path, monkeypatc
     step, sizes = train.train_step, []
 
     def counted(bitune, optimizer, examples, cut, *args):
-        sizes.append(cut.keywords["size"])
+        sizes.append(cut.keywords["tokens"])
         if len(sizes) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(bitune, optimizer, examples, cut, *args)
@@ -131,8 +131,8 @@ def test_a_run_goes_on_with_the_flags_that_may_change(argv, tmp_path, monkeypatc
     monkeypatch.setattr(train, "train_step", counted)
     with pytest.raises(SystemExit):
         ablate.main(argv)
-    ablate.main([*argv, "--seeds", "42", "--micro-batch-size", "2"])
-    assert sizes == [None] * 3 + [2] * (1 + 2 * 4)
+    ablate.main([*argv, "--seeds", "42", "--micro-batch-tokens", "90"])
+    assert len({*sizes[:3]}) == 1 and {*sizes[3:]} != {sizes[0]} and len(sizes) == 3 + 1 + 2 * 4
 
 
 def test_a_run_that_fails_does_not_end_the_grid(argv, tmp_path, monkeypatch, capsys):

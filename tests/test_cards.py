@@ -51,7 +51,7 @@ def torchrun(argv, before=None):
 @pytest.mark.parametrize("batch_size", [1, 3])          # a process without any example, and uneven shares
 def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_path, capfd):
     """Stopped in step 3 by a signal to one of them."""
-    more = "--batch-size", batch_size, "--micro-batch-size", 2, "--weight-decay", 0.1, "--lr", 0.001
+    more = "--batch-size", batch_size, "--micro-batch-tokens", 90, "--weight-decay", 0.1, "--lr", 0.001
     train.main(flags(*more, "--out", tmp_path / "alone"))
     capfd.readouterr()
     stop = lambda step, bitune: step == 3 and os.kill(os.getpid(), signal.SIGTERM)
