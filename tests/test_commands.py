@@ -102,7 +102,7 @@ def test_a_run_loaded_answers_as_the_one_trained(flags, tmp_path):
     state = load_file(tmp_path / "run/state.safetensors")
     assert n == 2 * 2 * 21 + 2 and about["template"] == "paper"
     trained = {name for name, p in bitune.named_parameters() if p.requires_grad}
-    assert trained == {name.split(".", 2)[2] for name in state if name.startswith("adamw.")}
+    assert trained > {name.split(".", 2)[2] for name in state if name.startswith("adamw.")} > set()
 
 
 def test_the_schedule_rises_and_falls_linearly():
