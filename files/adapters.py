@@ -11,18 +11,31 @@ import torch
 
 from files.disk import fill, json_bytes, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
-from text.words import check_has, listed, read_json
+from text.words import check_fields, listed, read_json
 
 PREFIX = "base_model."          # PEFT's model around the base
-# Fields of adapter_config.json that change nothing once the tensors are there: who wrote it, where it goes,
-# how it was started and trained. (On a plain linear, PEFT itself sets fan_in_fan_out to false.)
+
+
+def list_of_names(value):
+    """a list of names"""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# Fields of adapter_config.json besides those of a kind of adapters; see `words.check_fields`. Other ways to
+# start than these change the base as well.
+FIELDS = {
+    **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"), (object, None)),
+    "peft_type": (str, ...), "target_modules": ((str, list_of_names), ...),
+    "modules_to_save": ((None, False, []), None),
+    "init_lora_weights": ((None, True, False, "gaussian", "eva", "orthogonal"), None),
+}
+# Those that change nothing once the tensors are there: who wrote it, where it goes, how it was started and
+# trained. (On a plain linear, PEFT itself sets fan_in_fan_out to false.)
 NEUTRAL = set("""
-    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules
-    exclude_modules layers_to_transform layers_pattern fan_in_fan_out init_lora_weights init_ia3_weights
-    loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size ensure_weight_tying
+    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    fan_in_fan_out init_ia3_weights loftq_config eva_config corda_config lora_ga_config megatron_core
+    qalora_group_size ensure_weight_tying
 """.split())
-EMPTY = ("modules_to_save",)                                # an empty list of them stands for none
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal")       # others change the base as well
 
 
 def peft_type(maker):
@@ -62,46 +75,38 @@ def read_options(folder):
     which may be others, and whether the file names it. ValueError for what no kind of lora.KINDS does."""
     file = folder / "adapter_config.json"
     c = read_json(file, "peft_type")
-    odd = {kind: [field for field, value in maker.peft.items() if c.get(field, value) not in (value, None)]
-           for kind, maker in KINDS.items() if peft_type(maker) == c["peft_type"]}
-    if not odd:
+    unlike = {kind: sum(c.get(field, value) not in (value, None) for field, value in maker.peft.items())
+              for kind, maker in KINDS.items() if peft_type(maker) == c["peft_type"]}
+    if not unlike:
         known = " or ".join(sorted({peft_type(maker) for maker in KINDS.values()}))
         raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r:.60}: expected {known}")
-    rank_stabilised = bool(c.get("use_rslora"))             # of LoRA: then the scale is lora_alpha / sqrt(r)
-    kind = min(odd, key=lambda kind: len(odd[kind]))
-    known, refused = KINDS[kind].options, [field for field in odd[kind] if field != "use_rslora"]
-    fields = {"peft_type", *KINDS[kind].peft, *(o.field for o in known.values()),
-              *(o.pattern for o in known.values() if o.pattern)}
-    refused += [field for field, value in c.items() if value not in (None, False)
-                and field not in fields | NEUTRAL and not (field in EMPTY and not value)]
-    if c.get("init_lora_weights") not in STARTS:
-        refused.append("init_lora_weights")
-    if refused:
-        raise ValueError(f"{folder} uses {listed(sorted(refused), ', ')}, which is not supported: expected "
-                         f"plain {KINDS[kind].__name__}")
-    check_has(c, file, "target_modules", *(o.field for o in known.values() if o.default))      # else 0
+    kind = min(unlike, key=unlike.get)
+    known, table = KINDS[kind].options, dict(FIELDS)
+    for field, value in KINDS[kind].peft.items():       # rank-stabilised: its scale is lora_alpha / sqrt(r)
+        table[field] = ((bool if field == "use_rslora" else value, None), value)
     for option in known.values():
-        check_value(folder, c.get(option.field, option.default), option)
-        patterns = c.get(option.pattern) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{folder}: {option.pattern} is {patterns!r:.60}, expected an object")
-        for pattern, value in patterns.items():
-            check_value(folder, value, option)
+        table[option.field] = (form_of(option), ... if option.default else option.default)
+        table |= {option.pattern: ((dict, [], None), None)} if option.pattern else {}
+    c = check_fields(c, file, table, NEUTRAL, (None, False, 0, 0.0))
+    patterns = {key: c[option.pattern] or {} for key, option in known.items() if option.pattern}
+    for key, values in patterns.items():
+        field = known[key].pattern
+        check_fields(values, f"the {field} of {file}", dict.fromkeys(values, (form_of(known[key]), None)))
+        for pattern in values:
             try:
                 re.compile(pattern)
             except re.error as problem:
-                raise ValueError(f"{folder}: {option.pattern} has {pattern!r}: {problem}") from None
-    values = {key: c.get(o.field, o.default) for key, o in known.items()}
+                raise ValueError(f"{file}: {field} has {pattern!r}: {problem}") from None
+    values = {key: c[o.field] for key, o in known.items()}
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
     def of(path):
         """A pattern names the end of a layer's path, as a regular expression; the first that fits counts."""
         own = dict(options)
-        for key, option in known.items():
-            patterns = c.get(option.pattern) or {} if option.pattern else {}
-            fitting = [value for p, value in patterns.items() if re.match(rf"(.*\.)?({p})$", path)]
+        for key, values in patterns.items():
+            fitting = [value for p, value in values.items() if re.match(rf"(.*\.)?({p})$", path)]
             own[key] = fitting[0] if fitting else own[key]
-        if rank_stabilised:
+        if c.get("use_rslora"):
             own["lora_alpha"] *= own["rank"] ** 0.5
         return own
 
@@ -113,30 +118,30 @@ def targeted(c, path):
     def ends(names):
         return path in names or any(path.endswith(f".{name}") for name in names)
 
-    targets, excluded, layers = c["target_modules"], c.get("exclude_modules"), c.get("layers_to_transform")
+    targets, excluded, layers = c["target_modules"], c["exclude_modules"], c["layers_to_transform"]
     if excluded and (re.fullmatch(excluded, path) if isinstance(excluded, str) else ends(excluded)):
         return False
     if isinstance(targets, str):
         return targets == "all-linear" or bool(re.fullmatch(targets, path))
     if path in targets or not ends(targets) or layers in (None, []):
         return ends(targets)
-    patterns = c.get("layers_pattern") or r"[^.]*"
+    patterns = c["layers_pattern"] or r"[^.]*"
     found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
              for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
     index = next((int(match[1]) for match in found if match), None)
     return index in (layers if isinstance(layers, list) else [layers])
 
 
-def check_value(folder, value, option):
+def form_of(option):
+    """What a value of an option must be: a form of `words.check_fields`."""
     if isinstance(option.default, tuple):
-        fits = isinstance(value, list) and all(isinstance(n, str) for n in value)
-        expected = "a list of names"
-    else:
-        kinds = (int, type(option.default))
-        expected = f"{'a whole' if kinds[1] is int else 'a'} number from {option.low} to {option.high}"
-        fits = type(value) in kinds and option.low <= value <= option.high
-    if not fits and value is not option.default:
-        raise ValueError(f"{folder}: {option.field} is {value!r:.60}, expected {expected}")
+        return list_of_names
+    kinds = (int, type(option.default))
+
+    def within(value):
+        return type(value) in kinds and option.low <= value <= option.high
+    within.__doc__ = f"{'a whole' if kinds[1] is int else 'a'} number from {option.low} to {option.high}"
+    return within
 
 
 def load_adapter(model, name, folder):

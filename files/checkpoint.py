@@ -16,13 +16,38 @@ from files.int8 import eight_bits
 from lora import KINDS, Full, adapters, fold
 from model import ACTIVATIONS, Config, Llama
 from text.tokenizer import Tokenizer
-from text.words import listed, read_json
+from text.words import check_fields, listed, read_json
 
-# The model types that are read, and what their config classes in transformers 5.24 have for a field that a
-# config.json leaves out. (Where it is null: as many key/value heads as heads, the width shared among them.)
-COMMON = {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None,
-          "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-          "mlp_bias": False, "sliding_window": None, "use_sliding_window": False, "rope_theta": 10000.0}
+
+def above_0(value):
+    """a number above 0"""
+    return type(value) in (int, float) and 0 < value < 1e12
+
+
+def whole(value):
+    """a whole number above 0"""
+    return type(value) is int and above_0(value)
+
+
+# Every field that counts, and what transformers 5.24 has for one that a config.json leaves out: see
+# `words.check_fields`. (Where it is null: as many key/value heads as heads, the width shared among them.)
+FIELDS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads"), (whole, ...)),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), ((whole, None), None)),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
+                     "qk_layernorm", "use_bidirectional_attention"), ((bool, None), False)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), ((dict, None), None)),
+    "model_type": (str, ...), "max_position_embeddings": (whole, 2048), "hidden_act": (str, "silu"),
+    "rms_norm_eps": (above_0, 1e-6), "layer_norm_eps": (above_0, 1e-5), "rope_theta": (above_0, 10000.0),
+    "partial_rotary_factor": (above_0, 0.5), "original_max_position_embeddings": (above_0, None),
+}
+ROPE_FIELDS = {
+    **dict.fromkeys(("rope_type", "type"), (str, None)),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+                     "original_max_position_embeddings"), (above_0, None)),
+}
+# The model types that are read, and where their config classes have other defaults.
 QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
 DEFAULTS = {
     "llama": {},
@@ -31,28 +56,9 @@ DEFAULTS = {
     "qwen3": QWEN | {"head_dim": 128},
     "gemma": {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192,
               "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
-    "phi": {"hidden_act": "gelu_new", "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.5},
+    "phi": {"hidden_act": "gelu_new"},
 }
-# Every field that counts: what it must hold, and the types of that.
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-FIELDS = {
-    **dict.fromkeys((*SIZES, "max_position_embeddings"), ("a whole number above 0", [int])),
-    **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"),
-                    ("a whole number above 0, or null", [int, type(None)])),
-    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "rope_theta", "partial_rotary_factor",
-                     "original_max_position_embeddings"), ("a number above 0", [int, float])),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
-                     "qk_layernorm", "use_bidirectional_attention"),
-                    ("true, false or null", [bool, type(None)])),
-    **dict.fromkeys(("model_type", "hidden_act"), ("a name", [str])),
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"),
-                    ("an object or null", [dict, type(None)])),
-}
-ROPE_FIELDS = {
-    **dict.fromkeys(("rope_type", "type"), ("a name", [str])),
-    **dict.fromkeys(("rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
-                     "original_max_position_embeddings"), ("a number above 0", [int, float])),
-}
+NOTHING = (None, False, 0, 0.0, "", [], {})         # what a field that is not known may hold all the same
 # Fields that stand in published files and change no logits: who wrote it, how it was trained, which tokens
 # are special, how transformers runs it and generates with it.
 NEUTRAL = set("""
@@ -91,21 +97,20 @@ def parse_config(c):
     if quantised := c.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(f"it is quantised, by {str(method)[:40]}: expected weights as they were trained")
-    check_config(c, FIELDS)
-    if lacking := [k for k in SIZES if k not in c]:
-        raise ValueError(f"it lacks {', '.join(lacking)}")
-    c = COMMON | DEFAULTS[kind] | c
+    table = FIELDS | {name: (FIELDS[name][0], default) for name, default in DEFAULTS[kind].items()}
+    private = {name for name in c if name.startswith("_")}
+    c = check_fields(c, "it", table, NEUTRAL | private, NOTHING)
     if kind == "gemma" and c["hidden_act"] == "gelu":       # as it was published, and never meant
         c["hidden_act"] = "gelu_pytorch_tanh"
     if c["hidden_act"] not in ACTIVATIONS:
         expected = " or ".join(ACTIVATIONS)
         raise ValueError(f"hidden_act {c['hidden_act']!r} is not supported: expected {expected}")
     for unlike in ("qk_layernorm", "use_bidirectional_attention"):
-        if c.get(unlike):
+        if c[unlike]:
             raise ValueError(f"{unlike} is not supported: expected a {kind} model without it")
 
-    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}      # of both, the first counts
-    check_config(rope, ROPE_FIELDS, "of RoPE, ")
+    rope = c["rope_scaling"] or c["rope_parameters"] or {}      # of both, the first counts
+    check_fields(rope, "its RoPE", ROPE_FIELDS, nothing=NOTHING)
     heads = c["num_attention_heads"]
     groups = c["num_key_value_heads"] or heads
     head_dim = turned = c["head_dim"] or c["hidden_size"] // heads
@@ -139,20 +144,6 @@ def parse_config(c):
     )
 
 
-def check_config(c, fields, where=""):
-    """ValueError for a field that does not hold what it must, and for one that is not known here and holds
-    something: it may mean that the model computes otherwise."""
-    for name, (expected, types) in fields.items():
-        value = c.get(name)
-        sized = type(value) not in (int, float) or 0 < value < 1e12
-        if name in c and not (type(value) in types and sized):
-            raise ValueError(f"{where}{name} is {value!r:.60}: expected {expected}")
-    known = fields if where else fields.keys() | NEUTRAL
-    if odd := [name for name, value in c.items() if value and name not in known and name[:1] != "_"]:
-        raise ValueError(f"{where}{listed(odd, ', ')} is not known here; if transformers ignores it, "
-                         "leave it out")
-
-
 def parse_rope(rope, c):
     """RoPE's type with its numbers, from rope_scaling (up to transformers 4, "type" an older word in it) or
     rope_parameters; what is not in there stands in the config c itself."""
@@ -161,7 +152,7 @@ def parse_rope(rope, c):
         raise ValueError(f"RoPE type {kind!r} is not supported: expected {' or '.join(ROPE_TYPES)}")
     length = "original_max_position_embeddings"         # in the config itself, it comes first
     rope = {"rope_theta": c["rope_theta"], length: c["max_position_embeddings"]} | rope
-    rope |= {length: c[length]} if length in c else {}
+    rope |= {length: c[length]} if c[length] else {}
     if lacking := [k for k in ROPE_TYPES[kind] if k not in rope]:
         raise ValueError(f"RoPE type {kind!r} needs {', '.join(lacking)} in config.json")
     own = {k: rope[k] for k in ROPE_TYPES[kind]}

@@ -117,14 +117,14 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"logit_scale": 0.5, "use_cache": True}, "logit_scale is not known here"),
-    ({f"new_{i}": 1 for i in range(9)}, "new_0, new_1, new_2, new_3, new_4, and 4 more is not known here"),
+    ({"logit_scale": 0.5, "use_cache": True}, "it has logit_scale, which is not known here"),
+    ({f"new_{i}": 1 for i in range(9)}, "new_0, new_1, new_2, new_3, new_4, and 4 more, which is not"),
     ({"rope_scaling": ROPE}, "low_freq_factor is not below high_freq_factor"),
-    ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "of RoPE, mscale is not known here"),
-    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6': expected a number above 0"),
+    ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "its RoPE has mscale, which is not known here"),
+    ({"rms_norm_eps": "1e-6"}, "the rms_norm_eps '1e-6', expected a number above 0"),
     ({"num_key_value_heads": 3}, "and 3 key/value heads do not go together"),
-    ({"attention_bias": 1}, "attention_bias is 1: expected true, false or null"),
-    ({"vocab_size": True}, "vocab_size is True: expected a whole number above 0"),
+    ({"attention_bias": 1}, "the attention_bias 1, expected true or false or null"),
+    ({"vocab_size": True}, "the vocab_size True, expected a whole number above 0"),
 ])
 def test_what_a_config_says_and_is_not_understood_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -177,13 +177,13 @@ def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"made_up": 1, "also": False}, "uses made_up, which is not supported"),
-    ({"kasa_config": {}}, "uses kasa_config, which is not supported"),
-    ({"init_lora_weights": "OLoRA"}, "uses init_lora_weights, which is not supported"),
+    ({"made_up": 1, "also": False}, "has made_up, which is not known here"),
+    ({"kasa_config": {}}, "has kasa_config, which is not known here"),
+    ({"init_lora_weights": "OLoRA"}, "has the init_lora_weights 'OLoRA', expected null or true"),
     ({"exclude_modules": ["q_proj"]}, "tensors of layers that its adapter_config.json does not name"),
     ({"target_modules": r".*\.1\..*"}, "name, and PEFT would drop them: model.layers.0.self_attn.q_proj"),
     ({"layers_to_transform": [1]}, "name, and PEFT would drop them: model.layers.0.self_attn.q_proj"),
-    ({"r": 2.0}, "r is 2.0, expected a whole number from 1 to 65536"),
+    ({"r": 2.0}, "the r 2.0, expected a whole number from 1 to 65536"),
     ({"rank_pattern": {"[": 2}}, "rank_pattern has '\\['"),
     ({"modules_to_save": [], "layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, None),
 ])

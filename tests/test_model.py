@@ -31,7 +31,7 @@ def logits(model, ids=RAGGED[3]):
             "needs low_freq_factor, high_freq_factor",
         ),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported: expected silu or gelu or gelu_new"),
-        ({"hidden_size": None}, "hidden_size is None: expected a whole number above 0"),
+        ({"hidden_size": None}, "config.json: it lacks hidden_size"),
     ],
 )
 def test_an_unsupported_config_is_named_with_what_is_supported(tmp_path, change, message):

@@ -97,7 +97,7 @@ def test_added_tokens_that_are_not_special_match_in_text(tmp_path):
         ({"post_processor": {"type": "BertProcessing"}}, "its post_processor BertProcessing"),
         ({"decoder": {"type": "WordPiece"}}, "its decoder WordPiece is not supported"),
         ({"normalizer": {"type": "NFC", "form": "D"}}, "its NFC has form, which is not known here"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": 1}}, "the add_prefix_space 1, which"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": 1}}, "the add_prefix_space 1, expected true or false"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "wrap": 1}}, "its model has wrap"),
         ({"added_tokens": [{"id": 99, "content": "</s>"}]}, "has the id 99, and would get 100"),
         ({"merges": ["a b", "b x"]}, r"its merge \['b', 'x'\] is not of two tokens that make a third one"),

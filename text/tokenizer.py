@@ -215,10 +215,10 @@ TOP = {"model": (dict, ...), "added_tokens": (list, []), "normalizer": ANY, "pre
        "post_processor": ANY, "decoder": ANY}
 # transformers sets truncation and padding anew in each call, to none where it is not asked for any.
 NEUTRAL = ("truncation", "padding", "version")
-MODEL = {"vocab": (dict, ...), "merges": (list, ...), "unk_token": (str, None), "fuse_unk": (bool, False),
-         "byte_fallback": (bool, False), "ignore_merges": (bool, False)}
-EMPTY = {"dropout": ((0, 0.0), None), "continuing_subword_prefix": ("", None),
-         "end_of_word_suffix": ("", None)}
+MODEL = {"vocab": (dict, ...), "merges": (list, ...), "unk_token": ((str, None), None),
+         "fuse_unk": (bool, False), "byte_fallback": (bool, False), "ignore_merges": (bool, False),
+         "dropout": ((None, 0, 0.0), None), "continuing_subword_prefix": ((None, ""), None),
+         "end_of_word_suffix": ((None, ""), None)}
 
 
 def read_tokenizer_json(file, config):
@@ -226,7 +226,7 @@ def read_tokenizer_json(file, config):
     top = check_fields(read_json(file), "its top level", TOP, NEUTRAL)
     if (kind := top["model"].get("type", "BPE")) != "BPE":
         raise ValueError(f"it is of kind {kind!r:.60}: expected byte-level or SentencePiece BPE")
-    model = check_fields(top["model"], "its model", MODEL | EMPTY, neutral=("type",))
+    model = check_fields(top["model"], "its model", MODEL, neutral=("type",))
     vocab, unk = model["vocab"], model["unk_token"]
     if not all(type(i) is int and i >= 0 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
         raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")

@@ -10,6 +10,8 @@ OTHER_FILES = {         # by what they begin with
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
 }
 
+TYPES = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+
 
 def check_kind(path, begins):
     """ValueError for a file that begins with these bytes, if it is of another kind than text."""
@@ -34,40 +36,45 @@ def read_json(path, *needs, kind=dict, absent=None):
     if not isinstance(value, kind):
         expected = "object" if kind is dict else "list"
         raise ValueError(f"{path} is not what it should be: expected a JSON {expected}")
-    check_has(value, path, *needs)
+    if lacking := [k for k in needs if value.get(k) is None]:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}")
     return value
 
 
-def check_has(value, path, *needs):
-    """ValueError if what a JSON file holds lacks a key it needs."""
-    if lacking := [k for k in needs if value.get(k) is None]:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}")
-
-
-def check_fields(part, where, table, neutral=()):
-    """The fields of a JSON object from outside, by a table: name -> (form, default). The form is a type or a
-    value, or a tuple of them, of which one must fit (true is no 1); the default stands for what is left out,
-    and is ... for what may not be. ValueError for another form, and for a field that is neither in the table
-    nor `neutral`, which means that it may hold anything: nothing is overlooked."""
+def check_fields(part, where, table, neutral=(), nothing=()):
+    """The fields of a JSON object from outside, by a table: name -> (form, default). The form is a type, a
+    value, or a function that says whether a value fits (what it expects is its docstring), or a tuple of
+    these, of which one must fit (true is no 1); the default stands for what is left out, and is ... for what
+    may not be. ValueError for another form, and for a field that is neither in the table nor `neutral`, which
+    means that it may hold anything, unless it holds `nothing`, a form as well: so nothing is overlooked."""
     if not isinstance(part, dict):
         raise ValueError(f"{where} is {part!r:.60}, expected an object")
-    if odd := part.keys() - table.keys() - set(neutral):
-        raise ValueError(f"{where} has {listed(sorted(odd), ', ')}, which is not known here")
-    values = {name: part.get(name, default) for name, (_, default) in table.items()}
-    for name, (form, default) in table.items():
-        if values[name] is ...:
-            raise ValueError(f"{where} lacks {name}")
-        if not fits(values[name], form) and values[name] is not default:
-            raise ValueError(f"{where} has the {name} {values[name]!r:.60}, which is not supported")
-    return values
+    others = part.keys() - table.keys() - set(neutral)
+    if odd := [name for name in part if name in others and not fits(part[name], nothing)]:
+        raise ValueError(f"{where} has {listed(odd, ', ')}, which is not known here")
+    if lacking := [name for name in table if table[name][1] is ... and part.get(name) is None]:
+        raise ValueError(f"{where} lacks {', '.join(lacking)}")
+    for name, (form, _) in table.items():
+        if name in part and not fits(part[name], form):
+            raise ValueError(f"{where} has the {name} {part[name]!r:.60}, expected {in_words(form)}")
+    return {name: part.get(name, default) for name, (_, default) in table.items()}
 
 
 def fits(value, form):
-    if isinstance(form, type):
-        return form is object or type(value) is form
+    """Whether a value is of a form of `check_fields`."""
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
-    return type(value) is type(form) and value == form
+    if callable(form) and not isinstance(form, type):
+        return form(value)
+    return form is object or type(value) is form or type(value) is type(form) and value == form
+
+
+def in_words(form):
+    if isinstance(form, tuple):
+        return " or ".join(map(in_words, form))
+    if isinstance(form, type):
+        return TYPES[form]
+    return form.__doc__ if callable(form) else json.dumps(form)
 
 
 def listed(names, between="; ", most=5):
