@@ -21,7 +21,7 @@ from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS, read_rows
-from text.words import listed, read_json
+from text.words import check_fields, read_json
 
 
 def default(function, name):
@@ -40,6 +40,7 @@ class Number:
         self.__name__ = {int: "whole number", float: "number"}[kind]    # argparse puts it into its message
 
     def fits(self, value):
+        """a number in its range"""
         return type(value) in (int, self.kind) and self.low <= value <= self.high
 
     def __call__(self, text):
@@ -65,15 +66,11 @@ def text(name, **more):
 SWITCH = {"action": "store_true"}
 
 
-def could_be_typed(form, value):
-    """Whether a value that stands in a file could have been typed."""
+def in_files(form):
+    """What a value that was written down must be to have been typed: a form of `words.check_fields`."""
     if "type" in form:
-        return form["type"].fits(value)
-    if "choices" in form:
-        return value in form["choices"]
-    if "nargs" in form:
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
-    return isinstance(value, bool if form == SWITCH else str)
+        return form["type"].fits
+    return form.get("choices") or (list if "nargs" in form else bool if form == SWITCH else str)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -269,7 +266,8 @@ def resumed(typed):
     finish_saves(folder)
     if not (Path(folder) / "settings.json").exists():
         raise ValueError(f"{folder} has no settings.json: expected a run of train.py")
-    before = checked(read_settings(folder)[0], f"{folder}/settings.json")
+    table = {name: ((in_files(setting.form), None), None) for name, setting in SETTINGS.items()}
+    before = check_fields(read_settings(folder)[0], f"{folder}/settings.json", table)
     if typed.get("steps", before["steps"]) != before["steps"]:
         raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on "
                          f"their number, {before['steps']}. For another stage, start from what it has "
@@ -285,16 +283,6 @@ def resumed(typed):
     if finished(folder):
         raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
     return before | {"out": folder}
-
-
-def checked(settings, file):
-    """Settings that were written down: ValueError for what none can be."""
-    if unknown := sorted(settings.keys() - SETTINGS.keys()):
-        raise ValueError(f"{file} has {listed(unknown, ', ')}, which are no settings")
-    for name, value in settings.items():
-        if value is not None and not could_be_typed(SETTINGS[name].form, value):
-            raise ValueError(f"{file}: {name} is {value!r:.60}, which it cannot be")
-    return settings
 
 
 def adapted(typed):

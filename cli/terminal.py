@@ -132,7 +132,7 @@ def say(text):
 def say_loaded(name, tensors, bitune, about, template, tokenizer):
     """Say what answers, and by which template, if a bare base leaves a choice of it."""
     if about:
-        steps = f", trained for {about['step']} steps" if "step" in about else ""
+        steps = f", trained for {about['step']} steps" if about["step"] else ""
         say(f"loaded {name}: {tensors} tensors, method {bitune.method}, template {template}{steps}")
     elif tokenizer.chat:
         say(template_in_words(template, tokenizer))

@@ -30,7 +30,7 @@ from files.disk import fill, finish_saves, json_bytes, locked, read_tensors, ten
 from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
-from text.words import listed, read_json, to_type
+from text.words import check_fields, listed, read_json, to_type
 
 FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 FOLDERS = {"answer": ".", "prompt": "bidirectional"}
@@ -39,6 +39,11 @@ FOLDERS = {"answer": ".", "prompt": "bidirectional"}
 # ----------------------------------------------------------------------------------------------------------
 # What a run is, beside its tensors
 
+ABOUT = {"method": (tuple(METHODS), ...), "c": ((int, float), ...), "template": (tuple(TEMPLATES), "plain"),
+         "step": (int, None), "alpha": (dict, None), "whole": (bool, False), "base": (str, ...),
+         "base_config": (dict, ...), "fingerprint": ((dict, list), ...)}
+
+
 def read_about(folder):
     """A run's bitune.json, {} for a bare PEFT adapter. ValueError if it is damaged."""
     file = Path(folder) / "bitune.json"
@@ -46,14 +51,7 @@ def read_about(folder):
         if (file.parent / "mixing.safetensors").exists() or (file.parent / FOLDERS["prompt"]).exists():
             raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
         return {}
-    about = read_json(file, "method", "c", "base", "base_config", "fingerprint")
-    kinds = {"method": str, "c": (int, float), "base": str, "base_config": dict, "fingerprint": (dict, list),
-             "template": str, "step": int, "alpha": dict, "whole": bool}
-    if about["method"] not in METHODS:
-        raise ValueError(f"{file}: method {about['method']!r} is unknown: expected {' or '.join(METHODS)}")
-    if damaged := [key for key, value in about.items() if not isinstance(value, kinds.get(key, object))]:
-        raise ValueError(f"{file} is damaged: {damaged[0]} is {about[damaged[0]]!r:.60}")
-    return about
+    return check_fields(read_json(file), file, ABOUT)
 
 
 def base_of(run):
@@ -220,8 +218,6 @@ def load_run(run, model=None, device=None, dtype=None):
     model = model or base_of(run)
     base, tokenizer = load_base(model, device, dtype)
     bitune, tensors, about = load_bitune(base, run, model)
-    if (template := about.get("template", "plain")) not in TEMPLATES:
-        raise ValueError(f"{run} has the template {template!r}: expected {' or '.join(TEMPLATES)}")
     return bitune.eval(), tokenizer, tensors, about
 
 
@@ -367,9 +363,8 @@ class Run:
 def read_settings(folder):
     """The settings of the run in a folder, and its derived numbers."""
     file = Path(folder) / "settings.json"
-    saved = read_json(file, "settings", "derived")
-    if not all(isinstance(part, dict) for part in saved.values()) or \
-            not {"data_hash", "dtype", "val_examples"} <= saved["derived"].keys():
+    saved = check_fields(read_json(file), file, {"settings": (dict, ...), "derived": (dict, ...)})
+    if not {"data_hash", "dtype", "val_examples"} <= saved["derived"].keys():
         raise ValueError(f"{file} is damaged")
     return saved["settings"], saved["derived"]
 

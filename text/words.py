@@ -10,7 +10,8 @@ OTHER_FILES = {         # by what they begin with
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
 }
 
-TYPES = {bool: "true or false", int: "a whole number", str: "a text", list: "a list", dict: "an object"}
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
+         dict: "an object"}
 
 
 def check_kind(path, begins):
