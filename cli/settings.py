@@ -16,7 +16,6 @@ from typing import NamedTuple
 from bitune import METHODS, Bitune
 from files.adapters import read_options
 from files.checkpoint import DTYPES
-from files.disk import finish_saves
 from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
@@ -263,7 +262,6 @@ def settings_of(typed):
 def resumed(typed):
     """The settings of the run that is resumed."""
     folder = typed["resume"]
-    finish_saves(folder)
     if not (Path(folder) / "settings.json").exists():
         raise ValueError(f"{folder} has no settings.json: expected a run of train.py")
     table = {name: ((in_files(setting.form), None), None) for name, setting in SETTINGS.items()}
@@ -278,10 +276,10 @@ def resumed(typed):
         may = " ".join(flag(name) for name, s in SETTINGS.items() if s.may_change)
         raise ValueError(f"--resume continues a run with its own settings, which {' '.join(sorted(other))} "
                          f"would change; only these may be given with it: {may}")
-    if not (Path(folder) / "state.safetensors").exists():
-        raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
     if finished(folder):
         raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
+    if not (Path(folder) / "state.safetensors").exists():
+        raise ValueError(f"{folder} holds no save yet: start again, with the same --out")
     return before | {"out": folder}
 
 
@@ -289,7 +287,6 @@ def adapted(typed):
     """What a run, or a PEFT adapter, says of a training that starts from it. Its adapters are what they are:
     ValueError for flags that would have them otherwise."""
     folder = Path(typed["adapter"])
-    finish_saves(folder)
     about = read_about(folder)
     kind, options = (FULL, {}) if about.get("whole") else read_options(folder)[:2]
     fixed = ["peft", "targets", *kind_options(), *["c"] * (folder / "mixing.safetensors").exists()]

@@ -18,7 +18,7 @@ import json
 import math
 import os
 from dataclasses import asdict, replace
-from itertools import count, takewhile
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ ABOUT = {"method": (tuple(METHODS), ...), "c": ((int, float), ...), "template": 
 def read_about(folder):
     """A run's bitune.json, {} for a bare PEFT adapter. ValueError if it is damaged."""
     file = Path(folder) / "bitune.json"
+    finish_saves(folder)
     if not file.exists():
         if (file.parent / "mixing.safetensors").exists() or (file.parent / FOLDERS["prompt"]).exists():
             raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
@@ -74,31 +75,22 @@ def fingerprint(bitune):
     """What a small Bitune of the same make computes of made-up numbers, in float64: where it cuts a prompt,
     what its passes and its mixing leave in the cache, and its logits. These change when an edit changes
     passes, opening, masks, mixing, adapters or the decoder itself."""
-    c, waves = bitune.model.config, count()
+    c = bitune.model.config
     config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
                      num_attention_heads=4, num_key_value_heads=min(4, c.num_key_value_heads),
                      rotary_dim=8 if c.rotary_dim == c.head_dim else 4, max_position_embeddings=512,
                      sliding_window=None)
-
-    def fill(module, but=()):
-        """Make every parameter a sine wave: in norms around 1, in what trains around where it starts."""
-        for name, p in module.named_parameters():
-            wave = torch.sin(1.7 * next(waves) + torch.arange(p.numel()).view(p.shape))
-            if p.dim() > 1:
-                p.copy_(wave / p.shape[-1] ** 0.5)
-            elif not but:
-                p.copy_(wave / 4 + ("norm" in name))
-            elif name.removeprefix("model.") not in but:
-                p.copy_(p * (1 + 2 * wave) + 0.1 * wave * (p == 0))
-        return module
-
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        model = fill(Llama(config))
-        base = dict(model.named_parameters())
+        torch.manual_seed(0)
+        model = Llama(config)
         targets = {path.split(".")[-1] for path, linear in linears(bitune.model).items() if linear.sets}
         for name, (kind, options) in bitune.model.sets.items():
             add_adapter(model, name, kind, targets, **options)
-        small = fill(type(bitune)(model, bitune.method, bitune.c), base).double().eval()
+        small = type(bitune)(model, bitune.method, bitune.c)
+        for n, p in enumerate(small.parameters()):      # away from where it starts
+            wave = torch.sin(1.7 * n + torch.arange(p.numel()).view(p.shape))
+            p.copy_(wave / p.shape[-1] ** 0.5 if p.dim() > 1 else p + wave / 4)
+    small.double().eval()
     ids = [7 * i * i % 61 for i in range(90)]
     wave = lambda t: torch.cos(torch.arange(t.numel()).view(t.shape) * 0.37)
     past = small.encode(small.lay_out([ids], [[]])[0])
@@ -178,9 +170,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
     bitune.json. With another `method`, that one starts from what the run has learned, with the constant c:
     a set that the run lacks starts as a copy of its set "answer". ValueError if the run is not this base's,
     or not this code's. A fully finetuned run is its own base."""
-    folder = Path(folder)
-    finish_saves(folder)
-    about = read_about(folder)
+    folder, about = Path(folder), read_about(folder)
     own = about.get("method", "causal")
     if about.get("whole") and Path(base).resolve() != folder.resolve():
         raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, "
@@ -214,7 +204,6 @@ def load_run(run, model=None, device=None, dtype=None):
     if not run:
         base, tokenizer = load_base(model, device, dtype)
         return Bitune(base, "causal").eval(), tokenizer, 0, {}
-    finish_saves(run)
     model = model or base_of(run)
     base, tokenizer = load_base(model, device, dtype)
     bitune, tensors, about = load_bitune(base, run, model)
@@ -382,7 +371,6 @@ def logged(path, step):
 
 def finished(folder):
     """Whether a run has taken all of its steps, and has validated after the last one."""
-    finish_saves(folder)
     folder, steps = Path(folder), read_about(folder).get("step")
     if steps is None:
         return False
