@@ -5,7 +5,6 @@ import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
 from contextlib import suppress
 
 from files.run import alpha_by_layer
@@ -81,17 +80,12 @@ class Progress:
 
 def announce(run):
     """Before the first step: every setting and derived number, the memory it takes, the first example."""
-    dropped = Counter()
-    for reasons in run.derived["dropped"].values():
-        dropped.update({reason: n for reason, (n, _) in reasons.items()})
-    derived = run.derived | {"dropped": dict(dropped)}
-    for title, values in (("settings", vars(run.settings)), ("derived", derived)):
-        words = [f"{k} {v}" for k, v in values.items() if v is not None]
-        print(textwrap.fill(f"{title}: {', '.join(words)}", 110, subsequent_indent="  "))
-    for file, rows in run.derived["dropped"].items():
-        if rows:
-            print(textwrap.fill(f"dropped of {file}: {dropped_in_words(rows)}", 110, subsequent_indent="  "))
-    print(textwrap.fill(f"memory: {memory(run.derived)}", 110, subsequent_indent="  "))
+    dropped = run.derived["dropped"]
+    shown = lambda values: ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
+    for text in (f"settings: {shown(vars(run.settings))}", f"derived: {shown(run.derived | {'dropped': None})}",
+                 *(f"dropped of {file}: {dropped_in_words(rows)}" for file, rows in dropped.items() if rows),
+                 f"memory: {memory(run.derived)}"):
+        print(textwrap.fill(text, 110, subsequent_indent="  "))
     print(template_in_words(run.settings.template, run.tokenizer))
     prompt, answer = run.examples[0]
     first = run.tokenizer.decode(prompt)

@@ -24,13 +24,13 @@ def logits(model, ids=RAGGED[3]):
         ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2}},
-            "RoPE type 'yarn' is not supported: expected default or linear or llama3",
+            "its RoPE has the type 'yarn', expected .default. or .linear. or .llama3.",
         ),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2}},
             "needs low_freq_factor, high_freq_factor",
         ),
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported: expected silu or gelu or gelu_new"),
+        ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
         ({"hidden_size": None}, "config.json: it lacks hidden_size"),
     ],
 )
