@@ -222,60 +222,53 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     any is read.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    where, have = {}, {}                        # tensor name -> its file and its name there; its shape
+    config, stored = read_config(folder), {}            # tensor name -> its file, and itself, not yet read
     for file in checkpoint_files(folder):
         try:
-            with safe_open(file, framework="pt") as f:
-                for name in f.keys():
-                    entry = f.get_slice(name)
-                    if "F" not in entry.get_dtype():                            # F32, F16, BF16
-                        raise ValueError(f"{file}: {name} is {entry.get_dtype()}, expected floats")
-                    where[name], have[name] = (file, name), tuple(entry.get_shape())
+            f = safe_open(file, framework="pt")         # mapped into memory: what is read takes no room
+            stored |= {name: (file, f.get_slice(name)) for name in f.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
-    config = rename_tensors(config, where, have)
+    for name, (file, tensor) in stored.items():
+        if "F" not in tensor.get_dtype():                                       # F32, F16, BF16
+            raise ValueError(f"{file}: {name} is {tensor.get_dtype()}, expected floats")
+    config = rename_tensors(config, stored)
     with torch.device("meta"):
         model = Llama(config)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    if wrong := differences(want, have):
+    if wrong := differences(want, {name: shape(stored, name) for name in stored}):
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed(wrong)}")
 
     state = {}
-    for file in {file for file, _ in where.values()}:
-        with safe_open(file, framework="pt") as f:      # mapped into memory: what is read takes no room
-            for name in [n for n in want if where[n][0] == file]:
-                state[name] = f.get_tensor(where[name][1]).to(device, dtype, copy=True)
-                if not torch.stack(state[name].aminmax()).isfinite().all():
-                    raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
+    for name in want:
+        file, tensor = stored[name]
+        state[name] = tensor[:].to(device, dtype, copy=True)
+        if not torch.stack(state[name].aminmax()).isfinite().all():
+            raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
     model.load_state_dict(state, assign=True)
     return model
 
 
-def rename_tensors(config, where, have):
-    """Bring the tensors of a checkpoint, name -> (file, name in it) and name -> shape, under the names of a
-    Llama; returns the config, whose head is its own where the file has one that is not the embedding."""
-    def move(old, new):
-        where[new], have[new] = where.pop(old), have.pop(old)
+def shape(stored, name):
+    return tuple(stored[name][1].get_shape())
 
-    def read(name):
-        file, name = where[name]
-        with safe_open(file, framework="pt") as f:
-            return f.get_tensor(name)
 
-    for name in [n for n in have if n.endswith("rotary_emb.inv_freq")]:          # in old exports
-        del where[name], have[name]
-    if not any(n.startswith("model.") for n in have):       # as LlamaModel.save_pretrained writes them
-        for name in [n for n in have if not n.startswith("lm_head.")]:
-            move(name, f"model.{name}")
+def rename_tensors(config, stored):
+    """Bring the tensors of a checkpoint, by name, under the names of a Llama; returns the config, whose head
+    is its own where the file has one that is not the embedding."""
+    for name in [n for n in stored if n.endswith("rotary_emb.inv_freq")]:        # in old exports
+        del stored[name]
+    if not any(n.startswith("model.") for n in stored):     # as LlamaModel.save_pretrained writes them
+        for name in [n for n in stored if not n.startswith("lm_head.")]:
+            stored[f"model.{name}"] = stored.pop(name)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    if config.tie_word_embeddings and head in have:
-        if embedding not in have:
-            move(head, embedding)
-        elif have[head] != have[embedding] or not torch.equal(read(head), read(embedding)):
-            return replace(config, tie_word_embeddings=False)       # a merged finetune whose flag is stale
-        else:
-            del where[head], have[head]
+    if config.tie_word_embeddings and head in stored:
+        one = stored.pop(head)
+        other = stored.setdefault(embedding, one)
+        if one is not other and not (one[1].get_shape() == other[1].get_shape()
+                                     and torch.equal(one[1][:], other[1][:])):
+            stored[head] = one                              # a merged finetune whose flag is stale
+            return replace(config, tie_word_embeddings=False)
     return config
 
 
