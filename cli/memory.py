@@ -20,8 +20,7 @@ def free_bytes(device):
 
 
 def kept(bitune, loss):
-    """How many bytes autograd keeps of the forward pass that loss() makes, without parameters. (With
-    checkpointing: of each block its input.)"""
+    """How many bytes autograd keeps of the forward pass that loss() makes, without parameters."""
     storages = {}                                       # held here, so that none is counted twice
 
     def keep(tensor):
@@ -29,28 +28,26 @@ def kept(bitune, loss):
         storages[storage._cdata] = storage
         return tensor
 
-    hooks = [block.register_forward_pre_hook(lambda _, args: [keep(args[0]), None][1])
-             for block in bitune.model.model.layers]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss()
-    for hook in hooks:
-        hook.remove()
     for p in bitune.parameters():
         storages.pop(p.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in storages.values())
 
 
 def step_bytes(bitune, examples):
-    """What a step on these examples at once takes beside the weights: what autograd keeps, the logits that
-    are there at a time with their probabilities, and the block that is computed again, if it is."""
-    loss, model = lambda: bitune.losses(*zip(*examples)).sum(), bitune.model
-    activations = kept(bitune, loss)
-    if model.checkpointing:
-        model.checkpointing = False
-        activations += kept(bitune, loss) // model.config.num_hidden_layers
-        model.checkpointing = True
-    logits = min(LOGITS, sum(len(e.answer) for e in examples) * model.config.vocab_size)
-    return activations + 2 * 4 * logits
+    """What a step on these examples at once takes beside the weights: what autograd keeps, or with
+    checkpointing each block's input and one block, and the logits that are there at a time with their
+    probabilities."""
+    model, c = bitune.model, bitune.model.config
+    checkpointing, model.checkpointing = model.checkpointing, False
+    activations = kept(bitune, lambda: bitune.losses(*zip(*examples)).sum())
+    model.checkpointing = checkpointing
+    if checkpointing:
+        tokens = sum(max(1, len(bitune.passes)) * len(e.prompt) + len(e.answer) for e in examples)
+        size = model.model.embed_tokens.weight.element_size()
+        activations = activations // c.num_hidden_layers + c.num_hidden_layers * tokens * c.hidden_size * size
+    return activations + 2 * 4 * min(LOGITS, sum(len(e.answer) for e in examples) * c.vocab_size)
 
 
 def tokens_that_fit(bitune, examples, s):
