@@ -63,7 +63,7 @@ def base_of(run):
     if not about and (run / "adapter_config.json").exists():
         base = read_json(run / "adapter_config.json").get("base_model_name_or_path")
     elif not about:
-        raise ValueError(f"--model not given, and {run} has no bitune.json that names it")
+        raise ValueError(f"{run} holds no run and no adapter: expected a folder with a bitune.json")
     if not base or not Path(base).is_dir():
         raise ValueError(f"{run} was finetuned from {base or 'a base it does not name'}, which is not a "
                          "folder here: give --model")
