@@ -76,8 +76,9 @@ def fingerprint(bitune):
     what its passes and its mixing leave in the cache, and its logits. These change when an edit changes
     passes, opening, masks, mixing, adapters or the decoder itself."""
     c = bitune.model.config
+    shared = {c.num_attention_heads: 4, 1: 1}           # of 4 heads; 2 key/value heads stand for all others
     config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
-                     num_attention_heads=4, num_key_value_heads=min(4, c.num_key_value_heads),
+                     num_attention_heads=4, num_key_value_heads=shared.get(c.num_key_value_heads, 2),
                      rotary_dim=8 if c.rotary_dim == c.head_dim else 4, max_position_embeddings=512,
                      sliding_window=None)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
