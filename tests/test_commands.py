@@ -360,7 +360,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(flags, tmp_path, mo
         ),
         (
             lambda run: (run / "bitune.json").write_text("[]"),
-            "bitune.json is not what it should be: expected a JSON obj",
+            "bitune.json is not what it should be: expected an object",
         ),
         (lambda run: change(run / "bitune.json", method=None), "bitune.json lacks method"),
         (lambda run: change(run / "bitune.json", method="bituna"), "has the method 'bituna', expected"),

@@ -152,7 +152,7 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
         ("rows", {"goal": "x", "sol1": "y", "sol2": "z"}, "(or a --task)"),
         ("mmlu", "1 + 1", "expected an object, got str"),
         ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
-        ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is not a list of texts"),
+        ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
     ],
 )
 def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):

@@ -47,12 +47,11 @@ class BPE:
         comes when the vocabulary has a character again)."""
         symbols, due = [], []
         for c in word:
+            as_bytes = [f"<0x{b:02X}>" for b in c.encode()] if self.byte_fallback else [None]
             if c in self.vocab:
                 symbols += [*due, c]
                 due = []
-                continue
-            as_bytes = [f"<0x{b:02X}>" for b in c.encode()] if self.byte_fallback else [""]
-            if all(symbol in self.vocab for symbol in as_bytes):
+            elif all(symbol in self.vocab for symbol in as_bytes):
                 symbols += as_bytes
             elif self.unk is not None:
                 symbols += [] if self.fuse_unk else due
@@ -62,24 +61,23 @@ class BPE:
 
 def merged(symbols, ranks):
     """What is left of a list of tokens when all pairs in `ranks` are merged, the lowest rank first."""
-    n = len(symbols)
-    left, right = list(range(-1, n)), list(range(1, n + 1))         # neighbours, as merged symbols drop out
-    queue = []
+    n, queue = len(symbols), []
+    symbols = [*symbols, None]              # None: the end, and those that are merged into another
+    left, right = [*range(-1, n)], [*range(1, n + 1), n]            # neighbours, as merged symbols drop out
 
     def offer(i):                                                   # the pair that begins at symbol i
-        if i >= 0 and right[i] < n:
-            rank = ranks.get((symbols[i], symbols[right[i]]))
-            if rank is not None:
-                heapq.heappush(queue, (rank, i))
+        rank = ranks.get((symbols[i], symbols[right[i]]))
+        if rank is not None:
+            heapq.heappush(queue, (rank, i))
     for i in range(n):
         offer(i)
     while queue:
         rank, i = heapq.heappop(queue)
         j = right[i]
-        if j >= n or ranks.get((symbols[i], symbols[j])) != rank:
+        if ranks.get((symbols[i], symbols[j])) != rank:
             continue                                                # an earlier merge took one of the two
-        symbols[i], symbols[j] = symbols[i] + symbols[j], ""
+        symbols[i], symbols[j] = symbols[i] + symbols[j], None
         right[i], left[right[j]] = right[j], i
         offer(left[i])
         offer(i)
-    return [s for s in symbols if s]
+    return [symbol for symbol in symbols if symbol is not None]

@@ -1,9 +1,8 @@
 """Chat markup: a conversation in a model's own control tokens.
 
-How a model was trained to read a conversation is said by the chat template that comes with its tokenizer, a
-program in Jinja. None is run here. Those on a closed list are known by their text, and what they make of a
-conversation stands in a table below; any other is refused. Each was compared with transformers'
-apply_chat_template (tests/chats.py). Tools, and pieces that are not text, are not supported.
+The chat template that comes with a tokenizer is a program in Jinja, and none is run here. Those on a closed
+list are known by their text, and what they make of a conversation stands in a table below; any other is
+refused. Each was compared with transformers' apply_chat_template (tests/chats.py).
 """
 
 import hashlib
@@ -38,6 +37,7 @@ class Markup(NamedTuple):
     head: str = ""                      # what stands before the system's text
     thinks: bool = False                # its answers begin with thoughts, which later prompts leave out
     note: str = ""                      # what differs from the template as transformers reads it
+    known: str = ""                     # the templates that say so: of each, its text's SHA-256 begins so
 
     @property
     def end(self):
@@ -51,23 +51,22 @@ class Markup(NamedTuple):
         turns = [(role, self.words(text, *more[:1]) if role == "assistant" else text)
                  for role, text, *more in turns]
         own = turns[0][0] == "system"
-        if self.in_turn:
-            roles = [role for role, _ in turns[own:]]
-            if own and not self.system or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
-                raise Unusable("it is not user, assistant, user ... in turn"
-                               f"{'' if self.system else ', and no system'}: this chat markup has no other")
+        roles = [role for role, _ in turns[own:]]
+        alternate = roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        if self.in_turn and (own and not self.system or not alternate):
+            raise Unusable("it is not user, assistant, user ... in turn"
+                           f"{'' if self.system else ', and no system'}: this chat markup has no other")
         if own and self.question is not None:
             (_, said), *turns = turns
             turns[self.question] = ("user", self.system.format(said) + turns[self.question][1])
         elif not own and self.default is not None:
             turns, own = [("system", self.default), *turns], True
         pieces = [*controls(self.begin)]
+        forms = {"system": self.system, "user": self.user, "assistant": self.opening + self.answer}
         for i, (role, text) in enumerate(turns):
             text = text.strip() if role in self.strips else text
-            text = self.head + text if own and i == 0 else text
-            form = {"system": self.system, "user": self.user, "assistant": self.opening + self.answer}[role]
-            before, after = form.split("{}")
-            pieces += [*controls(before), text, *controls(after)]
+            before, after = map(controls, forms[role].split("{}"))
+            pieces += [*before, self.head + text if own and i == 0 else text, *after]
         return [*pieces, *controls(self.opening)]
 
     def said(self, text, thoughts=None):
@@ -105,49 +104,37 @@ LLAMA3 = Markup("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>", "{}<
                 "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
                 begin="<|begin_of_text|>", strips=EVERYONE)
 MISTRAL = Markup("[INST] {} [/INST]", "{}</s>", begin="<s>", in_turn=True)
-CHATS = {
+CHATS = {               # docs/data.md says whose they are
     "chat-llama2": Markup("<s>[INST] {} [/INST]", " {} </s>", system="<<SYS>>\n{}\n<</SYS>>\n\n", question=0,
-                          in_turn=True, strips=("user", "assistant")),
-    "chat-llama3": LLAMA3,
+                          in_turn=True, strips=("user", "assistant"),
+                          known="ea2472f29dbd93c3 e8d5b5a546d3f19d"),
+    "chat-llama3": LLAMA3._replace(known="ba03a121d097859c b48c47f644389271"),
     # Llama 3.2's template takes today's date where its caller names none. Here a prompt is the same on any
     # day: it has the date that these templates fall back to.
     "chat-llama3.1": LLAMA3._replace(
         head="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n", default="",
-        note=", of 26 Jul 2024 on any day"),
-    "chat-mistral": MISTRAL,
-    "chat-mistral-first": MISTRAL._replace(answer="{}</s> "),
+        note=", of 26 Jul 2024 on any day", known="93c0e9aa3629bbd7 d82792f95932f1c9"),
+    "chat-mistral": MISTRAL._replace(known="26a59556925c9873"),
+    "chat-mistral-first": MISTRAL._replace(answer="{}</s> ", known="7e995b379ec01747"),
     "chat-mistral-v1": MISTRAL._replace(user=" [INST] {} [/INST]", answer=" {}</s>", system="{}\n\n",
-                                        question=0),
+                                        question=0, known="bbc58aad99454df6"),
     "chat-mistral-v3": MISTRAL._replace(user="[INST] {}[/INST]", answer=" {}</s>", system="{}\n\n",
-                                        question=-1, strips=("assistant",)),
-    "chat-zephyr": Markup("<|user|>\n{}</s>\n", "{}</s>\n", "<|assistant|>\n", "<|system|>\n{}</s>\n"),
-    "chat-smollm2": CHATML._replace(
-        default="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-    "chat-qwen2": CHATML._replace(default="You are a helpful assistant."),
-    "chat-qwen2.5": CHATML._replace(
-        default="You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
-    "chat-qwen3": CHATML._replace(thinks=True),
-    "chat-chatml": CHATML,
+                                        question=-1, strips=("assistant",), known="cafb64e0e9e5fd25"),
+    "chat-zephyr": Markup("<|user|>\n{}</s>\n", "{}</s>\n", "<|assistant|>\n", "<|system|>\n{}</s>\n",
+                          known="66291cf0045c2425"),
+    "chat-smollm2": CHATML._replace(known="872be49dbb638044", default="You are a helpful AI assistant named "
+                                    "SmolLM, trained by Hugging Face"),
+    "chat-qwen2": CHATML._replace(known="793202280c0910ab 4039eed0f28b7aaa e7ef0c0550d1e3ba",
+                                  default="You are a helpful assistant."),
+    "chat-qwen2.5": CHATML._replace(known="55b2f4a26ac9ee71 4e9918361c284a93", default="You are Qwen, "
+                                    "created by Alibaba Cloud. You are a helpful assistant."),
+    "chat-qwen3": CHATML._replace(thinks=True, known="87a2728cb8dc9fe4 a55ee1b1660128b7"),
+    "chat-chatml": CHATML._replace(known="153280e3ff55d19d 58c1a1f04baa7ada"),
     "chat-gemma": Markup("<start_of_turn>user\n{}<end_of_turn>\n", "{}<end_of_turn>\n",
-                         "<start_of_turn>model\n", begin="<bos>", in_turn=True, strips=EVERYONE),
+                         "<start_of_turn>model\n", begin="<bos>", in_turn=True, strips=EVERYONE,
+                         known="ecd6ae513fe103f0"),
 }
-# The templates that say so, by the start of their text's SHA-256.
-KNOWN = {digest: name for name, digests in {
-    "chat-llama2": "ea2472f29dbd93c3 e8d5b5a546d3f19d",         # Llama 2 Chat, in two wordings
-    "chat-llama3": "ba03a121d097859c b48c47f644389271",         # Llama 3 Instruct, now and at first
-    "chat-llama3.1": "93c0e9aa3629bbd7 d82792f95932f1c9",       # Llama 3.1 and 3.3 Instruct; 3.2 Instruct
-    "chat-mistral": "26a59556925c9873",         # Mistral 7B Instruct 0.2, 0.3, Mixtral, as they were first
-    "chat-mistral-first": "7e995b379ec01747",   # Mistral 7B Instruct 0.1, as it was first
-    "chat-mistral-v1": "bbc58aad99454df6",      # Mistral 7B Instruct 0.1 and 0.2, Mixtral
-    "chat-mistral-v3": "cafb64e0e9e5fd25",      # Mistral 7B Instruct 0.3, Mistral Small and Large of 2024
-    "chat-zephyr": "66291cf0045c2425",          # Zephyr 7B, TinyLlama Chat
-    "chat-smollm2": "872be49dbb638044",         # SmolLM2 Instruct
-    "chat-qwen2": "793202280c0910ab 4039eed0f28b7aaa e7ef0c0550d1e3ba",     # Qwen2; Qwen2.5, the base models
-    "chat-qwen2.5": "55b2f4a26ac9ee71 4e9918361c284a93",        # Qwen2.5 Instruct
-    "chat-qwen3": "87a2728cb8dc9fe4 a55ee1b1660128b7",          # Qwen3, at first and later
-    "chat-chatml": "153280e3ff55d19d 58c1a1f04baa7ada",         # ChatML, as many finetunes have it
-    "chat-gemma": "ecd6ae513fe103f0",           # Gemma and Gemma 2, it
-}.items() for digest in digests.split()}
+KNOWN = {digest: name for name, form in CHATS.items() for digest in form.known.split()}
 
 
 def own_chat(tokenizer):

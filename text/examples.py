@@ -1,8 +1,7 @@
 """Rows of a data file to examples: prompt ids and answer ids.
 
-A row is put into words by a template, prompt and answer are encoded apart and their ids joined, so that
-where the prompt ends is a matter of ids and never of text. Training, evaluation and sampling all go through
-`encode_prompt`.
+A row is put into words by a template, and its prompt and answer are encoded apart: where the prompt ends is
+a matter of ids and never of text.
 """
 
 import math
@@ -27,19 +26,11 @@ def joined(turns, input=""):
     return "\n\n".join(text for text in [*(turn[1] for turn in turns), input] if text)
 
 
-def paper(turns, input=""):
-    return [f"Question: {joined(turns, input)}\n\nAnswer:"]
-
-
 def alpaca(turns, input=""):
     context = ", paired with an input that provides further context" if input else ""
     field = f"### Input:\n{input}\n\n" if input else ""
     return [f"Below is an instruction that describes a task{context}. Write a response that appropriately "
             f"completes the request.\n\n### Instruction:\n{joined(turns)}\n\n{field}### Response:\n"]
-
-
-def plain(turns, input=""):
-    return [joined(turns, input)]
 
 
 class Words(NamedTuple):
@@ -50,7 +41,12 @@ class Words(NamedTuple):
     thinks: bool = False
 
 
-TEMPLATES = {"paper": Words(paper, " {}".format), "alpaca": Words(alpaca), "plain": Words(plain), **CHATS}
+TEMPLATES = {
+    "paper": Words(lambda *asked: [f"Question: {joined(*asked)}\n\nAnswer:"], " {}".format),
+    "alpaca": Words(alpaca),
+    "plain": Words(lambda *asked: [joined(*asked)]),
+    **CHATS,
+}
 
 
 def template_named(template, tokenizer, otherwise):
@@ -83,10 +79,11 @@ def special_id(tokenizer, name):
 
 def stop_id(tokenizer, template):
     """The token that ends an answer under a template."""
-    end = TEMPLATES[template].end
-    if end is None and tokenizer.eos_id is None:
+    if end := TEMPLATES[template].end:
+        return special_id(tokenizer, end)
+    if tokenizer.eos_id is None:
         raise ValueError("no stop token: expected eos_token_id in the model's config.json")
-    return special_id(tokenizer, end) if end else tokenizer.eos_id
+    return tokenizer.eos_id
 
 
 def encode_prompt(tokenizer, template, turns, input="", encode=None):

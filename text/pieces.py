@@ -1,4 +1,4 @@
-"""How tokenizer.json cuts a text into pieces before BPE: normalizers, pre-tokenizers and their patterns.
+"""How tokenizer.json cuts a text into pieces before BPE, and puts tokens together again.
 
 A stretch of text has a `begin`: True where a text begins, None behind an added token, False where it
 continues an earlier text, which then gets no dummy space in front. A normalizer is a function of (text,
@@ -40,10 +40,10 @@ def functions(part, where, table):
     """What the steps of a part do, as functions."""
     made = []
     for step in steps(part, where):
-        if step["type"] not in table:
-            raise ValueError(f"its {where} {step['type']} is not supported")
-        fields, make = table[step["type"]]
-        made.append(make(**check_fields(step, f"its {step['type']}", fields, neutral=("type",))))
+        if (kind := step["type"]) not in table:
+            raise ValueError(f"its {where} {kind} is not supported")
+        fields, make = table[kind]
+        made.append(make(**check_fields(step, f"its {kind}", fields, neutral=("type",))))
     return made
 
 
@@ -64,43 +64,39 @@ def characters(escape):
 @lru_cache
 def ranges(escape):
     """The characters of a class as ranges, to stand within [ ]."""
+    escape = {"[:space:]": r"\s", "[:digit:]": r"\d"}.get(escape, escape)
     codes = np.frombuffer(characters(escape).encode("utf-32-le"), "<u4").astype(int)
     last = np.flatnonzero(np.diff(codes, append=-2) != 1)
     first = np.concatenate([[0], last[:-1] + 1])
     return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(codes[first], codes[last]))
 
 
+CLASS = r"(?:\\[pP]\{\^?\w+\}|\\[sSdD]|(?!\A)\[:(?:space|digit):\])"
+# What Python reads in a regular expression as Oniguruma does, once classes are spelt out: part by part.
+READ = re.compile("|".join([
+    rf"\[(?!\^?\])\^?(?:{CLASS}(?!-)|(?!&&|-{CLASS})(?:\\[nrtfv\W_]|[^\[\]\\]))+\]",        # a set
+    CLASS, r"\A\\A", r"\\[nrtfv\W_]", r"[^\\\[({^$]", r"\{(?!\d*,?\d*\}[?+])",   # \A: at first
+    r"\((?!\?)", r"\(\?(?:[:>=!]|<[=!])", r"\(\?i:(?![^)]*s[st])['|\[\]sdmtlvre]*\)"]))       # groups
+
+
 @lru_cache
 def regular(pattern):
     """A regular expression of Oniguruma's, in Python's words and compiled; ValueError where Python would
     read it otherwise, or where it may fit between two characters."""
-    out = bare = before = ""            # bare: without what only looks ahead or behind
-    inside, looks = False, []           # within [ ]; for each open group, whether it looks
-    parts = r"\\[pP]\{\^?\w+\}|\\.|\[:\w+:\]|\(\?i:[^)]*\)|\(\?<?.|\{\d*,?\d*\}[?+]|."
-    for part in re.findall(parts, pattern, re.S):
-        said = part = {"[:space:]": r"\s", "[:digit:]": r"\d"}.get(part, part) if inside else part
-        if re.match(r"\\[pPsSdD]", part):
-            odd = inside and before == "-"
-            said = ranges(part) if inside else f"[{ranges(part)}]"
-        elif part[0] == "\\":
-            odd = part[1].isalnum() and part[1] not in "nrtfv" and (part[1] != "A" or inside or out)
-        elif inside:
-            odd = part[0] == "[" or part == before == "&" or part == "]" and before in ("[", "^[") \
-                or part == "-" and re.match(r"\\[pPsSdD]", before)
-        elif part[0] == "(":
-            contraction = re.fullmatch(r"\(\?i:['|\[\]sdmtlvre]*\)", part) and not re.search("s[st]", part)
-            odd = part not in ("(", "(?:", "(?>", "(?=", "(?!", "(?<=", "(?<!") and not contraction
-            looks += [] if contraction else [part[-1] in "=!"]
-        else:
-            odd = part in ("^", "$") or part[0] == "{" and len(part) > 1
-        if odd:
-            raise ValueError(f"its pattern {pattern!r} has {part!r}, which is read otherwise here")
+    out = bare = ""                     # bare: without what only looks ahead or behind
+    looks, at = [], 0                   # for each open group, whether it looks
+    while at < len(pattern):
+        if not (match := READ.match(pattern, at)):
+            raise ValueError(f"its pattern {pattern!r} has {pattern[at:]!r:.20}, which is read otherwise here")
+        part, at = match[0], match.end()
+        said = re.sub(rf"(?s)({CLASS})|\\.", lambda of: ranges(of[1]) if of[1] else of[0], part)
+        said = f"[{said}]" if re.fullmatch(CLASS, part) else said
+        if part[0] == "(" and part[-1] != ")":
+            looks.append(part[-1] in "=!")
         bare += "" if any(looks) else said
-        if part == ")" and not inside and looks:
+        if part == ")" and looks:
             looks.pop()
         out += said
-        before = "^[" if part == "^" and before == "[" else part
-        inside = part != "]" if inside else part == "["
     try:
         found, empty = re.compile(out), re.compile(bare).fullmatch("")
     except (re.error, OverflowError) as problem:
@@ -112,10 +108,10 @@ def regular(pattern):
 
 def pattern_of(part):
     """A step's own pattern, {"String": ...} or {"Regex": ...}, compiled."""
-    kind, said = next(iter(part.items()), (None, None))
-    if len(part) != 1 or kind not in ("String", "Regex") or not isinstance(said, str) or not said:
+    fields = check_fields(part, "its pattern", {"String": (str, ""), "Regex": (str, "")})
+    if len(part) != 1 or not any(fields.values()):
         raise ValueError(f"its pattern {part!r:.60} is not supported")
-    return regular(said) if kind == "Regex" else re.compile(re.escape(said))
+    return regular(fields["Regex"]) if fields["Regex"] else re.compile(re.escape(fields["String"]))
 
 
 def normalizer(part):
@@ -244,14 +240,9 @@ def byte_fallback(tokens):
     return out
 
 
-def replacing_in_each(pattern, content):
-    replace = replacing(pattern, content)
-    return lambda tokens: [replace(token, True) for token in tokens]
-
-
-def stripping(content, start, stop):
-    at_start = re.compile(f"^{re.escape(content)}{{0,{start}}}")
-    return lambda tokens: [at_start.sub("", token) for token in tokens]
+def in_each(pattern, content):
+    """A pattern replaced in each token."""
+    return lambda tokens: [pattern.sub(lambda match: content, token) for token in tokens]
 
 
 def from_metaspace(replacement, prepend_scheme, **fields):
@@ -264,7 +255,8 @@ DECODERS = {
     "ByteLevel": (BYTE_LEVEL, lambda **fields: from_byte_level),
     "ByteFallback": ({}, lambda: byte_fallback),
     "Fuse": ({}, lambda: lambda tokens: ["".join(tokens)]),
-    "Replace": (REPLACE, replacing_in_each),
-    "Strip": ({"content": TEXT, "start": (int, ...), "stop": (0, ...)}, stripping),
+    "Replace": (REPLACE, lambda pattern, content: in_each(pattern_of(pattern), content)),
+    "Strip": ({"content": TEXT, "start": (int, ...), "stop": (0, ...)}, lambda content, start, stop: in_each(
+        re.compile(f"^{re.escape(content)}{{0,{start}}}"), "")),
     "Metaspace": (METASPACE, from_metaspace),
 }

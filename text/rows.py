@@ -1,13 +1,7 @@
 """Data files to rows, dicts in the forms that text/turns.py knows.
 
 Any file of such rows is read as it stands. The paper's datasets are read as they are published: a reader of
-TASKS turns each row into
-
-    {"prompt": ..., "choices": [...], "answer": 1}      multiple choice, the right one by its index
-    {"prompt": ..., "completion": ...}                  free text
-
-where the prompt has the words that the paper puts around the task's question and choices. The template
-"paper" adds the rest: "Question: " before and "\n\nAnswer:" behind.
+TASKS puts the paper's words around a row's question and choices. (The template "paper" adds the rest.)
 """
 
 import csv
@@ -39,24 +33,23 @@ def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
     return with_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
 
 
+def numbered(question, choices, answer, mark=""):
+    """The choices' numbers are the answers."""
+    numbers = [f"({i})" for i in range(len(choices))]
+    listed = "".join(f"\n{number}{mark} {choice}" for number, choice in zip(numbers, choices))
+    return {"prompt": f"{question}{listed}", "choices": numbers, "answer": answer}
+
+
 def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-labels.lst beside dev.jsonl,
                             # or, in other releases, "correct": "A"
-    listed = "\n".join(f"({i}) {row['answer' + letter]}" for i, letter in enumerate("ABC"))
     question = f"Given the context, answer correctly the question.\nContext: {row['context']}\n" \
-               f"Question: {row['question']}\n\nChoices:\n{listed}"
+               f"Question: {row['question']}\n\nChoices:"
     answer = "ABC".index(row["correct"]) if "correct" in row else int(row["label"]) - 1
-    return {"prompt": question, "choices": ["(0)", "(1)", "(2)"], "answer": answer}
+    return numbered(question, [row[f"answer{letter}"] for letter in "ABC"], answer)
 
 
 def mmlu(row):              # question, choices, answer, subject; in the CSV files the answer is a letter
-    listed = "\n".join(f"({i}). {choice}" for i, choice in enumerate(row["choices"]))
-    numbers = [f"({i})" for i in range(len(row["choices"]))]
-    prompt = f"{row['question']}\n{listed}"
-    return {"prompt": prompt, "choices": numbers, "answer": row["answer"], "subject": row.get("subject")}
-
-
-def gsm8k(row):
-    return {"prompt": row["question"], "completion": row["answer"]}
+    return numbered(row["question"], row["choices"], row["answer"], ".") | {"subject": row.get("subject")}
 
 
 def ultrafeedback(row):     # up to four models' completions, and what GPT-4 wrote is learned: many rows have
@@ -65,17 +58,19 @@ def ultrafeedback(row):     # up to four models' completions, and what GPT-4 wro
 
 
 TASKS = {"rows": lambda row: row, "piqa": piqa, "arc": lettered, "csqa": lettered, "siqa": siqa,
-         "mmlu": mmlu, "gsm8k": gsm8k, "ultrafeedback": ultrafeedback}
+         "mmlu": mmlu, "gsm8k": lambda row: {"prompt": row["question"], "completion": row["answer"]},
+         "ultrafeedback": ultrafeedback}
 
 
 def read_rows(path, task="rows"):
     """The rows of a file, one by one, as (place, dict): its line or item, and the row as the task's reader
     makes it. ValueError names the place of one that is malformed."""
     path = Path(path)
-    if path.suffix == ".csv" and task != "mmlu":
+    in_csv = path.suffix == ".csv"
+    if in_csv and task != "mmlu":
         raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
     try:
-        for place, row in zip_labels(path, csv_rows(path) if path.suffix == ".csv" else json_rows(path)):
+        for place, row in zip_labels(path, csv_rows(path) if in_csv else json_rows(path)):
             try:
                 if task != "rows" and not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -92,6 +87,8 @@ def read_rows(path, task="rows"):
             yield place, row
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: expected JSON Lines or a JSON list") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: not CSV: {error}") from None
 
 
 def json_rows(path):
@@ -108,19 +105,14 @@ def json_rows(path):
                     begun = True
                     yield f"line {n}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: {error}"
-                                 ) from None
+                raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: {error}") from None
 
 
 def csv_rows(path):
     """MMLU's, SUBJECT_test.csv: a question, its four choices and the right one's letter; no titles."""
     subject = re.sub("_(test|val|dev)$", "", path.stem)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            rows = [fields for fields in csv.reader(file) if fields]
-        except csv.Error as error:
-            raise ValueError(f"{path}: not CSV: {error}") from None
-        for n, fields in enumerate(rows, 1):
+        for n, fields in enumerate(filter(None, csv.reader(file)), 1):
             if len(fields) != 6 or fields[5] not in list("ABCD"):
                 raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter A to D")
             yield f"row {n}", {"question": fields[0], "choices": fields[1:5],
@@ -137,4 +129,4 @@ def zip_labels(path, rows):
     if len(lines) != len(rows):
         raise ValueError(f"{labels} has {len(lines)} labels for the {len(rows)} rows of {path.name}")
     for (place, row), label in zip(rows, lines):
-        yield place, {**row, "label": label} if isinstance(row, dict) else row
+        yield place, row | {"label": label} if isinstance(row, dict) else row

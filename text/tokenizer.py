@@ -1,15 +1,12 @@
-"""Text to token ids and back, from the files that come with public checkpoints: tokenizer.json of
-the model BPE, byte-level (Llama 3, SmolLM2, Qwen2, Phi-2) or of characters (Llama 2, TinyLlama, Mistral,
-Gemma), and tokenizer.model in tiktoken's format, base64 bytes and a rank a line (Llama 3).
+"""Text to token ids and back, from the files that come with public checkpoints: tokenizer.json of the model
+BPE, byte-level or of characters, and Llama 3's tokenizer.model, in tiktoken's format.
 
 A tokenizer.json is read as the tokenizers library reads it, or refused: this file and text/pieces.py name
-every field at every level that is understood, and any other is an error. Whatever is in a user's text stays
-text: a special token such as </s> is never made from a string.
+every field at every level. Whatever is in a user's text stays text: a string never makes a special token.
 """
 
 import base64
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +15,9 @@ from text.pieces import BYTE_LEVEL, LLAMA3_PATTERN, characters, decoder, functio
 from text.pieces import pre_tokenizer, steps
 from text.words import check_fields, check_kind, fits, read_json
 
-LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>",
-                  *(f"<|reserved_special_token_{i}|>" for i in range(4)), "<|start_header_id|>",
-                  "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>",
-                  *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)))
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
+                  "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
 
 
 class Added(NamedTuple):
@@ -41,17 +37,15 @@ class Cutter:
     def __init__(self, tokens, normalize=str):
         self.tokens = {normalize(t.content): t for t in tokens if t.content}
         longest_first = sorted(self.tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def __call__(self, text):
         """The pieces of a text: stretches (str) and tokens (Added), in turn."""
-        if not any(not t.special for t in self.tokens.values()):
-            return [text] if text else []
         pieces, at = [], 0
         for match in self.pattern.finditer(text):
             token, (start, end) = self.tokens[match.group()], match.span()
-            beside = {*text[max(0, start - 1):start], *text[end:end + 1]}
-            if token.special or token.single_word and beside & word_characters():
+            beside = text[max(0, start - 1):start] + text[end:end + 1]
+            if token.special or token.single_word and any(c in characters(r"\w") for c in beside):
                 continue
             if token.lstrip:
                 start = max(at, len(text[:start].rstrip(characters(r"\s"))))
@@ -64,18 +58,11 @@ class Cutter:
         return pieces + [text[at:]] if at < len(text) else pieces
 
 
-@lru_cache
-def word_characters():
-    return frozenset(characters(r"\w"))
-
-
 class Tokenizer:
-    """`encode` and `decode`, the special tokens by name, and those that matter: bos_id, which begins a text
-    (None if this model has none), and stop_ids, any of which ends an answer; eos_id is the one to train on
-    (None if unknown). `chat` is the model's chat template with its bos_token and eos_token, or None.
-
-    It is made of what a tokenizer file says: a vocabulary, token -> id, the tokens Added to it, the token
-    that the file itself puts in front of a text, and functions of text/pieces.py."""
+    """What a tokenizer file says: a vocabulary, token -> id, the tokens Added to it, functions of
+    text/pieces.py, and bos_id, which begins a text (None: nothing does). Any of stop_ids ends an answer;
+    eos_id is the one to train on (None if unknown). `chat` is the model's chat template with its bos_token
+    and eos_token, or None."""
 
     def __init__(self, vocab, added, bpe, normalize, cut, join, bos_id=None):
         self.vocab, self.all_added, self.bpe, self.bos_id = vocab, added, bpe, bos_id
@@ -102,16 +89,10 @@ class Tokenizer:
         SentencePiece's dummy prefix, a space before the first word, is not put in front."""
         ids, at = [], begin
         for piece in self.cut_raw(text):
-            if isinstance(piece, Added):
-                ids.append(piece.id)
-            else:
-                for part in self.cut_normalized(self.normalize(piece, at)):
-                    if isinstance(part, Added):
-                        ids.append(part.id)
-                    else:
-                        ids += self.bpe.encode(self.cut(part, at))
-                    at = None
-            at = None
+            whole = isinstance(piece, Added)
+            for part in [piece] if whole else self.cut_normalized(self.normalize(piece, at)):
+                ids += [part.id] if isinstance(part, Added) else self.bpe.encode(self.cut(part, at))
+                at = None
         return ids
 
     def decode(self, ids):
@@ -126,7 +107,8 @@ class Tokenizer:
         file = next((f for f in files if f.is_file()), None)
         if file is None:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
-        config = read_json(file.parent / "tokenizer_config.json", absent={})
+        config, generation, model = (read_json(file.parent / f"{name}config.json", absent={})
+                                     for name in ("tokenizer_", "generation_", ""))
         try:
             tokenizer = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
@@ -140,12 +122,10 @@ class Tokenizer:
                              f"{eos!r:.60}, expected tokens of {file.name}")
         if tokenizer.bos_id is None and config.get("add_bos_token"):
             tokenizer.bos_id = ids.get(bos)
-        stop = read_json(file.parent / "generation_config.json", absent={}).get("eos_token_id")
-        if stop is None:
-            stop = read_json(file.parent / "config.json", absent={}).get("eos_token_id")
-        stop = [stop] if isinstance(stop, int) else stop or []
-        if not (isinstance(stop, list) and all(type(i) is int and i >= 0 for i in stop)):
-            raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected an id or a list of ids")
+        stop = [c["eos_token_id"] for c in (generation, model) if c.get("eos_token_id") is not None][:1]
+        stop = stop[0] if stop and isinstance(stop[0], list) else stop
+        if not all(map(is_id, stop)):
+            raise ValueError(f"{file.parent}: eos_token_id is {stop!r:.60}, expected ids")
         tokenizer.eos_id = ids[eos] if eos else stop[0] if stop else \
             ids.get("<|end_of_text|>", ids.get("</s>"))
         tokenizer.stop_ids = frozenset({tokenizer.eos_id, *stop} - {None})
@@ -154,7 +134,12 @@ class Tokenizer:
         return tokenizer
 
 
-ADDED = dict.fromkeys(Added._fields, (bool, False)) | {"content": (str, ...), "id": (int, ...)}
+def is_id(value):
+    """a whole number"""
+    return type(value) is int and value >= 0
+
+
+ADDED = dict.fromkeys(Added._fields, (bool, False)) | {"content": (str, ...), "id": (is_id, ...)}
 
 
 def read_added(token):
@@ -162,13 +147,13 @@ def read_added(token):
     return Added(**check_fields(token, "its added token", ADDED))
 
 
-def later_added(config, known):
+def later_added(config, known=()):
     """The tokens that tokenizer_config.json adds to the `known` ones."""
-    listed = config.get("added_tokens_decoder") or {}
-    whole = isinstance(listed, dict) and all(i.isdecimal() and isinstance(listed[i], dict) for i in listed)
-    if not whole:
-        raise ValueError("the added_tokens_decoder of tokenizer_config.json is not an object of tokens")
-    tokens = [read_added(t | {"id": int(i)}) for i, t in listed.items()]
+    try:
+        listed = (config.get("added_tokens_decoder") or {}).items()
+        tokens = [read_added(t | {"id": int(i) if i.isdecimal() else i}) for i, t in listed]
+    except (TypeError, AttributeError):
+        raise ValueError("its added_tokens_decoder is not an object of tokens") from None
     return [t for t in tokens if t.content not in known]
 
 
@@ -179,23 +164,22 @@ def read_chat(folder, config):
     if file.is_file():
         return file.read_text(encoding="utf-8", errors="replace")       # and so is none that is known
     if isinstance(chat, list):
-        named = (t.get("template") for t in chat if isinstance(t, dict) and t.get("name") == "default")
-        chat = next(named, None)
+        named = [t.get("template") for t in chat if isinstance(t, dict) and t.get("name") == "default"]
+        chat = named[0] if named else None
     return chat if isinstance(chat, str) else None
 
 
 def read_tiktoken(file, config):
-    """A tokenizer.model of tiktoken's format, with Llama 3's pattern: any two tokens that make one are
-    merged, by the rank of what they make. The special tokens come from tokenizer_config.json, or are Llama
-    3's, which follow the last rank."""
-    vocab, lines = {}, file.read_bytes().splitlines()
-    check_kind("it", b"\n".join(lines[:1]))
-    for line in lines:
-        if not re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line):
-            raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the "
-                             "tokenizer.json that is published beside it")
-        token, rank = line.split()
-        vocab["".join(LETTERS[b] for b in base64.b64decode(token))] = int(rank)
+    """A tokenizer.model of tiktoken's format, base64 bytes and a rank a line, with Llama 3's pattern: any two
+    tokens that make one are merged, by the rank of what they make. The special tokens come from
+    tokenizer_config.json, or are Llama 3's, which follow the last rank."""
+    data = file.read_bytes()
+    check_kind("it", data)
+    if not all(re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line) for line in data.splitlines()):
+        raise ValueError("it is not in tiktoken's format (a SentencePiece protobuf?): expected the "
+                         "tokenizer.json that is published beside it")
+    lines = [line.split() for line in data.splitlines()]
+    vocab = {"".join(LETTERS[b] for b in base64.b64decode(token)): int(rank) for token, rank in lines}
     if not len(vocab) == len(lines) == len(set(vocab.values())) or not BYTES.keys() <= vocab.keys():
         raise ValueError("it has a token or a rank twice, or lacks a byte")
     halves = ((token[:i], token[i:]) for token in vocab for i in range(1, len(token)))
@@ -203,8 +187,8 @@ def read_tiktoken(file, config):
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     llama3 = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
     cut = pre_tokenizer({"type": "Sequence", "pretokenizers": [llama3, byte_level]})
-    added = [t._replace(special=True) for t in later_added(config, ())]
-    added = added or [Added(name, len(lines) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
+    added = [t._replace(special=True) for t in later_added(config)] or \
+        [Added(name, len(lines) + i, True) for i, name in enumerate(LLAMA3_SPECIAL)]
     bos = {t.content: t.id for t in added}.get("<|begin_of_text|>")
     bpe = BPE(vocab, ranks, whole=vocab)
     return Tokenizer(vocab, added, bpe, normalizer(None), cut, decoder(byte_level), bos)
@@ -228,7 +212,7 @@ def read_tokenizer_json(file, config):
         raise ValueError(f"it is of kind {kind!r:.60}: expected byte-level or SentencePiece BPE")
     model = check_fields(top["model"], "its model", MODEL, neutral=("type",))
     vocab, unk = model["vocab"], model["unk_token"]
-    if not all(type(i) is int and i >= 0 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
+    if not all(map(is_id, vocab.values())) or len({*vocab.values()}) < len(vocab):
         raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
     ranks = {pair: rank for rank, pair in enumerate(read_merges(model["merges"], vocab))}
     added = read_all_added(top["added_tokens"], vocab)
@@ -237,17 +221,15 @@ def read_tokenizer_json(file, config):
     if unk not in (None, *vocab):
         raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
     before, pre = top["normalizer"], top["pre_tokenizer"]
-    if any(p["type"] == "Replace" for p in steps(before, "normalizer")) and \
-            any(p.get("prepend_scheme") == "first" for p in steps(pre, "pre_tokenizer")):
+    if "Replace" in [step["type"] for step in steps(before, "normalizer")] and \
+            "first" in [step.get("prepend_scheme") for step in steps(pre, "pre_tokenizer")]:
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
     bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
-    ids = [*vocab.values(), *(t.id for t in added)]
     bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
-    if len(bos) > 1 or any(type(i) is not int or i not in ids for i in bos):
+    if len(bos) > 1 or not all(is_id(i) and i in [*vocab.values(), *(t.id for t in added)] for i in bos):
         raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
-    added += later_added(config, vocab.keys() | names)
     made = normalizer(before), pre_tokenizer(pre), decoder(top["decoder"])
-    return Tokenizer(vocab, added, bpe, *made, *bos)
+    return Tokenizer(vocab, added + later_added(config, vocab.keys() | names), bpe, *made, *bos)
 
 
 def read_merges(merges, vocab):
@@ -263,22 +245,21 @@ def read_merges(merges, vocab):
 def read_all_added(listed, vocab):
     """The entries of added_tokens. The tokenizers library does not look at their ids, but gives each its own
     in the vocabulary, or the next free one: ValueError where that is another."""
-    added, ids, free = [], {*vocab.values()}, len(vocab)
+    added, names, ids, free = [], {""}, {*vocab.values()}, len(vocab)
     for token in map(read_added, listed):
-        new = token.content not in vocab
-        expected = free if new else vocab[token.content]
-        twice = token.content in ("", *(t.content for t in added)) or new and token.id in ids
+        expected = vocab.get(token.content, free)
+        twice = token.content in names or token.content not in vocab and token.id in ids
         if token.id != expected or twice:
-            raise ValueError(f"its added token {token.content!r} has the id {token.id}, and would get "
-                             f"{expected}")
-        free += new
+            raise ValueError(f"its added token {token.content!r} is there twice, or has the id {token.id}, "
+                             f"and would get {expected}")
+        free += token.content not in vocab
+        names.add(token.content)
         added.append(token)
     return added
 
 
 def before_text(single, special_tokens, pair):
-    """The ids that are put in front of a text. (An end token that is put behind one is put behind an answer
-    by `examples.encode_answer`.)"""
+    """The ids that are put in front of a text. (`examples.encode_answer` puts an end token behind one.)"""
     try:
         here = [special_tokens[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
                 piece["Sequence"]["id"] for piece in single]

@@ -1,14 +1,13 @@
 """What a row of a data file says: who says what, and which answers are learned.
 
-Every key of a row, of a message and of a part of a text stands on one of the lists below: it is read, or it
-is neutral, as it says where a row is from and not what is in it. Any other turns the row away, unless it is
-an empty text: what it asks for (tools, images, preferences) is not done here. Null, an empty list and an
-empty object are absent.
+Every key of a row, of a message and of a part of a text is read, or is neutral: it says where a row is from.
+Any other turns the row away, unless it is an empty text: what it asks for (tools, images) is not done here.
+Null, an empty list and an empty object are absent.
 """
 
 from typing import NamedTuple
 
-from text.words import fits, listed
+from text.words import TYPES, fits, listed
 
 KEYS = {                # of a row; those of a line say the same
     "turns": ("messages", "conversations"),
@@ -32,7 +31,7 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}        # its names; its message
 
 
 class Unusable(ValueError):
-    """A row that is of none of the known forms, or says nothing to learn, or what is not supported."""
+    """A row of none of the known forms, or that says nothing to learn, or what is not supported."""
 
 
 class Turn(NamedTuple):
@@ -52,15 +51,15 @@ class Row(NamedTuple):
 
 def parse_row(row):
     """A row of any form as a Row; or Unusable."""
-    row = present(row, "expected an object, got {}")
+    row = present("a row", row)
     columns = {name: one_of(row, keys) for name, keys in KEYS.items()}
-    said = lambda name: text_of(columns[name], row.get(columns[name], ""))
+    said = lambda name: of_type(str, repr(columns[name]), row.get(columns[name], ""))
     prompt, answer = columns["prompt"], columns["answer"]
     read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text says all once more
     if columns["turns"]:
-        turns = read_turns(columns["turns"], row)
-        parsed, texts = Row(turns), [turn.text for turn in turns]
-        read |= {key for key in (prompt, answer) if row.get(key) in texts}          # so are these
+        parsed = Row(read_turns(columns["turns"], row))
+        texts = [turn.text for turn in parsed.turns]
+        read |= {key for key in (prompt, answer) if row.get(key) in texts}          # so do these
     elif isinstance(row.get(prompt), list):             # TRL's prompt and completion
         asked = read_turns(prompt, row)
         parsed = Row(asked + read_turns(answer, row), len(asked))
@@ -77,12 +76,12 @@ def parse_row(row):
     refuse_others(row, read, "row")
     if not is_learned(row):
         raise Unusable("weight 0, or train false")
-    if said("system"):
-        if any(turn.role == "system" for turn in parsed.turns):
-            raise Unusable(f"{columns['system']!r} beside a system's turn")
-        turns = [Turn("system", said("system")), *parsed.turns]
-        parsed = parsed._replace(turns=turns, start=parsed.start and parsed.start + 1)
-    return parsed
+    if not said("system"):
+        return parsed
+    if any(turn.role == "system" for turn in parsed.turns):
+        raise Unusable(f"{columns['system']!r} beside a system's turn")
+    turns = [Turn("system", said("system")), *parsed.turns]
+    return parsed._replace(turns=turns, start=parsed.start and parsed.start + 1)
 
 
 def learned_answers(row):
@@ -93,11 +92,15 @@ def learned_answers(row):
     raise Unusable("no answer" if not found else "no answer that is learned: weight 0, or train false")
 
 
-def present(part, otherwise):
+def of_type(kind, what, value):
+    if not isinstance(value, kind):
+        raise Unusable(f"{what} is {type(value).__name__}, expected {TYPES[kind]}")
+    return value
+
+
+def present(what, part):
     """What an object has, without what stands for nothing: datasets that were joined are full of it."""
-    if not isinstance(part, dict):
-        raise Unusable(otherwise.format(type(part).__name__))
-    return {key: value for key, value in part.items() if value not in (None, [], {})}
+    return {key: value for key, value in of_type(dict, what, part).items() if value not in (None, [], {})}
 
 
 def one_of(row, keys):
@@ -122,47 +125,39 @@ def is_learned(part):
     return bool(weight and train)
 
 
-def text_of(key, value):
-    if not isinstance(value, str):
-        raise Unusable(f"{key!r} is {type(value).__name__}, expected text")
-    return value
-
-
 def read_turns(key, row):
     """A list of messages as turns."""
-    if not isinstance(row.get(key, []), list):
-        raise Unusable(f"{key!r} is {type(row[key]).__name__}, expected a list of messages")
-    return [read_message(message) for message in row.get(key, [])]
+    return [read_message(message) for message in of_type(list, repr(key), row.get(key, []))]
 
 
 def read_message(message):
-    message = present(message, "a message is {}, expected an object")
+    message = present("a message", message)
     who, what = ("from", "value") if "from" in message else ("role", "content")
     refuse_others(message, {who, what, "reasoning_content", *LEARNED}, "message")
-    role, text = text_of(who, message.get(who)), message.get(what)
+    role, text = of_type(str, repr(who), message.get(who)), message.get(what)
     role = SHAREGPT.get(role, role) if who == "from" else role
-    text = "".join(map(read_part, text)) if isinstance(text, list) else text_of(what, text)
+    parts = map(read_part, text) if isinstance(text, list) else of_type(str, repr(what), text)
     thoughts = message.get("reasoning_content")
     if role not in ("system", "user", "assistant"):
         raise Unusable(f"a turn of {role!r:.40}: expected system, user and assistant")
     if thoughts is not None and (role != "assistant" or not isinstance(thoughts, str)):
         raise Unusable("a reasoning_content that is no text of an answer's")
-    return Turn(role, text, thoughts, is_learned(message))
+    return Turn(role, "".join(parts), thoughts, is_learned(message))
 
 
 def read_part(part):
     """The text of one part of a text."""
-    part = present(part, "a part of a text is {}, expected an object")
-    if not part.keys() <= {"type", "text"} or part.get("type", "text") != "text":
+    part = present("a part of a text", part)
+    if part.keys() - {"type", "text"} or part.get("type", "text") != "text":
         raise Unusable("a part of a text that is not text")
-    return text_of("text", part.get("text"))
+    return of_type(str, "'text'", part.get("text"))
 
 
 def read_choices(key, row):
     """The choices of a row, and the index of the right one, which is given as such or as its text."""
-    choices, answer = row["choices"], row.get(key)
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
-        raise Unusable("'choices' is not a list of texts")
+    choices, answer = of_type(list, "'choices'", row["choices"]), row.get(key)
+    for choice in choices:
+        of_type(str, "a choice", choice)
     right = choices.index(answer) if answer in choices else answer
     if type(right) is not int or not 0 <= right < len(choices):
         raise Unusable(f"{key or 'answer'!r} is {answer!r:.60}: expected one of its {len(choices)} choices, "

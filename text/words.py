@@ -4,10 +4,8 @@ import json
 import shlex
 
 OTHER_FILES = {         # by what they begin with
-    b"PAR1": "a parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "compressed by gzip", b"BZh": "compressed by bzip2", b"\xfd7zXZ": "compressed by xz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd", b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text",
-    b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for",
+    b"PAR1": "a parquet file", b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "compressed by gzip",
+    b"\xff\xfe": "UTF-16 text", b"version https://git-lfs": "a Git LFS pointer, not the file that it is for",
 }
 
 TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
@@ -16,9 +14,8 @@ TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 def check_kind(path, begins):
     """ValueError for a file that begins with these bytes, if it is of another kind than text."""
-    for magic, kind in OTHER_FILES.items():
-        if begins.startswith(magic):
-            raise ValueError(f"{path} is {kind}")
+    if kinds := [kind for magic, kind in OTHER_FILES.items() if begins.startswith(magic)]:
+        raise ValueError(f"{path} is {kinds[0]}")
 
 
 def read_json(path, *needs, kind=dict, absent=None):
@@ -28,15 +25,13 @@ def read_json(path, *needs, kind=dict, absent=None):
         return absent
     if not path.exists():
         raise ValueError(f"{path.parent} has no {path.name}")
-    data = path.read_bytes()
-    check_kind(path, data)
+    check_kind(path, path.read_bytes())
     try:
-        value = json.loads(data.decode())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
-        expected = "object" if kind is dict else "list"
-        raise ValueError(f"{path} is not what it should be: expected a JSON {expected}")
+        raise ValueError(f"{path} is not what it should be: expected {TYPES[kind]}")
     if lacking := [k for k in needs if value.get(k) is None]:
         raise ValueError(f"{path} lacks {', '.join(lacking)}")
     return value
