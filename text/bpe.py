@@ -19,9 +19,8 @@ def to_letters(text):
 
 class BPE:
     """In each piece, of the pairs of tokens that have one of the `ranks` that of the lowest is merged first,
-    from the left. What the vocabulary lacks becomes the tokens of its bytes, <0x00> to <0xFF>, with
-    `byte_fallback` and if these are there, else `unk`, else nothing. `whole`: pieces that are tokens
-    whatever the ranks say."""
+    from the left. What the vocabulary lacks becomes, with `byte_fallback`, the tokens of its bytes, <0x00>
+    to <0xFF>, else `unk`, else nothing. `whole`: pieces that are tokens whatever the ranks say."""
 
     def __init__(self, vocab, ranks, unk=None, fuse_unk=False, byte_fallback=False, whole=()):
         self.vocab, self.unk, self.fuse_unk, self.byte_fallback = vocab, unk, fuse_unk, byte_fallback

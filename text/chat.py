@@ -41,15 +41,13 @@ class Markup(NamedTuple):
 
     @property
     def end(self):
-        """The control token that ends an answer."""
-        return CONTROLS.search(self.answer)[0]
+        """The control token that ends an answer; of words alone, none does."""
+        return "".join(CONTROLS.findall(self.answer)[:1])
 
     def prompt(self, turns):
-        """The pieces, texts and Controls, of a prompt of turns (role, text, thoughts); the last asks."""
+        """The pieces, texts and Controls, of a prompt of turns (role, text); the last asks."""
         if self.thinks and re.fullmatch("(?s)<tool_response>.*</tool_response>", turns[-1][1]):
             raise Unusable("the answer of a tool, which is not supported")
-        turns = [(role, self.words(text, *more[:1]) if role == "assistant" else text)
-                 for role, text, *more in turns]
         own = turns[0][0] == "system"
         roles = [role for role, _ in turns[own:]]
         alternate = roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
@@ -71,24 +69,22 @@ class Markup(NamedTuple):
 
     def said(self, text, thoughts=None):
         """What stands before the end token of an answer."""
+        thoughts, text = self.thoughts_and_words(text, thoughts)
         text = text.strip() if "assistant" in self.strips else text
         if self.thinks:
-            thoughts, text = thoughts_and_words(text, thoughts)
             text = "<think>\n{}\n</think>\n\n{}".format(thoughts.strip("\n"), text.lstrip("\n"))
-        before, after = self.answer.split(self.end)[0].split("{}")
+        before, after = CONTROLS.split(self.answer)[0].split("{}")
         return before + text + after
 
-    def words(self, text, thoughts=None):
-        """An answer without its thoughts, where there is a place for them."""
-        return thoughts_and_words(text, thoughts)[1] if self.thinks else text
-
-
-def thoughts_and_words(text, thoughts=None):
-    """An answer's thoughts, where they do not come apart from its text, and its words."""
-    if thoughts is not None or "</think>" not in text:
-        return thoughts or "", text
-    before, *_, words = text.split("</think>")
-    return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), words.lstrip("\n")
+    def thoughts_and_words(self, text, thoughts=None):
+        """An answer's thoughts, where there is a place for them and they do not come apart from its text, and
+        its words."""
+        if thoughts and not self.thinks:
+            raise Unusable("'reasoning_content', for which the template has no place")
+        if not self.thinks or thoughts is not None or "</think>" not in text:
+            return thoughts or "", text
+        before, *_, words = text.split("</think>")
+        return before.rstrip("\n").split("<think>")[-1].lstrip("\n"), words.lstrip("\n")
 
 
 @lru_cache
@@ -144,8 +140,8 @@ def own_chat(tokenizer):
     text, bos, eos = tokenizer.chat
     name = KNOWN.get(hashlib.sha256(text.removesuffix("\n").encode()).hexdigest()[:16])
     if name is None:
-        raise ValueError(f"the model's chat template, {text!r:.60}..., is not one of "
-                         f"{listed([*CHATS], ', ')}")
+        names = listed([*CHATS], ", ")
+        raise ValueError(f"the model's chat template, {text!r:.60}..., is not one of {names}")
     pieces = [*CHATS[name].prompt([("user", "")]), Control(CHATS[name].end)]
     for token, kind, own in ((pieces[0], "bos", bos), (pieces[-1], "eos", eos)):
         if token in ("<s>", "</s>", "<bos>", "<|begin_of_text|>") and token != own:
@@ -163,4 +159,4 @@ def is_control(piece, tokenizer):
 
 def words_of(template, said):
     """What an answer says, without the thoughts that a template has a place for."""
-    return CHATS[template].words(said) if template in CHATS else said
+    return CHATS[template].thoughts_and_words(said)[1] if template in CHATS else said

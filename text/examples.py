@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
-from text.chat import CHATS, is_control, own_chat
+from text.chat import CHATS, Markup, is_control, own_chat
 from text.rows import read_rows
 from text.turns import Unusable, learned_answers, parse_row
 from text.words import listed
@@ -26,27 +26,11 @@ def joined(turns, input=""):
     return "\n\n".join(text for text in [*(turn[1] for turn in turns), input] if text)
 
 
-def alpaca(turns, input=""):
-    context = ", paired with an input that provides further context" if input else ""
-    field = f"### Input:\n{input}\n\n" if input else ""
-    return [f"Below is an instruction that describes a task{context}. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{joined(turns)}\n\n{field}### Response:\n"]
-
-
-class Words(NamedTuple):
-    """A template of words alone: see chat.Markup."""
-    prompt: object
-    said: object = str
-    end: str | None = None      # the tokenizer's own
-    thinks: bool = False
-
-
-TEMPLATES = {
-    "paper": Words(lambda *asked: [f"Question: {joined(*asked)}\n\nAnswer:"], " {}".format),
-    "alpaca": Words(alpaca),
-    "plain": Words(lambda *asked: [joined(*asked)]),
-    **CHATS,
-}
+ALPACA = Markup("Below is an instruction that describes a task. Write a response that appropriately completes "
+                "the request.\n\n### Instruction:\n{}\n\n### Response:\n", "{}")
+CONTEXT = "a task, paired with an input that provides further context."         # ALPACA's words for a row's input
+TEMPLATES = {"paper": Markup("Question: {}\n\nAnswer:", " {}"), "alpaca": ALPACA, "plain": Markup("{}", "{}"),
+             **CHATS}
 
 
 def template_named(template, tokenizer, otherwise):
@@ -79,25 +63,30 @@ def special_id(tokenizer, name):
 
 def stop_id(tokenizer, template):
     """The token that ends an answer under a template."""
-    if end := TEMPLATES[template].end:
-        return special_id(tokenizer, end)
-    if tokenizer.eos_id is None:
+    end = TEMPLATES[template].end
+    if not end and tokenizer.eos_id is None:
         raise ValueError("no stop token: expected eos_token_id in the model's config.json")
-    return tokenizer.eos_id
+    return special_id(tokenizer, end) if end else tokenizer.eos_id
 
 
 def encode_prompt(tokenizer, template, turns, input="", encode=None):
     """The ids of a prompt: BOS if there is one, then the template's pieces. (A chat markup has its own.) The
     texts between two control tokens are encoded as one, with `encode`, as the tokenizers library has it."""
-    form, begin = TEMPLATES[template], True
-    refuse_thoughts(form, *(turn[2] for turn in turns if turn[2:]))
+    form, begin, ids = TEMPLATES[template], True, []
+    turns = [(role, form.thoughts_and_words(text, *more[:1])[1] if role == "assistant" else text)
+             for role, text, *more in turns]
     if template in CHATS:
         if not turns or turns[-1][0] != "user":
             raise Unusable("an answer to nobody: expected a turn of the user's before it")
-        ids, pieces = [], form.prompt([*turns[:-1], ("user", joined(turns[-1:], input))])
+        turns = [*turns[:-1], ("user", joined(turns[-1:], input))]
     else:
-        ids, pieces = [] if tokenizer.bos_id is None else [tokenizer.bos_id], form.prompt(turns, input)
-    for control, run in groupby(pieces, lambda piece: is_control(piece, tokenizer)):
+        ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        asked = joined(turns, input)
+        if template == "alpaca" and input:
+            form = form._replace(user=form.user.replace("a task.", CONTEXT))
+            asked = f"{joined(turns)}\n\n### Input:\n{input}"
+        turns = [("user", asked)]
+    for control, run in groupby(form.prompt(turns), lambda piece: is_control(piece, tokenizer)):
         if control:
             ids += [special_id(tokenizer, piece) for piece in run]
         else:
@@ -109,21 +98,13 @@ def encode_prompt(tokenizer, template, turns, input="", encode=None):
 def encode_answer(tokenizer, template, answer, thoughts=None):
     """The ids of an answer, which goes on behind the prompt, and its stop token."""
     form = TEMPLATES[template]
-    refuse_thoughts(form, thoughts)
-    said = form.said(answer, thoughts) if form.thinks else form.said(answer)
     begin = None if is_control(form.prompt([("user", "")])[-1], tokenizer) else False
-    return tokenizer.encode(said, begin) + [stop_id(tokenizer, template)]
-
-
-def refuse_thoughts(form, *thoughts):
-    if any(thoughts) and not form.thinks:
-        raise Unusable("'reasoning_content', for which the template has no place")
+    return tokenizer.encode(form.said(answer, thoughts), begin) + [stop_id(tokenizer, template)]
 
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
-    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what cannot
-    be used, answer by answer: reason -> [how many, where the first is]. ValueError if the file is broken,
-    with the line, or if no example is left."""
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what was
+    dropped, answer by answer: reason -> [how many, where the first is]. ValueError if no example is left."""
     examples, dropped = [], {}
     for place, row in read_rows(path, task):
         for found in encode_row(row, tokenizer, template, max_length):
@@ -132,8 +113,7 @@ def load_examples(path, tokenizer, template, max_length, task="rows"):
             else:
                 dropped.setdefault(found, [0, place])[0] += 1
     if not examples:
-        why = dropped_in_words(dropped) or "none, it has no rows"
-        raise ValueError(f"{path}: no example left; dropped: {why}")
+        raise ValueError(f"{path}: no example left; dropped: {dropped_in_words(dropped)}")
     return examples, dropped
 
 
@@ -150,9 +130,8 @@ def load_data(s, tokenizer):
 def encode_row(row, tokenizer, template, max_length):
     """Of each answer in a row that is there to be learned: its Example, or the reason why it has none."""
     encode = lru_cache(maxsize=None)(tokenizer.encode)          # what the prompts share is encoded once
-    beyond = False
     try:
-        row = parse_row(row)
+        row, prompt = parse_row(row), []
         learned = learned_answers(row)
     except Unusable as problem:
         yield str(problem)
@@ -166,11 +145,10 @@ def encode_row(row, tokenizer, template, max_length):
                 raise Unusable("no answer")
             if template not in CHATS and row.start is None and i < len(row.turns) - 1:
                 raise Unusable("an earlier answer, which is learned by chat markup alone")
-            if not beyond:
+            if len(prompt) < max_length:            # else all later ones are too long as well
                 prompt = encode_prompt(tokenizer, template, turns, row.input, encode)
-                beyond = len(prompt) >= max_length              # and so are all later ones
-            said = [] if beyond else encode_answer(tokenizer, template, answer.text, answer.thoughts)
-            if beyond or len(prompt) + len(said) > max_length:
+                said = encode_answer(tokenizer, template, answer.text, answer.thoughts)
+            if len(prompt) + len(said) > max_length:
                 raise Unusable("too long")
             yield Example(prompt, said)
         except Unusable as problem:
@@ -178,7 +156,8 @@ def encode_row(row, tokenizer, template, max_length):
 
 
 def dropped_in_words(dropped):
-    return listed([f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items()])
+    return listed([f"{n} {reason} (first: {place})" for reason, (n, place) in dropped.items()]) or \
+        "none, it has no rows"
 
 
 @lru_cache(maxsize=2)
@@ -200,17 +179,16 @@ def length(example):
 
 def batches(examples, size=None, tokens=math.inf, length=lambda e: (len(e.prompt), len(e.answer))):
     """Examples cut into batches of similar length, the longest first: of `size` examples, or else as large
-    as `tokens` with padding allow (one example, if need be), where a quarter of these is padding at most.
-    Prompts and answers are padded each by themselves; `length` gives both."""
+    as `tokens` with padding allow (one example, if need be), a quarter of it padding at most. Prompts and
+    answers are padded each by themselves; `length` gives both."""
     examples = sorted(examples, key=lambda e: sum(length(e)), reverse=True)
     if size:
         return [examples[i:i + size] for i in range(0, len(examples), size)]
-    cut, batch = [], []
+    cut = []
     for example in examples:
-        prompts, answers = zip(*map(length, [*batch, example]))
-        padded = (len(batch) + 1) * (max(prompts) + max(answers))
-        if batch and (padded > tokens or padded - sum(prompts + answers) > padded / 4):
-            cut.append(batch)
-            batch = []
-        batch.append(example)
-    return cut + [batch] if batch else cut
+        prompts, answers = zip(*map(length, [*(cut[-1] if cut else []), example]))
+        padded = len(prompts) * (max(prompts) + max(answers))
+        if not cut or padded > tokens or padded - sum(prompts + answers) > padded / 4:
+            cut.append([])
+        cut[-1].append(example)
+    return cut

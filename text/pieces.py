@@ -53,9 +53,9 @@ def characters(escape):
     Python's own are older, and its \s and \w have others."""
     codes = np.arange(0x110000, dtype="<u4")
     every = codes[(codes < 0xD800) | (codes > 0xDFFF)].tobytes().decode("utf-32-le")
+    bytes_alone = {bytes([b]): b for b in range(256)}
     try:
-        find = tiktoken.Encoding("", pat_str=escape, special_tokens={},
-                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+        find = tiktoken.Encoding("", pat_str=escape, mergeable_ranks=bytes_alone, special_tokens={})
     except ValueError:
         raise ValueError(f"its pattern has {escape!r}, which is not known here") from None
     return bytes(find.encode_ordinary(every)).decode()
@@ -87,7 +87,7 @@ def regular(pattern):
     looks, at = [], 0                   # for each open group, whether it looks
     while at < len(pattern):
         if not (match := READ.match(pattern, at)):
-            raise ValueError(f"its pattern {pattern!r} has {pattern[at:]!r:.20}, which is read otherwise here")
+            raise ValueError(f"its pattern {pattern!r} has {pattern[at:]!r:.20}, which is read otherwise")
         part, at = match[0], match.end()
         said = re.sub(rf"(?s)({CLASS})|\\.", lambda of: ranges(of[1]) if of[1] else of[0], part)
         said = f"[{said}]" if re.fullmatch(CLASS, part) else said
@@ -142,13 +142,8 @@ NORMALIZERS = {
 def pre_tokenizer(part):
     """How a normalised stretch is cut, as one function of (text, begin) to a list of pieces."""
     made = functions(part, "pre_tokenizer", PRE_TOKENIZERS)
-
-    def cut(text, begin):
-        pieces = [(text, begin)]
-        for function in made:
-            pieces = [new for piece in pieces for new in function(*piece)]
-        return [piece for piece, _ in pieces]
-    return cut
+    further = lambda pieces, function: [new for piece in pieces for new in function(*piece)]
+    return lambda text, begin: [piece for piece, _ in reduce(further, made, [(text, begin)])]
 
 
 def to_byte_level(add_prefix_space, use_regex, trim_offsets):
@@ -188,11 +183,10 @@ def split(text, begin, found, behavior, invert=False):
         at = end
     if behavior == "Removed":
         parts = [part for part in parts if not part[2]]
-    if behavior in ("Isolated", "Removed"):
-        return [(text[start:end], begin if start == 0 else None) for start, end, _ in parts]
     pieces, before = [], False
     for start, end, matches in reversed(parts) if behavior == "MergedWithNext" else parts:
-        if pieces and (matches == before if behavior == "Contiguous" else matches > before):
+        joins = matches == before if behavior == "Contiguous" else "Merged" in behavior and matches > before
+        if pieces and joins:
             start, end = min(start, pieces[-1][0]), max(end, pieces.pop()[1])
         pieces.append((start, end))
         before = matches

@@ -105,7 +105,8 @@ def json_rows(path):
                     begun = True
                     yield f"line {n}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: {error}") from None
+                wrong = f"{path}, line {n}: not JSON, an object a line or a list: {error}"
+                raise ValueError(wrong) from None
 
 
 def csv_rows(path):

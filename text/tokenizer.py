@@ -31,19 +31,16 @@ class Added(NamedTuple):
     normalized: bool = False        # it matches in the normalised text, not in the text as it stands
 
 
-class Cutter:
-    """Cuts a text at the added tokens in it, as the tokenizers library does: the longest one first."""
+def cutter(tokens, normalize=str):
+    """What cuts a text at the added tokens in it, the longest one first, as the tokenizers library does: a
+    function of it to stretches (str) and tokens (Added), in turn."""
+    named = {normalize(t.content): t for t in tokens if t.content}
+    pattern = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))) or "(?!)")
 
-    def __init__(self, tokens, normalize=str):
-        self.tokens = {normalize(t.content): t for t in tokens if t.content}
-        longest_first = sorted(self.tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-
-    def __call__(self, text):
-        """The pieces of a text: stretches (str) and tokens (Added), in turn."""
+    def cut(text):
         pieces, at = [], 0
-        for match in self.pattern.finditer(text):
-            token, (start, end) = self.tokens[match.group()], match.span()
+        for match in pattern.finditer(text):
+            token, (start, end) = named[match.group()], match.span()
             beside = text[max(0, start - 1):start] + text[end:end + 1]
             if token.special or token.single_word and any(c in characters(r"\w") for c in beside):
                 continue
@@ -56,6 +53,7 @@ class Cutter:
             pieces += [text[at:start], token] if start > at else [token]
             at = end
         return pieces + [text[at:]] if at < len(text) else pieces
+    return cut
 
 
 class Tokenizer:
@@ -72,12 +70,12 @@ class Tokenizer:
         self.added = {t.content: t.id for t in added if not t.special}      # they match in plain text
         self.names = {i: token for token, i in vocab.items()}
         self.names |= {t.id: normalize(t.content, True) if t.normalized else t.content for t in added}
-        self.cut_raw = Cutter([t for t in added if not t.normalized])
-        self.cut_normalized = Cutter([t for t in added if t.normalized], lambda t: normalize(t, True))
+        self.cut_raw = cutter([t for t in added if not t.normalized])
+        self.cut_normalized = cutter([t for t in added if t.normalized], lambda t: normalize(t, True))
 
     def limit(self, vocab_size):
-        """Forget special tokens beyond the model's vocabulary: as no text makes them, they do no harm (some
-        checkpoints come with a <pad> there). ValueError if a text, BOS or a stop token would make one."""
+        """Forget special tokens beyond the model's vocabulary, such as a <pad>: no text makes them.
+        ValueError if a text, BOS or a stop token would make one."""
         made = [*self.vocab.values(), *self.added.values(), *self.stop_ids, self.bos_id or 0]
         if max(made) >= vocab_size:
             raise ValueError(f"the tokenizer's ids go up to {max(made)}, but the model's vocabulary has "
@@ -103,10 +101,10 @@ class Tokenizer:
     def from_pretrained(path):
         """Read the tokenizer of a checkpoint folder (or one tokenizer file in it); else ValueError."""
         path = Path(path)
-        files = [path] if path.is_file() else [path / f for f in ("tokenizer.json", "tokenizer.model")]
-        file = next((f for f in files if f.is_file()), None)
-        if file is None:
+        files = [f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()]
+        if not files:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
+        file = files[0]
         config, generation, model = (read_json(file.parent / f"{name}config.json", absent={})
                                      for name in ("tokenizer_", "generation_", ""))
         try:
@@ -164,15 +162,14 @@ def read_chat(folder, config):
     if file.is_file():
         return file.read_text(encoding="utf-8", errors="replace")       # and so is none that is known
     if isinstance(chat, list):
-        named = [t.get("template") for t in chat if isinstance(t, dict) and t.get("name") == "default"]
-        chat = named[0] if named else None
+        chat = {str(t.get("name")): t.get("template") for t in chat if isinstance(t, dict)}.get("default")
     return chat if isinstance(chat, str) else None
 
 
 def read_tiktoken(file, config):
-    """A tokenizer.model of tiktoken's format, base64 bytes and a rank a line, with Llama 3's pattern: any two
-    tokens that make one are merged, by the rank of what they make. The special tokens come from
-    tokenizer_config.json, or are Llama 3's, which follow the last rank."""
+    """A tokenizer.model in tiktoken's format, base64 bytes and a rank a line: any two tokens that make one
+    are merged, by the rank of what they make. Pattern and special tokens, which follow the last rank, are
+    Llama 3's, if tokenizer_config.json has no others."""
     data = file.read_bytes()
     check_kind("it", data)
     if not all(re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line) for line in data.splitlines()):
@@ -216,8 +213,7 @@ def read_tokenizer_json(file, config):
         raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
     ranks = {pair: rank for rank, pair in enumerate(read_merges(model["merges"], vocab))}
     added = read_all_added(top["added_tokens"], vocab)
-    names = {t.content for t in added}
-    whole = vocab.keys() - names if model["ignore_merges"] else ()
+    whole = vocab.keys() - added.keys() if model["ignore_merges"] else ()
     if unk not in (None, *vocab):
         raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
     before, pre = top["normalizer"], top["pre_tokenizer"]
@@ -226,10 +222,12 @@ def read_tokenizer_json(file, config):
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
     bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
     bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
-    if len(bos) > 1 or not all(is_id(i) and i in [*vocab.values(), *(t.id for t in added)] for i in bos):
+    ids = [*vocab.values(), *(t.id for t in added.values())]
+    if len(bos) > 1 or not all(is_id(i) and i in ids for i in bos):
         raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
+    added = [*added.values(), *later_added(config, vocab.keys() | added.keys())]
     made = normalizer(before), pre_tokenizer(pre), decoder(top["decoder"])
-    return Tokenizer(vocab, added + later_added(config, vocab.keys() | names), bpe, *made, *bos)
+    return Tokenizer(vocab, added, bpe, *made, *bos)
 
 
 def read_merges(merges, vocab):
@@ -243,18 +241,17 @@ def read_merges(merges, vocab):
 
 
 def read_all_added(listed, vocab):
-    """The entries of added_tokens. The tokenizers library does not look at their ids, but gives each its own
-    in the vocabulary, or the next free one: ValueError where that is another."""
-    added, names, ids, free = [], {""}, {*vocab.values()}, len(vocab)
+    """The entries of added_tokens, by their texts. The tokenizers library does not look at their ids, but
+    gives each its own in the vocabulary, or the next free one: ValueError where that is another."""
+    added, ids, free = {"": None}, {*vocab.values()}, len(vocab)
     for token in map(read_added, listed):
-        expected = vocab.get(token.content, free)
-        twice = token.content in names or token.content not in vocab and token.id in ids
-        if token.id != expected or twice:
+        new, expected = token.content not in vocab, vocab.get(token.content, free)
+        if token.id != expected or token.content in added or new and token.id in ids:
             raise ValueError(f"its added token {token.content!r} is there twice, or has the id {token.id}, "
                              f"and would get {expected}")
-        free += token.content not in vocab
-        names.add(token.content)
-        added.append(token)
+        free += new
+        added[token.content] = token
+    del added[""]
     return added
 
 

@@ -39,10 +39,10 @@ def read_json(path, *needs, kind=dict, absent=None):
 
 def check_fields(part, where, table, neutral=(), nothing=()):
     """The fields of a JSON object from outside, by a table: name -> (form, default). The form is a type, a
-    value, or a function that says whether a value fits (what it expects is its docstring), or a tuple of
-    these, of which one must fit (true is no 1); the default stands for what is left out, and is ... for what
-    may not be. ValueError for another form, and for a field that is neither in the table nor `neutral`, which
-    means that it may hold anything, unless it holds `nothing`, a form as well: so nothing is overlooked."""
+    value, a function that says whether a value fits (its docstring: what it expects), or a tuple of these,
+    of which one must fit (true is no 1); the default stands for what is left out, and is ... for what may
+    not be. ValueError for another form, and for a field that is neither in the table nor `neutral` (it may
+    hold anything), unless it is of the form `nothing`: so nothing is overlooked."""
     if not isinstance(part, dict):
         raise ValueError(f"{where} is {part!r:.60}, expected an object")
     others = part.keys() - table.keys() - set(neutral)
