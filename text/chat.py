@@ -77,8 +77,8 @@ class Markup(NamedTuple):
         return before + text + after
 
     def thoughts_and_words(self, text, thoughts=None):
-        """An answer's thoughts, where there is a place for them and they do not come apart from its text, and
-        its words."""
+        """An answer's thoughts, which stand apart or, where there is a place for them, in its text; and its
+        words."""
         if thoughts and not self.thinks:
             raise Unusable("'reasoning_content', for which the template has no place")
         if not self.thinks or thoughts is not None or "</think>" not in text:

@@ -26,11 +26,11 @@ def joined(turns, input=""):
     return "\n\n".join(text for text in [*(turn[1] for turn in turns), input] if text)
 
 
-ALPACA = Markup("Below is an instruction that describes a task. Write a response that appropriately completes "
-                "the request.\n\n### Instruction:\n{}\n\n### Response:\n", "{}")
-CONTEXT = "a task, paired with an input that provides further context."         # ALPACA's words for a row's input
-TEMPLATES = {"paper": Markup("Question: {}\n\nAnswer:", " {}"), "alpaca": ALPACA, "plain": Markup("{}", "{}"),
-             **CHATS}
+ALPACA = Markup("Below is an instruction that describes a task. Write a response that appropriately "
+                "completes the request.\n\n### Instruction:\n{}\n\n### Response:\n", "{}")
+CONTEXT = "a task, paired with an input that provides further context."     # what Alpaca says of an input
+TEMPLATES = {"paper": Markup("Question: {}\n\nAnswer:", " {}"), "alpaca": ALPACA,
+             "plain": Markup("{}", "{}"), **CHATS}
 
 
 def template_named(template, tokenizer, otherwise):

@@ -172,8 +172,8 @@ def to_metaspace(replacement, prepend_scheme, add_prefix_space, **fields):
 
 
 def split(text, begin, found, behavior, invert=False):
-    """The pieces of a text, cut at the matches of a pattern (or, inverted, at what is between them): these
-    stand alone, or are removed, or join the piece before or behind them; Contiguous: neighbours join."""
+    """The pieces of a text, cut at a pattern's matches (inverted: at what is between them). These stand
+    alone, are removed, or join the piece before or behind them; Contiguous: neighbours join."""
     parts, at = [], 0                                       # (start, end, whether it matches)
     for start, end in [*(match.span() for match in found.finditer(text)), (len(text), len(text))]:
         if at < start:
@@ -223,12 +223,9 @@ def byte_fallback(tokens):
     """Runs of <0x00> to <0xFF> to their characters; a run that is no UTF-8 to as many U+FFFD."""
     out = []
     for is_byte, run in groupby(tokens, lambda token: bool(re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))):
-        if not is_byte:
-            out += run
-            continue
-        data = bytes(int(token[3:5], 16) for token in run)
+        data = bytes(int(token[3:5], 16) for token in run) if is_byte else b""
         try:
-            out.append(data.decode())
+            out += [data.decode()] if is_byte else run
         except UnicodeDecodeError:
             out += ["\ufffd"] * len(data)
     return out

@@ -105,8 +105,8 @@ def json_rows(path):
                     begun = True
                     yield f"line {n}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                wrong = f"{path}, line {n}: not JSON, an object a line or a list: {error}"
-                raise ValueError(wrong) from None
+                raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: "
+                                 f"{error}") from None
 
 
 def csv_rows(path):
@@ -124,10 +124,9 @@ def zip_labels(path, rows):
     """The rows, each with its line of `NAME-labels.lst` as its label, where that lies beside NAME.jsonl."""
     labels = path.with_name(f"{path.stem}-labels.lst")
     if not labels.is_file():
-        yield from rows
-        return
+        return rows
     lines, rows = labels.read_text().split(), list(rows)
     if len(lines) != len(rows):
         raise ValueError(f"{labels} has {len(lines)} labels for the {len(rows)} rows of {path.name}")
-    for (place, row), label in zip(rows, lines):
-        yield place, row | {"label": label} if isinstance(row, dict) else row
+    return [(place, row | {"label": label} if isinstance(row, dict) else row)
+            for (place, row), label in zip(rows, lines)]

@@ -260,11 +260,10 @@ def before_text(single, special_tokens, pair):
     try:
         here = [special_tokens[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else
                 piece["Sequence"]["id"] for piece in single]
-        if here.count("A") == 1:
-            return [i for ids in here[:here.index("A")] for i in ids]
-    except (KeyError, TypeError):
-        pass
-    raise ValueError(f"its post_processor makes {single!r:.100} of a text, which is not supported")
+        (at,) = [i for i, ids in enumerate(here) if ids == "A"]
+        return [i for ids in here[:at] for i in ids]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"its post_processor makes {single!r:.90} of a text: not supported") from None
 
 
 POST_PROCESSORS = {         # ByteLevel concerns offsets alone

@@ -31,7 +31,7 @@ SHAREGPT = {"human": "user", "gpt": "assistant"}        # its names; its message
 
 
 class Unusable(ValueError):
-    """A row of none of the known forms, or that says nothing to learn, or what is not supported."""
+    """A row of no known form, or that says nothing to learn, or what is not supported."""
 
 
 class Turn(NamedTuple):
