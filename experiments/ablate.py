@@ -24,10 +24,10 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from cli.cards import several
 from cli.process import Failed, command
-from cli.settings import SETTINGS, SWITCH, Setting, check, default, flag, join, new_parser, number, options
+from cli.settings import SETTINGS, SWITCH, Setting, check, default, join, new_parser, number, options
 from cli.settings import settings_of, text, words
 from cli.terminal import Progress
-from experiments.compare import chosen, report
+from experiments.compare import chosen, percent, report
 from experiments.evaluate import SCORED, SCORING, load_questions, score
 from files.checkpoint import read_config
 from files.disk import InUse, write_file
@@ -41,6 +41,8 @@ from train import finetune
 
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
 OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid for each run
+FREE = {"template", "max_length", "save_every", "keep", "out", "resume",     # of a run that is there already
+        *(name for name, setting in SETTINGS.items() if setting.may_change)}
 GRID = {
     "out": Setting("where the runs and tables.md go, and where they are continued", text("FOLDER")),
     "evaluate": Setting("what to score every run on, as experiments.evaluate does: " + ", ".join(SCORED),
@@ -71,45 +73,43 @@ def variants(methods, kinds=(KIND,), cs=(C,), given={}):
             name = label(kind) + (f" rank {more['rank']}" if more else "")
             models[name] = {"method": "causal", "peft": kind, **more}
     for method, kind, c in product(methods, kinds, cs):
-        name, own = method.replace("bitune", "Bitune"), {"method": method, "peft": kind}
-        if kind != KIND:                                # what differs from the defaults is named
-            name += f", {label(kind)}"
-        if len(METHODS[method]) > 1:
-            own["c"] = c
-            name += f", c {c:g}" if c != C else ""
-        models[name] = own
+        mixes, named = len(METHODS[method]) > 1, [method.replace("bitune", "Bitune")]
+        named += [label(kind)] * (kind != KIND) + [f"c {c:g}"] * (mixes and c != C)     # if not the default
+        models[", ".join(named)] = {"method": method, "peft": kind} | ({"c": c} if mixes else {})
     return models
 
 
 def planned(models, lrs, seeds, common, out):
-    """The runs of a grid: (name, lr, seed) -> settings. lrs: a list, or one for each model's name."""
+    """The runs of a grid: (name, lr, seed) -> settings. lrs: a list, or one for each model's name.
+    ValueError for one that cannot be trained, or that is there with other settings."""
     runs = {}
-    lrs = lrs if isinstance(lrs, dict) else dict.fromkeys(models, lrs)
-    for name in models:
-        for lr, seed in product(dict.fromkeys(lrs[name]), dict.fromkeys(seeds)):
+    for name, own in models.items():
+        rates = lrs[name] if isinstance(lrs, dict) else lrs
+        for lr, seed in product(dict.fromkeys(rates), dict.fromkeys(seeds)):
             folder = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
-            runs[name, lr, seed] = join(common, models[name], {"lr": lr, "seed": seed, "out": str(folder)})
+            s = runs[name, lr, seed] = join(common, own, {"lr": lr, "seed": seed, "out": str(folder)})
+            check(s)
+            if (folder / "settings.json").exists():
+                before = read_settings(folder)[0]
+                if differ := [f"{key} was {before[key]} and is {value}" for key, value in vars(s).items()
+                              if before.get(key, value) != value and key not in FREE]:
+                    raise ValueError(f"{folder} is there with other settings: {listed(differ)}")
+        with torch.device("meta"):
+            model = Llama(read_config(s.model))
+        for set_name in adapter_sets(s.method):
+            add_adapter(model, set_name, s.peft, s.targets or (), **options(s, set_name))
     return runs
 
 
-def check_grid(runs):
-    """ValueError, before the first run, for one that cannot be trained, or that is there with other
-    settings."""
-    for s in runs.values():
-        check(s)
-        with torch.device("meta"):
-            model = Llama(read_config(s.model))
-        for name in adapter_sets(s.method):
-            add_adapter(model, name, s.peft, s.targets or (), **options(s, name))
-        if (Path(s.out) / "settings.json").exists():
-            before = read_settings(s.out)[0]
-            free = [name for name, setting in SETTINGS.items() if setting.may_change]
-            free += ["max_length", "template", "save_every", "keep", "out", "resume"]
-            differ = [name for name, value in vars(s).items()
-                      if name not in free and name in before and before[name] != value]
-            if differ:
-                raise ValueError(f"{s.out} is there with other settings: " + listed(
-                    [f"{name} was {before[name]} and is {vars(s)[name]}" for name in differ]))
+def verdicts(tasks, title, **model):
+    """What a model, the flags of experiments.evaluate, gets for each question, 1 or 0: column -> list."""
+    found = {}
+    for label, own in tasks.items():
+        summary = score(Namespace(**own | model), Progress(title))
+        lines = Path(summary["file"]).with_suffix(".jsonl").read_text().splitlines()
+        for metric in summary["scores"]:
+            found[f"{label} {metric}"] = [json.loads(line)[metric] for line in lines]
+    return found
 
 
 def run_one(key, s, tasks, common):
@@ -125,17 +125,10 @@ def run_one(key, s, tasks, common):
     settings, derived = read_settings(s.out)
     log = logged(Path(s.out) / "log.jsonl", settings["steps"])
     validations = [r for r in log if "val_loss" in r]
-    scores, right = {}, {}
-    for label, own in tasks:
-        summary = score(Namespace(**own | {"adapter": s.out, "dtype": derived["dtype"]}), Progress(title))
-        lines = Path(summary["file"]).with_suffix(".jsonl").read_text().splitlines()
-        for metric, value in summary["scores"].items():
-            scores[f"{label} {metric}"] = value["mean"]
-            right[f"{label} {metric}"] = "".join(f"{json.loads(line)[metric]:.0f}" for line in lines)
     return {"name": name, "lr": lr, "seed": seed, "trainable": derived["trainable_parameters"],
             "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
-            "val_loss": validations[-1]["val_loss"] if validations else None,
-            "validations": validations, "scores": scores, "right": right, "run": s.out}
+            "val_loss": validations[-1]["val_loss"] if validations else None, "validations": validations,
+            "scores": verdicts(tasks, title, adapter=s.out, dtype=derived["dtype"]), "run": s.out}
 
 
 def grid(runs, tasks, common):
@@ -162,25 +155,23 @@ def grid(runs, tasks, common):
     return [record for record in records.values() if record]
 
 
-def tasks_of(files, limit, batch_size, max_new_tokens, device):
-    """[TASK=FILE] to [(the name of its columns, the settings of experiments.evaluate)]."""
-    tasks = {}
+def tasks_of(files, **flags):
+    """[TASK=FILE] to the name of its columns -> the flags of experiments.evaluate, some of them given."""
+    tasks, flags = {}, {name: setting.default for name, setting in SCORING.items()} | flags
     for task, _, file in (f.partition("=") for f in files):
         if task not in SCORED or not file or not Path(file).exists():
             raise ValueError(f"--evaluate {task}={file}: expected TASK=FILE, TASK one of {listed(SCORED)}")
         label = task if Path(file).stem == task else f"{task} {Path(file).stem}"
         if label in tasks:
             raise ValueError(f"--evaluate: two files would both be called {label!r}: rename one")
-        tasks[label] = {name: s.default for name, s in SCORING.items()} | {
-            "task": task, "data": file, "limit": limit, "batch_size": batch_size, "device": device,
-            "max_new_tokens": max_new_tokens}
-    return list(tasks.items())
+        tasks[label] = flags | {"task": task, "data": file}
+    return tasks
 
 
 def search(models, lrs, seed, common, out):
     """Each model's learning rates of which all seeds are wanted: the best of `lrs` with one seed, and the
     one that is best for plain finetuning, the first of the models."""
-    best = chosen(grid(planned(models, lrs, [seed], common, out), [], common))
+    best = chosen(grid(planned(models, lrs, [seed], common, out), {}, common))
     baseline = next(iter(models))
     if baseline not in best:
         raise ValueError(f"{out}: no run of {baseline} came to its end")
@@ -196,32 +187,28 @@ def main(argv=None):
     common = {name: value for name, value in given.items() if name in rest and name not in GRID}
     if several():
         raise ValueError("a grid under torchrun: start experiments.ablate by itself, as often as you like")
-    if missing := [flag(name) for name in ("out", "model", "data") if not given.get(name)]:
-        raise ValueError(f"{missing[0]} not given: see --help")
-    if common.get("template", "auto") == "auto":            # the tables' own, whatever the base
-        common["template"] = "paper"
-    tokenizer, longest = Tokenizer.from_pretrained(common["model"]), read_config(common["model"]).max_length
-    common["template"] = template_named(common["template"], tokenizer, "paper")
+    check(join(common, {"out": args.out}))
     if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
         raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
-    tasks = tasks_of(args.evaluate, args.limit, args.eval_batch_size, args.max_new_tokens,
-                     common.get("device"))
-    for _, own in tasks:                                    # what cannot be scored shows now
+    base, out, template = common["model"], Path(args.out), common.get("template", "auto")
+    tokenizer, longest = Tokenizer.from_pretrained(base), read_config(base).max_length
+    template = "paper" if template == "auto" else template              # the tables' own, whatever the base
+    common["template"] = template_named(template, tokenizer, "paper")
+    tasks = tasks_of(args.evaluate, limit=args.limit, batch_size=args.eval_batch_size,
+                     max_new_tokens=args.max_new_tokens, device=common.get("device"))
+    for own in tasks.values():                              # what cannot be scored shows now
         load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
-    models, out, lrs = variants(args.methods, args.pefts, args.cs, common), Path(args.out), args.lrs
-    check_grid(planned(models, lrs, args.seeds, common, out))
+    models, lrs = variants(args.methods, args.pefts, args.cs, common), args.lrs
+    runs = planned(models, lrs, args.seeds, common, out)
     if args.search:
         lrs = search(models, lrs, args.seeds[0], common, out)
-    runs = planned(models, lrs, args.seeds, common, out)
+        runs = planned(models, lrs, args.seeds, common, out)
     records = grid(runs, tasks, common)
     if not records:
         raise ValueError(f"{out}: no run came to its end")
-    base = ["base model", "", "", "", ""]
-    for _, own in tasks:
-        own |= {"model": common["model"], "dtype": common.get("dtype"), "out": str(out / "base")}
-        scores = score(Namespace(**own), Progress("base model"))["scores"]
-        base += [f"{100 * value['mean']:.1f}%" for value in scores.values()]
-    text = report(records, base, next(iter(models)))
+    bare = verdicts(tasks, "base model", model=base, dtype=common.get("dtype"), out=str(out / "base"))
+    first = ["base model", "", "", "", "", *(percent([right]) for right in bare.values())]
+    text = report(records, first, next(iter(models)))
     write_file(out / "tables.md", (text + "\n").encode())
     print(f"\n{text}\n\nwrote {out / 'tables.md'}")
     if len(records) < len(runs):

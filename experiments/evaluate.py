@@ -18,6 +18,7 @@ import math
 import re
 import statistics
 import time
+from contextlib import suppress
 from copy import copy
 from itertools import islice
 from pathlib import Path
@@ -55,32 +56,35 @@ class Question(NamedTuple):
     template: str = "plain"
 
 
+def rows_of(path, task, limit):
+    """The first `limit` rows of a file, or of each file in a folder, as (file, place, row)."""
+    path, ends = Path(path), (".csv", ".json", ".jsonl")
+    for file in sorted(f for f in path.iterdir() if f.suffix in ends) if path.is_dir() else [path]:
+        yield from ((file, *found) for found in islice(read_rows(file, task), limit))
+
+
 def load_questions(path, task, tokenizer, template, longest, limit=None, twice=False):
-    """The first `limit` questions of a file, or of each file in a folder, and the places of those of them
-    that were left out because the prompt with its longest choice, or with the first token of an answer, has
-    more than `longest` tokens. twice: the text of each prompt comes a second time."""
-    path, questions, left_out = Path(path), [], []
-    several = path.is_dir()
-    suffixes = (".csv", ".json", ".jsonl")
-    files = sorted(f for f in path.iterdir() if f.suffix in suffixes) if several else [path]
-    for file, (place, row) in ((f, r) for f in files for r in islice(read_rows(f, task), limit)):
+    """The questions of rows, and the places of those that were left out because the prompt with its longest
+    choice, or with the first token of an answer, has more than `longest` tokens. twice: the text of each
+    prompt comes a second time."""
+    questions, left_out = [], []
+    for file, place, row in rows_of(path, task, limit):
         try:
             parsed = parse_row(row)
-            *turns, last = parsed.turns
-            input, texts = parsed.input, parsed.choices
+            (*turns, last), input, texts = parsed.turns, parsed.input, parsed.choices
             answer = parsed.right if texts else last.text
             if learned_answers(parsed)[-1] < len(turns) or answer == "":
                 raise ValueError("it has no answer and no choices to score")
             if twice:
-                whole, (role, _, *_) = joined(turns[-1:], input), turns[-1]
-                turns, input = [*turns[:-1], (role, f"{whole}\n\n{whole}")], ""
+                whole = joined(turns[-1:], input)
+                turns[-1], input = turns[-1]._replace(text=f"{whole}\n\n{whole}"), ""
             prompt = encode_prompt(tokenizer, template, turns, input)
+            choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
+            if [] in choices:
+                raise ValueError(f"choice {choices.index([]) + 1} has no tokens to score")
         except ValueError as error:
             raise ValueError(f"{file}, {place}: {error}") from None
-        choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
-        if [] in choices:
-            raise ValueError(f"{file}, {place}: choice {choices.index([]) + 1} has no tokens to score")
-        place = f"{file.name}, {place}" if several else place
+        place = f"{file.name}, {place}" if file != Path(path) else place
         if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out.append(place)
             continue
@@ -173,39 +177,28 @@ def mean_and_error(values):
     return statistics.fmean(values), error
 
 
-def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens, progress,
-             kept=None):
-    """Every question's result in the file's order, dicts as they are written to the JSONL file, and each
-    metric's (mean, standard error). `kept` has those of an earlier try and gets each batch's as it comes."""
-    kept = {} if kept is None else kept
+def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens, progress, kept):
+    """Every question's result in the file's order, as the JSONL file has it. `kept` holds those of an earlier
+    try, by place, and gets each batch's as it comes."""
     begun, before = time.monotonic(), len(kept)
-    length = lambda q: (len(q.prompt), sum(map(len, q.choices)) if q.choices else max_new_tokens)
+    length = lambda q: (len(q.prompt), sum(map(len, q.choices)) or max_new_tokens)
     for batch in batches(questions, batch_size, TOKENS, length):
         if all(q.place in kept for q in batch):
             continue
         prompts = [q.prompt for q in batch]
         if batch[0].choices:
-            said = log_probs(bitune, prompts, [q.choices for q in batch])
-            results = {q.place: {"place": q.place, "prompt": q.text, "choices": q.texts, "answer": q.answer,
-                                 "log_probs": sums, **score_choices(q, sums)}
-                       for q, sums in zip(batch, said)}
+            key, points, found = "log_probs", score_choices, log_probs(bitune, prompts, [q.choices for q in batch])
         else:
-            score = score_gsm8k if task == "gsm8k" else score_text
-            said = write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens)
-            results = {q.place: {"place": q.place, "prompt": q.text, "answer": q.answer, "said": text,
-                                 **score(q, text)} for q, text in zip(batch, said)}
-        kept.update(results)
+            key, points = "said", score_gsm8k if task == "gsm8k" else score_text
+            found = write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens)
+        kept.update({q.place: {"place": q.place, "prompt": q.text, **({"choices": q.texts} if q.texts else {}),
+                               "answer": q.answer, key: said, **points(q, said)}
+                     for q, said in zip(batch, found)})
         rate = (len(kept) - before) / (time.monotonic() - begun)
         progress.update(f"{task}: {len(kept)}/{len(questions)}  ETA "
                         f"{clock((len(questions) - len(kept)) / rate)}  {rate:.1f} questions/s")
     progress.clear()
-    results = [kept[q.place] for q in questions]
-    return results, mean_scores(results)
-
-
-def mean_scores(results):
-    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
-    return {key: mean_and_error([result[key] for result in results]) for key in metrics}
+    return [kept[q.place] for q in questions]
 
 
 class Kept(dict):
@@ -214,20 +207,15 @@ class Kept(dict):
 
     def __init__(self, path, of, questions):
         super().__init__()
-        self.path, self.questions = path, questions
+        self.questions, head = questions, json.dumps(of)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = lock_file(path, "is being scored by another process")
         first, *lines = self.file.read().splitlines() or [""]
-        if first == json.dumps(of):
-            for line in lines:
-                try:
-                    result = json.loads(line)
-                    self[result["place"]] = result
-                except ValueError:                          # torn as it was written
-                    pass
-        self.file.seek(0)
-        self.file.truncate()
-        print(json.dumps(of), *map(json.dumps, self.values()), sep="\n", file=self.file, flush=True)
+        for line in lines if first == head else ():
+            with suppress(ValueError):                          # torn as it was written
+                super().update({(result := json.loads(line))["place"]: result})
+        self.file.truncate(0)
+        print(head, *map(json.dumps, self.values()), sep="\n", file=self.file, flush=True)
 
     def where(self):
         return f"{len(self)} of {self.questions} questions"
@@ -240,25 +228,27 @@ class Kept(dict):
         print(*map(json.dumps, results.values()), sep="\n", file=self.file, flush=True)
 
 
-def subjects(questions, results):
-    """What the summary has on subjects, where there are several."""
-    groups = {}
+def mean_scores(results):
+    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
+    both = {key: mean_and_error([result[key] for result in results]) for key in metrics}
+    return {key: dict(zip(("mean", "stderr"), value)) for key, value in both.items()}
+
+
+def all_scores(questions, results):
+    """What the summary has of scores: those of all questions and, where there are several subjects, those of
+    each and the subjects' means."""
+    scores, groups = mean_scores(results), {}
     for question, result in zip(questions, results):
         groups.setdefault(question.subject, []).append(result)
     if len(groups) < 2:
-        return {}
-    scores = {subject: mean_scores(group) for subject, group in groups.items()}
-    means = {key: statistics.fmean(own[key][0] for own in scores.values()) for key in mean_scores(results)}
-    return {"subjects": {subject: as_json(own) for subject, own in scores.items()},
-            "mean_of_subjects": means}
-
-
-def as_json(scores):
-    return {key: dict(zip(("mean", "stderr"), value)) for key, value in scores.items()}
+        return {"scores": scores}
+    own = {subject: mean_scores(group) for subject, group in groups.items()}
+    means = {key: statistics.fmean(one[key]["mean"] for one in own.values()) for key in scores}
+    return {"scores": scores, "subjects": own, "mean_of_subjects": means}
 
 
 def in_words(scores):
-    return ", ".join(f"{name} {mean:.2%} ± {error:.2%}" for name, (mean, error) in scores.items())
+    return ", ".join(f"{name} {s['mean']:.2%} ± {s['stderr']:.2%}" for name, s in scores.items())
 
 
 def page(title, results):
@@ -289,29 +279,27 @@ SCORING = ASKED | {
 
 def subject_of(args):
     """What scores are scores of: all that they hang on."""
-    files = [f for f in sorted(Path(args.data).rglob("*")) if f.is_file()] if Path(args.data).is_dir() else \
-        [Path(args.data)]
-    data = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
-    model = Path(args.model or base_of(args.adapter))
-    weights = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for folder in (model, args.adapter) if folder
-               for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors"]
-    flags = {key: getattr(args, key) for key in ("task", "limit", "max_new_tokens", "dtype", "device",
-                                                 "forced_causal", "twice")}
-    return flags | {"data": data, "weights": hashlib.sha256(repr(weights).encode()).hexdigest()[:16]}
+    digest = lambda found: hashlib.sha256(repr([*found]).encode()).hexdigest()[:16]
+    weights = ((f.name, f.stat().st_size, f.stat().st_mtime_ns)
+               for folder in (args.model or base_of(args.adapter), args.adapter) if folder
+               for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors")
+    flags = "task", "limit", "max_new_tokens", "dtype", "device", "forced_causal", "twice"
+    return {flag: getattr(args, flag) for flag in flags} | {
+        "data": digest(row for _, *row in rows_of(args.data, args.task, args.limit)),
+        "weights": digest(weights)}
 
 
 def place_of(args, of):
-    """The file of a summary, without its suffix: in the run's folder, or in the base's below runs/base. If
-    that name stands for scores on other data, it gets what these are told by."""
-    whole = not args.adapter and read_about(args.model).get("whole")
-    bare = Path("runs/base") / Path(args.model or "").resolve().name
+    """The file of a summary: in the run's folder, or in the base's below runs/base. If that name stands for
+    scores on other data, it gets what these are told by."""
+    own = args.adapter or read_about(args.model).get("whole") and args.model
+    folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
     name = f"{args.task}-{Path(args.data).resolve().stem}" + (f"-first-{args.limit}" if args.limit else "")
     name += ("-forced-causal" if args.forced_causal else "") + ("-twice" if args.twice else "")
-    path = Path(args.out or args.adapter or (args.model if whole else bare)) / name
-    other = path.with_name(f"{name}.json")
-    if other.exists() and read_json(other).get("of", {}).get("data") != of["data"]:
-        path = path.with_name(f"{name}-{of['data'][:6]}")
-    return path
+    file = folder / f"{name}.json"
+    if file.exists() and read_json(file).get("of", {}).get("data") != of["data"]:
+        file = folder / f"{name}-{of['data'][:6]}.json"
+    return file
 
 
 def score(args, progress):
@@ -322,39 +310,35 @@ def score(args, progress):
     if not args.task or not args.data or not Path(args.data).exists():
         raise ValueError(f"--data {args.data}: expected --task, and the file of its questions")
     of = subject_of(args)
-    path = place_of(args, of)
-    file = path.with_name(f"{path.name}.json")
-    if file.exists() and read_json(file).get("of") == of and not args.samples:
-        return read_json(file) | {"file": str(file)}
+    file = place_of(args, of)
+    if file.exists() and not args.samples and (there := read_json(file)).get("of") == of:
+        return there | {"file": str(file)}
 
     bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
     template = about.get("template", "paper")
     stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
-    longest = bitune.model.config.max_length
     bitune = causal_only(bitune) if args.forced_causal else bitune
-    questions, left_out = load_questions(args.data, args.task, tokenizer, template, longest, args.limit,
-                                         args.twice)
+    questions, left_out = load_questions(args.data, args.task, tokenizer, template,
+                                         bitune.model.config.max_length, args.limit, args.twice)
     if args.samples and questions[0].choices:
         raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
-    kept, begun = Kept(path.with_name(f"{path.name}.part"), of, len(questions)), time.monotonic()
+    kept, begun = Kept(file.with_suffix(".part"), of, len(questions)), time.monotonic()
     if kept:
         progress.note(f"{kept.where()} are from an earlier try")
     with kept.file, work(kept, "--batch-size"):
         ready_to_answer(bitune)
-        results, scores = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
-                                   args.max_new_tokens, progress, kept)
-        summary = {"of": of, **{key: value for key, value in vars(args).items() if key in SCORING},
-                   "method": bitune.method if about else None, "template": template,
+        results = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
+                           args.max_new_tokens, progress, kept)
+        summary = {"of": of, **vars(args), "method": bitune.method if about else None, "template": template,
                    "questions": len(results), "left_out": left_out,
-                   "seconds": round(time.monotonic() - begun, 1), "scores": as_json(scores),
-                   **subjects(questions, results)}
-        write_file(path.with_name(f"{path.name}.jsonl"),
+                   "seconds": round(time.monotonic() - begun, 1), **all_scores(questions, results)}
+        write_file(file.with_suffix(".jsonl"),
                    "".join(json.dumps(result) + "\n" for result in results).encode())
         if args.samples:
-            title = f"{args.task}, {args.adapter or args.model}: {in_words(scores)} of {len(results)}"
-            write_file(path.with_name(f"{path.name}.md"), page(title, results[:args.samples]).encode())
+            title = f"{args.task}, {args.adapter or args.model}: {in_words(summary['scores'])} of {len(results)}"
+            write_file(file.with_suffix(".md"), page(title, results[:args.samples]).encode())
         write_file(file, json_bytes(summary))
-        kept.path.unlink()
+        file.with_suffix(".part").unlink()
     return summary | {"file": str(file)}
 
 
@@ -362,16 +346,14 @@ def score(args, progress):
 def main(argv=None):
     args = new_parser(__doc__, SCORING).parse_args(argv)
     summary = score(args, Progress())
-    shown = lambda scores: in_words({key: (v["mean"], v["stderr"]) for key, v in scores.items()})
     for subject, scores in summary.get("subjects", {}).items():
-        print(f"{args.task} {subject}: {shown(scores)}")
+        print(f"{args.task} {subject}: {in_words(scores)}")
     if "mean_of_subjects" in summary:
         means = ", ".join(f"{key} {mean:.2%}" for key, mean in summary["mean_of_subjects"].items())
         print(f"{args.task}, mean of {len(summary['subjects'])} subjects: {means}")
-    left_out, beyond = summary["left_out"], ""
-    if left_out:
-        beyond = f", {len(left_out)} too long left out, first: {left_out[0]}"
-    print(f"{args.task}: {shown(summary['scores'])} ({summary['questions']} questions{beyond}, "
+    left_out = summary["left_out"]
+    beyond = f", {len(left_out)} too long left out, first: {left_out[0]}" if left_out else ""
+    print(f"{args.task}: {in_words(summary['scores'])} ({summary['questions']} questions{beyond}, "
           f"{clock(summary['seconds'])})")
     ends = [".json", ".jsonl", *[".md"] * bool(args.samples)]
     print(f"wrote {', '.join(str(Path(summary['file']).with_suffix(end)) for end in ends)}")
