@@ -6,10 +6,9 @@
 
 Plain finetuning with adapters of the same rank is always beside it, and of twice the rank, which has as many
 trainable parameters as Bitune's two sets. Learning rates are compared on validation data alone: with all
-seeds, or with --search with the first one, and the others are left for each model's best rate and for that
-of plain finetuning, by which the paper chose it for all. What is there is not made again, and a run that was
-stopped goes on from its last save: repeat the command. Several processes, on all machines that share the
-folder, make one grid: give each of them the same command.
+seeds, or with --search with the first one; the others are left for each model's best rate and for that of
+plain finetuning, by which the paper chose it. What is there is not made again: repeat the command to go on,
+or give it several times at once, on all machines that share the folder.
 """
 
 import json

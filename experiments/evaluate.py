@@ -2,14 +2,11 @@
 
     python -m experiments.evaluate [--model FOLDER] [--adapter RUN] --task piqa --data FILE
 
-piqa, arc, csqa, siqa, mmlu: published files, as text/rows.py reads them. The choice counts as right whose
-tokens have the highest log-probability after the prompt, summed (acc) or divided by the characters of its
-text (acc_norm). gsm8k: an answer is written greedily until "Question:" or a stop token; its number behind
-"#### " (strict-match), or its last number (flexible-extract), is compared with the true one. rows: any file
-of choices, scored as above, or of answers, which must come out word for word (exact_match). DATA may be a
-folder of files, as MMLU has one for each subject.
-
-Results are written as they come: a command that was stopped goes on where it was when it is repeated.
+The choice counts as right whose tokens have the highest log-probability after the prompt, summed (acc) or
+divided by the characters of its text (acc_norm). gsm8k: an answer is written greedily until "Question:" or a
+stop token; its number behind "#### " (strict-match), or its last number (flexible-extract), is compared with
+the true one. Other answers must come out word for word (exact_match). DATA may be a folder of files, as MMLU
+has one for each subject. A command that was stopped goes on where it was when it is repeated.
 """
 
 import hashlib
@@ -46,13 +43,9 @@ SCORED = [task for task in TASKS if task != "ultrafeedback"]
 
 
 class Question(NamedTuple):
-    place: str              # in the file
-    text: str               # before the template
+    shown: dict             # what its result begins with: place in the file, prompt, choices, right answer
     prompt: list            # ids
-    texts: list             # of the choices; none if the answer is to be written
-    choices: list           # lists of ids
-    answer: object          # the index of the right choice, or the right text
-    subject: object = None  # of MMLU
+    choices: list           # lists of ids; none if the answer is to be written
     template: str = "plain"
 
 
@@ -88,9 +81,10 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
         if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out.append(place)
             continue
-        subject = row.get("subject") if task == "mmlu" else None
-        questions.append(Question(place, joined(turns, input), prompt, texts, choices, answer, subject,
-                                  template))
+        shown = {"place": place, "prompt": joined(turns, input), "choices": texts, "answer": answer,
+                 "subject": row.get("subject") if task == "mmlu" else None}
+        shown = {key: value for key, value in shown.items() if value not in (None, [])}
+        questions.append(Question(shown, prompt, choices, template))
     if not questions:
         raise ValueError(f"{path}: no question left, {len(left_out)} are longer than {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
@@ -98,58 +92,46 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
     return questions, left_out
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What the model says
-
 @torch.inference_mode()
 def log_probs(bitune, prompts, choices):
-    """The log-probability of each choice after its prompt, the sum over its tokens: lists of ids, a list of
-    them for each prompt, to a list of numbers for each prompt. FloatingPointError if one is not finite."""
+    """Of each prompt's choices, lists of ids, the log-probabilities, sums over their tokens.
+    FloatingPointError if one is not finite."""
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
         bitune = copy(bitune)
         bitune.passes = [("causal", bitune.answer_set)]
     context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
-    past = bitune.encode(context)                               # once for all choices
-
+    past, sizes = bitune.encode(context), [len(group) for group in choices]         # once for all choices
     choice = [ids for group in choices for ids in group]
-    asked = [prompt for prompt, group in zip(prompts, choices) for _ in group]      # each choice's
+    asked = [prompt for prompt, size in zip(prompts, sizes) for _ in range(size)]   # each choice's
     if past is not None:
-        times = torch.tensor([len(group) for group in choices], device=bitune.device)
+        times = torch.tensor(sizes, device=bitune.device)
         again = lambda t: t.repeat_interleave(times, dim=0, output_size=len(choice))
         past = Past([(again(k), again(v)) for k, v in past.layers], again(past.positions))
     sums = -bitune.score(asked, choice, nll, past).sum(1)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")
-    return [group.tolist() for group in sums.split([len(group) for group in choices])]
+    return [group.tolist() for group in sums.split(sizes)]
 
 
 def write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
-    """The texts that greedy decoding writes after the prompts, each up to "Question:" or a stop token, or
-    to the model's limit."""
+    """What greedy decoding writes after the prompts, up to "Question:", a stop token or the limit."""
     if len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > bitune.model.config.max_length:
         alone = ([p] for p in prompts)                          # each up to its own limit
         return [write_answers(bitune, tokenizer, p, stop_ids, max_new_tokens)[0] for p in alone]
     said, ended = [[] for _ in prompts], [False] * len(prompts)
     for step in bitune.answer(prompts, max_new_tokens, stop_ids):
         for b, token in enumerate(step):
-            if token is None:
-                ended[b] = True
-            elif not ended[b]:
-                said[b].append(token)
-                ended[b] = "Question:" in tokenizer.decode(said[b][-16:])
+            said[b] += [] if ended[b] or token is None else [token]
+            ended[b] = ended[b] or token is None or "Question:" in tokenizer.decode(said[b][-16:])
         if all(ended):
             break
     return [tokenizer.decode(ids).split("Question:")[0] for ids in said]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What it is worth: the numbers of one question, by the names of the metrics
-
 def score_choices(question, sums):
-    best = lambda values: max(range(len(values)), key=values.__getitem__)
-    by_length = [s / max(1, len(text)) for s, text in zip(sums, question.texts)]
-    return {"acc": float(best(sums) == question.answer),
-            "acc_norm": float(best(by_length) == question.answer)}
+    by_length = [s / max(1, len(text)) for s, text in zip(sums, question.shown["choices"])]
+    return {name: float(values.index(max(values)) == question.shown["answer"])
+            for name, values in (("acc", sums), ("acc_norm", by_length))}
 
 
 def score_gsm8k(question, said):
@@ -158,47 +140,61 @@ def score_gsm8k(question, said):
             number = re.sub(pattern, "", number)
         return number.lower()
 
-    strict = re.findall(r"#### (-?[0-9.,]+)", said)
-    numbers = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", said)
-    true = bare(question.answer)
-    return {"strict-match": float(bool(strict) and bare(strict[0]) == true),
-            "flexible-extract": float(bool(numbers) and bare(numbers[-1]) == true)}
+    strict = re.findall(r"#### (-?[0-9.,]+)", said)[:1]
+    last = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", said)[-1:]
+    return {name: float([*map(bare, found)] == [bare(question.shown["answer"])])
+            for name, found in (("strict-match", strict), ("flexible-extract", last))}
 
 
 def score_text(question, said):
-    said, answer = (words_of(question.template, text).strip() for text in (said, question.answer))
-    return {"exact_match": float(said == answer)}
+    bare = lambda text: words_of(question.template, text).strip()
+    return {"exact_match": float(bare(said) == bare(question.shown["answer"]))}
 
 
 def mean_and_error(values):
-    """The mean, and its standard error: the sample's standard deviation over the root of its size (0 for a
-    sample of one, which has none)."""
+    """The mean, and its standard error (0 for a sample of one, which has none)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
 
-def evaluate(bitune, tokenizer, task, questions, stop_ids, batch_size, max_new_tokens, progress, kept):
+def mean_scores(results):
+    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
+    both = {key: mean_and_error([result[key] for result in results]) for key in metrics}
+    return {key: {"mean": mean, "stderr": error} for key, (mean, error) in both.items()}
+
+
+def all_scores(results):
+    """The scores of all questions and, where there are several subjects, those of each and their means."""
+    scores, groups = mean_scores(results), {}
+    for result in results:
+        groups.setdefault(result.get("subject"), []).append(result)
+    if len(groups) < 2:
+        return {"scores": scores}
+    own = {subject: mean_scores(group) for subject, group in groups.items()}
+    means = {key: statistics.fmean(one[key]["mean"] for one in own.values()) for key in scores}
+    return {"scores": scores, "subjects": own, "mean_of_subjects": means}
+
+
+def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
     """Every question's result in the file's order, as the JSONL file has it. `kept` holds those of an earlier
     try, by place, and gets each batch's as it comes."""
-    begun, before = time.monotonic(), len(kept)
-    length = lambda q: (len(q.prompt), sum(map(len, q.choices)) or max_new_tokens)
-    for batch in batches(questions, batch_size, TOKENS, length):
-        if all(q.place in kept for q in batch):
+    begun, before, n = time.monotonic(), len(kept), len(questions)
+    length = lambda q: (len(q.prompt), sum(map(len, q.choices)) or args.max_new_tokens)
+    for batch in batches(questions, args.batch_size, TOKENS, length):
+        if all(q.shown["place"] in kept for q in batch):
             continue
-        prompts = [q.prompt for q in batch]
-        if batch[0].choices:
-            key, points, found = "log_probs", score_choices, log_probs(bitune, prompts, [q.choices for q in batch])
+        _, prompts, choices, _ = zip(*batch)
+        if choices[0]:
+            kind, points, found = "log_probs", score_choices, log_probs(bitune, prompts, choices)
         else:
-            key, points = "said", score_gsm8k if task == "gsm8k" else score_text
-            found = write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens)
-        kept.update({q.place: {"place": q.place, "prompt": q.text, **({"choices": q.texts} if q.texts else {}),
-                               "answer": q.answer, key: said, **points(q, said)}
-                     for q, said in zip(batch, found)})
+            kind, points = "said", score_gsm8k if args.task == "gsm8k" else score_text
+            found = write_answers(bitune, tokenizer, prompts, stop_ids, args.max_new_tokens)
+        kept.add([q.shown | {kind: said} | points(q, said) for q, said in zip(batch, found)])
         rate = (len(kept) - before) / (time.monotonic() - begun)
-        progress.update(f"{task}: {len(kept)}/{len(questions)}  ETA "
-                        f"{clock((len(questions) - len(kept)) / rate)}  {rate:.1f} questions/s")
+        progress.update(f"{args.task}: {len(kept)}/{n}  ETA {clock((n - len(kept)) / rate)}  "
+                        f"{rate:.1f} questions/s")
     progress.clear()
-    return [kept[q.place] for q in questions]
+    return [kept[q.shown["place"]] for q in questions]
 
 
 class Kept(dict):
@@ -207,44 +203,26 @@ class Kept(dict):
 
     def __init__(self, path, of, questions):
         super().__init__()
-        self.questions, head = questions, json.dumps(of)
+        self.questions, head, results = questions, json.dumps(of), []
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = lock_file(path, "is being scored by another process")
         first, *lines = self.file.read().splitlines() or [""]
         for line in lines if first == head else ():
             with suppress(ValueError):                          # torn as it was written
-                super().update({(result := json.loads(line))["place"]: result})
+                results.append(json.loads(line))
         self.file.truncate(0)
-        print(head, *map(json.dumps, self.values()), sep="\n", file=self.file, flush=True)
+        print(head, file=self.file)
+        self.add(results)
+
+    def add(self, results):
+        self.update({result["place"]: result for result in results})
+        print(*map(json.dumps, results), sep="\n", file=self.file, flush=True)
 
     def where(self):
         return f"{len(self)} of {self.questions} questions"
 
     def kept(self):
         return "The same command goes on there."
-
-    def update(self, results):
-        super().update(results)
-        print(*map(json.dumps, results.values()), sep="\n", file=self.file, flush=True)
-
-
-def mean_scores(results):
-    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
-    both = {key: mean_and_error([result[key] for result in results]) for key in metrics}
-    return {key: dict(zip(("mean", "stderr"), value)) for key, value in both.items()}
-
-
-def all_scores(questions, results):
-    """What the summary has of scores: those of all questions and, where there are several subjects, those of
-    each and the subjects' means."""
-    scores, groups = mean_scores(results), {}
-    for question, result in zip(questions, results):
-        groups.setdefault(question.subject, []).append(result)
-    if len(groups) < 2:
-        return {"scores": scores}
-    own = {subject: mean_scores(group) for subject, group in groups.items()}
-    means = {key: statistics.fmean(one[key]["mean"] for one in own.values()) for key in scores}
-    return {"scores": scores, "subjects": own, "mean_of_subjects": means}
 
 
 def in_words(scores):
@@ -261,13 +239,10 @@ def page(title, results):
     return "\n\n".join(parts) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command
-
 SCORING = ASKED | {
-    "task": Setting("what the file is", words(*SCORED)),
+    "task": Setting("what the file is", words(*SCORED) | {"required": True}),
     "data": Setting("the questions, as published: JSONL, or MMLU's CSV; or a folder of such files",
-                    text("FILE")),
+                    text("FILE", required=True)),
     "limit": Setting("only the first N questions (of each file)", number(int, 1) | text("N")),
     "batch_size": Setting(f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
     "forced_causal": Setting("with α = 0: what does the second reading add?", SWITCH),
@@ -303,12 +278,10 @@ def place_of(args, of):
 
 
 def score(args, progress):
-    """The summary of a model's scores, which is written beside the answers; the one that is there, if it is
-    of the same. Failed if the work goes wrong; what is scored by then is kept."""
+    """The summary of a model's scores, written beside the answers; the one that is there, if it is of the
+    same. Failed if the work goes wrong; what is scored by then is kept."""
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
-    if not args.task or not args.data or not Path(args.data).exists():
-        raise ValueError(f"--data {args.data}: expected --task, and the file of its questions")
     of = subject_of(args)
     file = place_of(args, of)
     if file.exists() and not args.samples and (there := read_json(file)).get("of") == of:
@@ -327,16 +300,16 @@ def score(args, progress):
         progress.note(f"{kept.where()} are from an earlier try")
     with kept.file, work(kept, "--batch-size"):
         ready_to_answer(bitune)
-        results = evaluate(bitune, tokenizer, args.task, questions, stop_ids, args.batch_size,
-                           args.max_new_tokens, progress, kept)
+        results = evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept)
         summary = {"of": of, **vars(args), "method": bitune.method if about else None, "template": template,
                    "questions": len(results), "left_out": left_out,
-                   "seconds": round(time.monotonic() - begun, 1), **all_scores(questions, results)}
+                   "seconds": round(time.monotonic() - begun, 1), **all_scores(results)}
         write_file(file.with_suffix(".jsonl"),
                    "".join(json.dumps(result) + "\n" for result in results).encode())
         if args.samples:
-            title = f"{args.task}, {args.adapter or args.model}: {in_words(summary['scores'])} of {len(results)}"
-            write_file(file.with_suffix(".md"), page(title, results[:args.samples]).encode())
+            title = f"{args.task}, {args.adapter or args.model}: {in_words(summary['scores'])} of "
+            written = page(f"{title}{len(results)}", results[:args.samples])
+            write_file(file.with_suffix(".md"), written.encode())
         write_file(file, json_bytes(summary))
         file.with_suffix(".part").unlink()
     return summary | {"file": str(file)}
@@ -351,8 +324,8 @@ def main(argv=None):
     if "mean_of_subjects" in summary:
         means = ", ".join(f"{key} {mean:.2%}" for key, mean in summary["mean_of_subjects"].items())
         print(f"{args.task}, mean of {len(summary['subjects'])} subjects: {means}")
-    left_out = summary["left_out"]
-    beyond = f", {len(left_out)} too long left out, first: {left_out[0]}" if left_out else ""
+    out = summary["left_out"]
+    beyond = f", {len(out)} too long left out, first: {out[0]}" if out else ""
     print(f"{args.task}: {in_words(summary['scores'])} ({summary['questions']} questions{beyond}, "
           f"{clock(summary['seconds'])})")
     ends = [".json", ".jsonl", *[".md"] * bool(args.samples)]

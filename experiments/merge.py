@@ -13,7 +13,7 @@ from cli.settings import ASKED, SETTINGS, Setting, new_parser, text
 from files.checkpoint import DTYPES, checkpoint_bytes, checkpoint_dtype, load_model, merged_tensors
 from files.disk import locked, write_files
 from files.run import base_of, load_bitune, read_about
-
+from text.words import to_type
 
 FLAGS = {
     "model": ASKED["model"],
@@ -30,27 +30,25 @@ def main(argv=None):
     if out.exists():
         raise ValueError(f"--out {out} exists: choose another name")
     if (method := read_about(run).get("method", "causal")) != "causal":
-        raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart "
-                         "from the base: ask it with sample.py --adapter; only causal can be merged")
+        raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart from the "
+                         f"base; only causal can be merged. Ask it: {to_type('sample.py', '--adapter', run)}")
     base = args.model or base_of(run)
     dtype = DTYPES[args.dtype] if args.dtype else checkpoint_dtype(base)
     bitune, _, _ = load_bitune(load_model(base), run, base)
-    before = {name: t.clone() for name, t in bitune.model.state_dict().items() if ".sets." not in name}
-    after = merged_tensors(bitune.model, "answer")
-    learned, kept = 0.0, 0.0
-    for name, t in after.items():
+    before, learned, kept = bitune.model.state_dict(), 0.0, 0.0
+    after = {name: (t, t.to(dtype)) for name, t in merged_tensors(bitune.model, "answer").items()}
+    for name, (t, written) in after.items():
+        if not written.isfinite().all():
+            raise ValueError(f"{name}: merged, it is not finite in {dtype}: give --dtype float32")
         change = t - before[name]
         learned += change.square().sum().item()
-        kept += (change * (t.to(dtype).float() - before[name])).sum().item()
-        after[name] = t.to(dtype)
-        if not after[name].isfinite().all():
-            raise ValueError(f"{name}: merged, it is not finite in {dtype}: give --dtype float32")
+        kept += (change * (written.float() - before[name])).sum().item()
     kept = kept / learned if learned else 1.0
     print(f"{str(dtype).removeprefix('torch.')} keeps {kept:.1%} of what was learned")
     if kept < 0.5:
         raise ValueError("more than half of what was learned would be rounded away: give --dtype float32")
     with locked(out):
-        write_files(out, checkpoint_bytes(after, base))
+        write_files(out, checkpoint_bytes({name: written for name, (_, written) in after.items()}, base))
     print(f"wrote {out}: use it as --model")
 
 

@@ -11,7 +11,7 @@ import train
 from cli.settings import DEMO
 from edits import ROOT
 from experiments.demo import __main__ as demo
-from experiments.demo import language, pretrain
+from experiments.demo import depth, language, pretrain
 from files.checkpoint import load_model
 from text.examples import encode_prompt
 from text.tokenizer import Tokenizer
@@ -66,6 +66,14 @@ def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
     assert one == two
     for name in one.keys() - {"model.safetensors"}:  # as the base that comes with the project has them
         assert one[name] == open(f"{BASE}/{name}", "rb").read(), name
+
+
+def test_half_of_the_way_lies_between_two_validations():
+    record = lambda *exact: {"validations": [{"step": 20 * i, "val_exact_match": e} for i, e in enumerate(exact)]}
+    late, never = record(0.2, 0.4, 0.8, 0.9), record(0.2, 0.4)
+    assert depth.half_way(late) == pytest.approx(25) and depth.half_way(never) is None
+    assert depth.half_way(record(0.6, 0.7)) == 0
+    assert depth.halves([late, never]) == "25 (1 of 2)" and depth.halves([never]) == "-"
 
 
 @pytest.fixture

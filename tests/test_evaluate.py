@@ -180,7 +180,7 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
     """On its own verdicts (harness.json says which version's): choices with made-up log-probabilities, and
     answers to GSM8K in every form that a number can take."""
     harness = json.loads((Path(__file__).parent / "harness.json").read_text())
-    question = lambda row: evaluate.Question("", "", [], row.get("choices"), [], row["answer"])
+    question = lambda row: evaluate.Question(row, [], [])
     scorers = {
         "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
         "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"]),
@@ -329,7 +329,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
     data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
     wrong = {
         "neither --model nor --adapter": ["--task", "arc", "--data", data],
-        "expected --task, and the file of its questions": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
+        "No such file": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
         "a row of piqa has 'goal'": ["--model", base, "--task", "piqa", "--data", data],
         "are chosen, not written": ["--model", base, "--task", "arc", "--data", data, "--samples", "1"],
         "invalid choice: 'ultrafeedback'": ["--task", "ultrafeedback"],
@@ -347,4 +347,4 @@ def test_ids_of_choices_are_those_of_training(tokenizer, tmp_path):
     assert left_out == []
     for question, example in zip(questions, examples):
         assert question.prompt == example.prompt
-        assert question.choices[question.answer] == example.answer[:-1]  # the stop token is not scored
+        assert question.choices[question.shown["answer"]] == example.answer[:-1]  # the stop token is not scored

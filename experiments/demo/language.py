@@ -24,12 +24,7 @@ THINGS = ("apple bag ball bell book cake coat cup drum egg hat key kite lamp map
           "spoon").split()
 NUMBERS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
            "sixteen seventeen eighteen").split()
-OTHERS = "What Who Tell Repeat me again did does do say says spoke is plus comes the list first last".split()
-WORDS = [*NAMES, *ADJECTIVES, *BEINGS, *VERBS, *DOES, *ADVERBS, *THINGS, *NUMBERS, *OTHERS]
 AGAIN = "Tell me again."
-# The tokens of the base, after single bytes: a word comes with the space before it. The others are what
-# Llama 3's pattern cuts a prompt's frame into.
-PIECES = [" " + word for word in WORDS] + ["Question", "Answer", "?\n\n", ".\n\n"]
 
 
 def sayings(rng, n):
@@ -116,9 +111,9 @@ def splits(task, seed=0, **sizes):
     return {name: [next(rows) for _ in range(n)] for name, n in sizes.items()}
 
 
-def write(task, folder, **sizes):
+def write(task, folder):
     """The files train.jsonl, val.jsonl and test.jsonl of a task."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, rows in splits(task, **SIZES | sizes).items():
+    for name, rows in splits(task, **SIZES).items():
         lines = "".join(json.dumps(r) + "\n" for r in rows)
         (Path(folder) / f"{name}.jsonl").write_text(lines, encoding="utf-8")

@@ -4,56 +4,29 @@
 
 Ordinary next-token training: every token of a text is predicted, facts and questions too. What a step
 trains on follows from the seed and the step alone, so the same machine makes the same file again. It takes
-some ten minutes.
+some ten minutes. The shape and the tokenizer, a token for each word of the language, are the base's own.
 """
 
-import base64
 import random
-import time
 from pathlib import Path
 
 import torch
 
 from bitune import Bitune, nll, pad
 from cli.process import command
-from cli.settings import Setting, new_parser, number, text
-from cli.terminal import Progress, clock
-from experiments.demo.language import AGAIN, KINDS, PIECES, document, row
+from cli.settings import DEMO, Setting, new_parser, number, text
+from cli.terminal import Progress
+from experiments.demo.language import AGAIN, KINDS, document, row
 from files.checkpoint import parse_config
 from files.disk import json_bytes, tensor_bytes, write_files
 from model import Llama, may_attend
 from text.examples import Example, batches, encode_answer, encode_prompt
 from text.tokenizer import Tokenizer
+from text.words import read_json
 from train import schedule, validate
 
-SPECIAL = ["<s>", "</s>"]                                       # ids after the bytes and pieces
-CONFIG = {
-    "model_type": "llama", "vocab_size": 256 + len(PIECES) + 2,
-    "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "float16",
-    "bos_token_id": 256 + len(PIECES), "eos_token_id": 257 + len(PIECES),
-}
+TOKENIZER = "tokenizer.model", "tokenizer_config.json"
 BATCH, PEAK, WARMUP, FIRST_LESSON = 32, 2e-3, 100, 1 / 8     # the last: a part of the steps
-
-
-def tokenizer_files():
-    """A tokenizer.model in tiktoken's format: base64 of a piece and its id a line."""
-    pieces = [bytes([b]) for b in range(256)] + [p.encode() for p in PIECES]
-    lines = (base64.b64encode(piece) + b" %d\n" % i for i, piece in enumerate(pieces))
-    special = {str(len(pieces) + i): {"content": name} for i, name in enumerate(SPECIAL)}
-    return {"tokenizer.model": b"".join(lines), "tokenizer_config.json": json_bytes({
-        "bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "add_bos_token": True,
-        "added_tokens_decoder": special})}
-
-
-def fresh_model(config, seed):
-    torch.manual_seed(seed)
-    model = Llama(parse_config(config))
-    for name, p in model.named_parameters():
-        if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
-            torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
-    return model
 
 
 def example(tokenizer, question, answer):
@@ -90,25 +63,20 @@ def scores(model, tokenizer, n=300):
             for form, turns in found.items()}
 
 
-FLAGS = {
-    "out": Setting("where to write the base", text("FOLDER", required=True)),
-    "steps": Setting(f"of {BATCH} documents", number(int, 1), 6000),
-    "seed": Setting("of weights and documents", number(int), 1),
-}
-
-
 def pretrain(out, steps, seed, shape={}):
-    """Write the base that `steps` and `seed` make, of CONFIG with another `shape`, into the folder `out`."""
+    """Write the base that `steps` and `seed` make, in another `shape` if one is given, into a folder."""
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
-    Path(out).mkdir(parents=True, exist_ok=True)
-    config = CONFIG | shape
-    write_files(out, {"config.json": json_bytes(config), **tokenizer_files()})
-    tokenizer, model, progress = Tokenizer.from_pretrained(out), fresh_model(config, seed), Progress()
+    torch.manual_seed(seed)
+    config = read_json(Path(DEMO["model"]) / "config.json") | shape
+    beside = {name: (Path(DEMO["model"]) / name).read_bytes() for name in TOKENIZER}
+    write_files(out, beside | {"config.json": json_bytes(config)})
+    model, tokenizer, progress = Llama(parse_config(config)), Tokenizer.from_pretrained(out), Progress()
+    for name, p in model.named_parameters():
+        if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
+            torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-    begun, average = time.monotonic(), None
     for step in range(steps):
-        rng = random.Random(f"{seed}/{step}")
-        first = step < int(steps * FIRST_LESSON)
+        rng, first = random.Random(f"{seed}/{step}"), step < int(steps * FIRST_LESSON)
         now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
         optimizer.zero_grad()
         now.backward()
@@ -116,14 +84,19 @@ def pretrain(out, steps, seed, shape={}):
         optimizer.param_groups[0]["lr"] = PEAK * schedule(step, steps, WARMUP)
         optimizer.step()
 
-        average = now.item() if average is None else 0.99 * average + 0.01 * now.item()
-        eta = (time.monotonic() - begun) / (step + 1) * (steps - step - 1)
-        progress.update(f"step {step + 1}/{steps}  ETA {clock(eta)}  loss {average:.3f}")
+        progress.update(f"step {step + 1}/{steps}  loss {now.item():.3f}")
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             right = "  ".join(f"{form} {part:.0%}" for form, part in scores(model, tokenizer).items())
-            progress.note(f"step {step + 1}: loss {average:.3f}  right: {right}")
+            progress.note(f"step {step + 1}: loss {now.item():.3f}  right: {right}")
     half = {name: p.half() for name, p in model.state_dict().items()}
     write_files(out, {"model.safetensors": tensor_bytes(half)})
+
+
+FLAGS = {
+    "out": Setting("where to write the base", text("FOLDER", required=True)),
+    "steps": Setting(f"of {BATCH} documents", number(int, 1), 6000),
+    "seed": Setting("of weights and documents", number(int), 1),
+}
 
 
 @command

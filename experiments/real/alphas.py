@@ -14,42 +14,23 @@ from cli.process import command
 from cli.settings import ASKED, SETTINGS, Setting, new_parser, number, text
 from cli.terminal import Progress
 from experiments.compare import markdown
-from files.checkpoint import load_base
 from files.run import load_run
 from lora import add_adapter
 from text.examples import batches, load_examples
 from train import validate
 
-SCALES = 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1
 PARTS = 6           # of the layers
+SCALES = 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1
 
 
-class Scaled(Bitune):
-    """α times `scales`, by name one for each layer (L,)."""
+def scaled(bitune, own, **scales):
+    """The Bitune whose α, by name, are its `own` times scales (L,), or these alone."""
+    class Scaled(Bitune):
+        def alpha(self, read, positions):
+            along = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * (a if own else torch.ones_like(a))
+            return {name: along(scales[name], a) for name, a in super().alpha(read, positions).items()}
 
-    def alpha(self, read, positions):
-        along = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * a
-        return {name: along(self.scales[name], a) for name, a in super().alpha(read, positions).items()}
-
-
-class Alone(Bitune):
-    """α is `scales`."""
-
-    def alpha(self, read, positions):
-        return self.scales
-
-
-def load(args):
-    """The Bitune, whose α are scaled, its tokenizer and template."""
-    if args.adapter:
-        bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
-        if not bitune.mixes:
-            raise ValueError(f"{args.adapter} (method {bitune.method}) mixes nothing")
-        return bitune.twin(Scaled), tokenizer, about.get("template", "paper")
-    model, tokenizer = load_base(args.model, args.device, args.dtype)
-    for name in adapter_sets("bitune"):
-        add_adapter(model, name)
-    return Bitune(model).twin(Alone), tokenizer, "paper"
+    return bitune.twin(Scaled)
 
 
 FLAGS = {
@@ -66,28 +47,32 @@ def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: see --help")
-    bitune, tokenizer, template = load(args)
-    longest = min(512, bitune.model.config.max_length)
+    bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
+    if not args.adapter:
+        for name in adapter_sets("bitune"):
+            add_adapter(bitune.model, name)
+        bitune = Bitune(bitune.model)
+    elif not bitune.mixes:
+        raise ValueError(f"{args.adapter} (method {bitune.method}) mixes nothing")
+    template, longest = about.get("template", "paper"), min(512, bitune.model.config.max_length)
     examples = load_examples(args.data, tokenizer, template, longest, args.task)[0][-args.n:]
-    progress, L = Progress(), bitune.model.config.num_hidden_layers
+    every, progress = torch.ones(bitune.model.config.num_hidden_layers, device=bitune.device), Progress()
 
     def loss(key, value):
-        bitune.scales = {"key": torch.zeros(L, device=bitune.device) + key,
-                         "value": torch.zeros(L, device=bitune.device) + value}
-        return f"{validate(bitune, examples, batches, progress.update)['loss']:.3f}"
+        model = scaled(bitune, args.adapter, key=key * every, value=value * every)
+        return f"{validate(model, examples, batches, progress.update)['loss']:.3f}"
 
     none, own = loss(0, 0), "α times" if args.adapter else "α"
     lines = [[own, "keys and values", "keys alone", "values alone"], ["0", none, none, none]]
-    for s in args.scales:
-        lines.append([f"{s:g}", loss(s, s), loss(s, 0), loss(0, s)])
+    lines += [[f"{s:g}", loss(s, s), loss(s, 0), loss(0, s)] for s in args.scales]
     progress.note(markdown(lines) + "\n")
 
     s = 1 if args.adapter else 0.5
     lines = [[f"{own} {s:g} in layers, 0 in the others", "loss"]]
-    for layers in torch.arange(L).split(-(-L // PARTS)):
-        only = torch.zeros(L, device=bitune.device)
-        only[layers] = s
-        first, last = layers[0].item(), layers[-1].item()
+    size = -(-len(every) // PARTS)
+    for first in range(0, len(every), size):
+        only, last = torch.zeros_like(every), min(first + size, len(every)) - 1
+        only[first:last + 1] = s
         lines.append([f"{first} to {last}" if first < last else f"{first}", loss(only, only)])
     progress.note(markdown(lines))
 
