@@ -23,7 +23,7 @@ import torch
 from bitune import METHODS, Bitune, adapter_sets
 from cli.cards import several
 from cli.process import Failed, command
-from cli.settings import SETTINGS, SWITCH, Setting, check, default, join, new_parser, number, options
+from cli.settings import SETTINGS, SWITCH, Setting, check, default, join, new_parser, options
 from cli.settings import settings_of, text, words
 from cli.terminal import Progress
 from experiments.compare import chosen, percent, report
@@ -53,9 +53,8 @@ GRID = {
     "lrs": Setting("learning rates", SETTINGS["lr"].form | {"nargs": "+"}, [SETTINGS["lr"].default]),
     "search": Setting("compare the --lrs with the first seed alone, unscored", SWITCH),
     "seeds": Setting("of each model", SETTINGS["seed"].form | {"nargs": "+"}, [42, 43, 44]),
-    "limit": Setting("only the first N questions of each file", SCORING["limit"].form),
-    "eval_batch_size": Setting("questions at a time", number(int, 1)),
-    "max_new_tokens": SCORING["max_new_tokens"],
+    "eval_batch_size": SCORING["batch_size"],
+    **{name: SCORING[name] for name in ("limit", "max_new_tokens")},
 }
 
 

@@ -176,8 +176,8 @@ def all_scores(results):
 
 
 def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
-    """Every question's result in the file's order, as the JSONL file has it. `kept` holds those of an earlier
-    try, by place, and gets each batch's as it comes."""
+    """Every question's result, as a line of the JSONL file, in the file's order. `kept` holds those of an
+    earlier try, and gets each batch's as it comes."""
     begun, before, n = time.monotonic(), len(kept), len(questions)
     length = lambda q: (len(q.prompt), sum(map(len, q.choices)) or args.max_new_tokens)
     for batch in batches(questions, args.batch_size, TOKENS, length):
@@ -211,12 +211,13 @@ class Kept(dict):
             with suppress(ValueError):                          # torn as it was written
                 results.append(json.loads(line))
         self.file.truncate(0)
-        print(head, file=self.file)
+        self.file.write(f"{head}\n")
         self.add(results)
 
     def add(self, results):
         self.update({result["place"]: result for result in results})
-        print(*map(json.dumps, results), sep="\n", file=self.file, flush=True)
+        self.file.write("".join(json.dumps(result) + "\n" for result in results))
+        self.file.flush()
 
     def where(self):
         return f"{len(self)} of {self.questions} questions"
