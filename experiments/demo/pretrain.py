@@ -75,6 +75,7 @@ def pretrain(out, steps, seed, shape={}):
         if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
             torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    average = None
     for step in range(steps):
         rng, first = random.Random(f"{seed}/{step}"), step < int(steps * FIRST_LESSON)
         now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
@@ -84,10 +85,11 @@ def pretrain(out, steps, seed, shape={}):
         optimizer.param_groups[0]["lr"] = PEAK * schedule(step, steps, WARMUP)
         optimizer.step()
 
-        progress.update(f"step {step + 1}/{steps}  loss {now.item():.3f}")
+        average = now.item() if average is None else 0.99 * average + 0.01 * now.item()
+        progress.update(f"step {step + 1}/{steps}  loss {average:.3f}")
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             right = "  ".join(f"{form} {part:.0%}" for form, part in scores(model, tokenizer).items())
-            progress.note(f"step {step + 1}: loss {now.item():.3f}  right: {right}")
+            progress.note(f"step {step + 1}: loss {average:.3f}  right: {right}")
     half = {name: p.half() for name, p in model.state_dict().items()}
     write_files(out, {"model.safetensors": tensor_bytes(half)})
 
