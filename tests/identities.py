@@ -18,7 +18,7 @@ from files.run import alpha_by_layer, load_run, load_state, run_bytes, state_byt
 from lora import add_adapter, linears
 from model import KVCache, Llama
 from text.examples import Example, batches
-from tiny import ANSWERS, LONG, RAGGED, scatter, write_checkpoint
+from tiny import ANSWERS, LONG, RAGGED, write_checkpoint
 from train import make_optimizer, train_step
 
 F64 = torch.float64
