@@ -41,7 +41,7 @@ FOLDERS = {"answer": ".", "prompt": "bidirectional"}
 
 ABOUT = {"method": (tuple(METHODS), ...), "c": ((int, float), ...), "template": (tuple(TEMPLATES), "plain"),
          "step": (int, None), "alpha": (dict, None), "whole": (bool, False), "base": (str, ...),
-         "base_config": (dict, ...), "fingerprint": ((dict, list), ...)}
+         "base_config": (dict, ...), "fingerprint": (dict, ...)}
 
 
 def read_about(folder):
@@ -187,7 +187,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
             n += load_adapter(model, name, folder / FOLDERS.get(source, source))
     c = about["c"] if "c" in about and method in (None, own) else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
-    if about.get("fingerprint") and bitune.method == own:
+    if about and bitune.method == own:
         check_code(folder, about, bitune)
     mixing, file = own_tensors(bitune), folder / "mixing.safetensors"
     if mixing and (bitune.method == own or file.exists()):
