@@ -58,8 +58,8 @@ def difference(one, other, column):
     """By how much the group `one` is better than `other`, in percent of a column's questions: by seed, then
     the mean and its standard error, paired on questions: the seeds' mean verdict on each question is one
     observation, to which the spread of the seeds adds."""
-    pairs = [(a["scores"][column], b["scores"][column]) for a in one for b in other if a["seed"] == b["seed"]]
-    gains = [[100 * (x - y) for x, y in zip(*pair)] for pair in pairs]      # seeds, questions
+    pairs = [(a["scores"], b["scores"]) for a in one for b in other if a["seed"] == b["seed"]]
+    gains = [[100 * (x - y) for x, y in zip(a[column], b[column])] for a, b in pairs]   # seeds, questions
     by_seed, by_question = ([*map(fmean, part)] for part in (gains, zip(*gains)))
     square = variance(by_question) / len(by_question) if len(by_question) > 1 else math.inf
     square += variance(by_seed) / len(by_seed) if len(by_seed) > 1 else 0

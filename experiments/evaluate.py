@@ -72,7 +72,7 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
                 whole = joined(turns[-1:], input)
                 turns[-1], input = turns[-1]._replace(text=f"{whole}\n\n{whole}"), ""
             prompt = encode_prompt(tokenizer, template, turns, input)
-            choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without the stop
+            choices = [encode_answer(tokenizer, template, text)[:-1] for text in texts]     # without stop
             if [] in choices:
                 raise ValueError(f"choice {choices.index([]) + 1} has no tokens to score")
         except ValueError as error:

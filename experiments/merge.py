@@ -30,8 +30,9 @@ def main(argv=None):
     if out.exists():
         raise ValueError(f"--out {out} exists: choose another name")
     if (method := read_about(run).get("method", "causal")) != "causal":
-        raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart from the "
-                         f"base; only causal can be merged. Ask it: {to_type('sample.py', '--adapter', run)}")
+        raise ValueError(f"{run} is of method {method}, whose prompt passes need its adapters apart from "
+                         "the base; only causal can be merged. Ask it: "
+                         f"{to_type('sample.py', '--adapter', run)}")
     base = args.model or base_of(run)
     dtype = DTYPES[args.dtype] if args.dtype else checkpoint_dtype(base)
     bitune, _, _ = load_bitune(load_model(base), run, base)

@@ -27,8 +27,8 @@ def scaled(bitune, own, **scales):
     """The Bitune whose α, by name, are its `own` times scales (L,), or these alone."""
     class Scaled(Bitune):
         def alpha(self, read, positions):
-            along = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * (a if own else torch.ones_like(a))
-            return {name: along(scales[name], a) for name, a in super().alpha(read, positions).items()}
+            like = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * (a if own else torch.ones_like(a))
+            return {name: like(scales[name], a) for name, a in super().alpha(read, positions).items()}
 
     return bitune.twin(Scaled)
 
