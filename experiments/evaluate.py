@@ -32,8 +32,7 @@ from cli.terminal import Progress, clock
 from files.disk import json_bytes, lock_file, write_file
 from files.run import base_of, load_run, read_about
 from model import Past
-from text.chat import words_of
-from text.examples import batches, encode_answer, encode_prompt, joined, stop_id
+from text.examples import TEMPLATES, batches, encode_answer, encode_prompt, joined, stop_id
 from text.rows import TASKS, read_rows
 from text.turns import learned_answers, parse_row
 from text.words import read_json
@@ -147,7 +146,8 @@ def score_gsm8k(question, said):
 
 
 def score_text(question, said):
-    bare = lambda text: words_of(question.template, text).strip()
+    form = TEMPLATES[question.template]                 # which knows what of an answer are thoughts
+    bare = lambda text: form.thoughts_and_words(text)[1].strip()
     return {"exact_match": float(bare(said) == bare(question.shown["answer"]))}
 
 

@@ -155,8 +155,3 @@ def own_chat(tokenizer):
 def is_control(piece, tokenizer):
     """Whether a piece becomes a token by its name, not by its characters."""
     return isinstance(piece, Control) and (piece not in MAY_BE_TEXT or piece in tokenizer.special)
-
-
-def words_of(template, said):
-    """What an answer says, without the thoughts that a template has a place for."""
-    return CHATS[template].thoughts_and_words(said)[1] if template in CHATS else said

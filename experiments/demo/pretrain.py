@@ -8,6 +8,7 @@ some ten minutes. The shape and the tokenizer, a token for each word of the lang
 """
 
 import random
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from bitune import Bitune, nll, pad
 from cli.process import command
 from cli.settings import DEMO, Setting, new_parser, number, text
-from cli.terminal import Progress
+from cli.terminal import Progress, clock
 from experiments.demo.language import AGAIN, KINDS, document, row
 from files.checkpoint import parse_config
 from files.disk import json_bytes, tensor_bytes, write_files
@@ -75,7 +76,7 @@ def pretrain(out, steps, seed, shape={}):
         if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
             torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
-    average = None
+    begun, average = time.monotonic(), None
     for step in range(steps):
         rng, first = random.Random(f"{seed}/{step}"), step < int(steps * FIRST_LESSON)
         now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
@@ -86,7 +87,8 @@ def pretrain(out, steps, seed, shape={}):
         optimizer.step()
 
         average = now.item() if average is None else 0.99 * average + 0.01 * now.item()
-        progress.update(f"step {step + 1}/{steps}  loss {average:.3f}")
+        eta = (time.monotonic() - begun) / (step + 1) * (steps - step - 1)
+        progress.update(f"step {step + 1}/{steps}  ETA {clock(eta)}  loss {average:.3f}")
         if (step + 1) % 1000 == 0 or step + 1 == steps:
             right = "  ".join(f"{form} {part:.0%}" for form, part in scores(model, tokenizer).items())
             progress.note(f"step {step + 1}: loss {average:.3f}  right: {right}")
