@@ -333,7 +333,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
         "a row of piqa has 'goal'": ["--model", base, "--task", "piqa", "--data", data],
         "are chosen, not written": ["--model", base, "--task", "arc", "--data", data, "--samples", "1"],
         "invalid choice: 'ultrafeedback'": ["--task", "ultrafeedback"],
-        "has no bitune.json": ["--adapter", base, "--task", "arc", "--data", data],
+        "holds no run and no adapter": ["--adapter", base, "--task", "arc", "--data", data],
     }
     for message, argv in wrong.items():
         assert message in exits(2, evaluate.main, argv, capsys), message
