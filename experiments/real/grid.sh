@@ -11,7 +11,7 @@ set -eu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 for seeds in "42" "42 43" "42 43 44"; do
     nice -n 19 python -m experiments.ablate --out real --model smollm2 --dtype bfloat16 --task arc --data train.jsonl \
-        --steps 225 --micro-batch-size 10 --eval-every 75 --save-every 25 --methods bitune naive-bidir no-mixing \
+        --steps 225 --eval-every 75 --save-every 25 --methods bitune naive-bidir no-mixing \
         --evaluate arc=easy.jsonl arc=challenge.jsonl csqa=csqa.jsonl --eval-batch-size 24 \
         --lrs 1e-3 3e-3 3e-4 1e-4 --search --seeds $seeds
 done

@@ -7,7 +7,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run() {                         # NAME COPY STEPS [flags]: train.py of a copy of the project
     local out=why/$1 copy=$2 steps=$3; shift 3
     local flags="--model smollm2 --dtype bfloat16 --template paper --task arc --data train.jsonl --lr 3e-3 --seed 42
-                 --steps $steps --micro-batch-size 10 --eval-every 75 --save-every 25 --out $out $*"
+                 --steps $steps --eval-every 75 --save-every 25 --out $out $*"
     [ -e $out/bitune.json ] && flags="--resume $out"
     grep -qs "\"step\": $steps, \"val_loss\"" $out/log.jsonl || PYTHONPATH=$copy nice -n 19 python -m train $flags
     echo "$out: $(grep -o '"val_loss": [0-9.]*' $out/log.jsonl | tail -n +2 | paste -sd' ')"
