@@ -13,21 +13,17 @@ import torch
 import train
 from cli.cards import apart
 from experiments import ablate
-from experiments.ablate import listed, main
 from files.disk import locked
-from test_commands import files, log
+from test_commands import call, files, log
 from tiny import some_of
 
-fork = get_context("fork")
-
-
-def at_once(*calls):
+def at_once(*functions):
     """Call each, in a process of its own; returns their exit statuses."""
-    processes = [fork.Process(target=call, daemon=True) for call in calls]
+    processes = [get_context("fork").Process(target=function, daemon=True) for function in functions]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(600)
     return [process.exitcode for process in processes]
 
 
@@ -51,19 +47,20 @@ def torchrun(argv, before=None):
 @pytest.mark.parametrize("batch_size", [1, 3])          # a process without any example, and uneven shares
 def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_path, capfd):
     """Stopped in step 3 by a signal to one of them."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
     more = "--batch-size", batch_size, "--micro-batch-tokens", 90, "--weight-decay", 0.1, "--lr", 0.001
-    train.main(flags(*more, "--out", tmp_path / "alone"))
+    train.main(flags(*more, "--out", alone))
     capfd.readouterr()
     stop = lambda step, bitune: step == 3 and os.kill(os.getpid(), signal.SIGTERM)
     assert torchrun(flags(*more), stop) == [1, 0]
     said = capfd.readouterr()
     assert said.out.count("settings: ") == 1 and said.out.count("base model: validation loss") == 1
     assert said.err == ("error: step 3: stopped by a signal to another of the processes. The save of step 3 "
-                        f"is whole: python train.py --resume {tmp_path / 'run'}\n")
-    train.main(["--resume", str(tmp_path / "run")])
+                        f"is whole: python train.py --resume {run}\n")
+    call(train, "--resume", run)
     for key in ("step", "loss", "grad_norm", "val_loss", "val_perplexity", "val_accuracy"):
-        assert log(tmp_path / "run", key) == pytest.approx(log(tmp_path / "alone", key), rel=1e-4, abs=1e-4)
-    one, two = files(tmp_path / "alone"), files(tmp_path / "run")
+        assert log(run, key) == pytest.approx(log(alone, key), rel=1e-4, abs=1e-4)
+    one, two = files(alone), files(run)
     assert one.keys() == two.keys()
     for name, t in one.items():
         if torch.is_tensor(t):
@@ -75,8 +72,7 @@ def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
     drawn = []
     for rank in range(3):
         with monkeypatch.context() as patch:
-            for name, value in (("WORLD_SIZE", 3), ("RANK", rank)):
-                patch.setenv(name, str(value))
+            patch.setenv("WORLD_SIZE", "3"), patch.setenv("RANK", str(rank))
             patch.setattr("torch.distributed.get_rank", lambda: rank)
             torch.manual_seed(42)
             apart()
@@ -84,20 +80,14 @@ def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
     assert len({*drawn}) == 3
 
 
-def died(step, bitune):
-    if step == 5:
-        os._exit(1)
+def no_numbers(bitune):
+    bitune.losses = lambda prompts, answers: some_of(bitune).sum() * torch.tensor([torch.nan])
 
 
-def no_numbers(step, bitune):
-    if step == 5:
-        bitune.losses = lambda prompts, answers: some_of(bitune).sum() * torch.tensor([torch.nan])
-
-
-@pytest.mark.parametrize("what, said", [(died, "another of the processes is gone: "),
+@pytest.mark.parametrize("what, said", [(lambda bitune: os._exit(1), "another of the processes is gone: "),
                                         (no_numbers, "the loss is nan")])
 def test_what_one_process_meets_ends_both_in_one_line(what, said, flags, tmp_path, capfd):
-    assert torchrun(flags(), what)[0] == 1
+    assert torchrun(flags("--save-every", 2), lambda step, bitune: step == 5 and what(bitune))[0] == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: step 5: {said}")
     assert line.endswith(f". The save of step 4 is whole: python train.py --resume {tmp_path / 'run'}")
@@ -111,13 +101,16 @@ def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
 
 def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
     """All but one, which a third is at until one of them waits for nothing else; then it is made too."""
-    grid, kept, waited = tmp_path / "run", "bitune-lr0.01-seed42", tmp_path / "waited"
+    grid, kept, waited, listed = tmp_path / "run", "bitune-lr0.01-seed42", tmp_path / "waited", ablate.listed
     argv = [a.replace("--lr", "--lrs") for a in flags("--steps", 2, "--seeds", 42, 43)]
+
+    def wait_for(file):
+        while not file.exists():
+            time.sleep(0.01)
 
     def third():
         with locked(grid / kept):
-            while not waited.exists():
-                time.sleep(0.01)
+            wait_for(waited)
 
     def left(runs):
         if runs == [kept]:
@@ -125,14 +118,12 @@ def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
         return listed(runs)
 
     def other():
-        while not (grid / kept / ".lock").exists():
-            time.sleep(0.01)
+        wait_for(grid / kept / ".lock")
         ablate.listed = left
-        main(argv)
+        ablate.main(argv)
     assert at_once(third, other, other) == [0, 0, 0]
     said = capfd.readouterr().out
-    assert "waiting for what other processes are at: " + kept + "\n" in said
+    assert f"waiting for what other processes are at: {kept}\n" in said
     assert said.count((grid / "tables.md").read_text()) == 2
-    runs = [f.parent.name for f in grid.glob("*/bitune.json")]
-    assert len(runs) == 6
-    assert all(len(log(grid / run)) == 2 for run in runs)
+    runs = [f.parent for f in grid.glob("*/bitune.json")]
+    assert len(runs) == 6 and all(len(log(run)) == 2 for run in runs)

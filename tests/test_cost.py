@@ -8,10 +8,8 @@ from experiments import cost
 from text.examples import Example
 from tiny import tiny_bitune
 
-SHAPE = dict(
-    model_type="llama", vocab_size=1000, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-    num_attention_heads=4,
-)
+SHAPE = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512,
+         "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def test_parameters_are_the_published_models():

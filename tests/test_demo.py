@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from edits import ROOT
 from experiments.demo import __main__ as demo
 from experiments.demo import depth, language, pretrain
 from files.checkpoint import load_model
+from test_commands import call, exits, log
 from text.examples import encode_prompt
 from text.tokenizer import Tokenizer
 
@@ -40,8 +42,7 @@ def test_the_data_follow_from_the_seed_and_their_splits_are_disjoint(task):
     prompts = [row["prompt"] for rows in one.values() for row in rows]
     assert len(set(prompts)) == 400
     for prompt, answer in ((r["prompt"], r["completion"]) for r in one["train"]):
-        name = prompt.split()[-2]
-        said = answer.removesuffix(".")
+        name, said = prompt.split()[-2], answer.removesuffix(".")
         assert f"{said}, says {name}" in prompt or f"{name} says {said}" in prompt
 
 
@@ -61,11 +62,11 @@ def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn(toke
 def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "scores", lambda *_: {})
     for name in ("one", "two"):
-        pretrain.main(["--out", str(tmp_path / name), "--steps", "4"])
+        call(pretrain, "--out", tmp_path / name, "--steps", 2)
     one, two = ({f.name: f.read_bytes() for f in sorted((tmp_path / n).iterdir())} for n in ("one", "two"))
     assert one == two
-    for name in one.keys() - {"model.safetensors"}:  # as the base that comes with the project has them
-        assert one[name] == open(f"{BASE}/{name}", "rb").read(), name
+    for name in one.keys() - {"model.safetensors"}:             # as in the base that is shipped
+        assert one[name] == Path(BASE, name).read_bytes(), name
 
 
 def test_half_of_the_way_lies_between_two_validations():
@@ -89,21 +90,19 @@ def anywhere(tmp_path, monkeypatch):
 @pytest.mark.reference          # of today's method
 def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
     """The demonstration, cut short."""
-    few = open(DEMO["val_data"], encoding="utf-8").readlines()[:60]
-    (anywhere / "val.jsonl").write_text("".join(few), encoding="utf-8")
-    (anywhere / "test.jsonl").write_text("".join(few), encoding="utf-8")
-    for key, value in (("steps", 46), ("eval_every", 46), ("val_data", str(anywhere / "val.jsonl"))):
-        monkeypatch.setitem(DEMO, key, value)
-    train.main([])
-    monkeypatch.setitem(DEMO, "steps", 20)
-    train.main(["--method", "causal"])
+    few = open(DEMO["val_data"], encoding="utf-8").readlines()[:40]
+    for name in ("val", "test"):
+        (anywhere / f"{name}.jsonl").write_text("".join(few), encoding="utf-8")
+    monkeypatch.setitem(DEMO, "val_data", str(anywhere / "val.jsonl"))
+    for steps, argv in ((46, []), (16, ["--method", "causal"])):
+        monkeypatch.setitem(DEMO, "steps", steps), monkeypatch.setitem(DEMO, "eval_every", steps)
+        train.main(argv)
     assert "saved runs/demo-2 after" in capsys.readouterr().out
-    last = lambda run: json.loads((anywhere / run / "log.jsonl").read_text().splitlines()[-1])
-    assert last("runs/demo")["val_exact_match"] > 0.9
-    assert last("runs/demo-2")["val_exact_match"] < 0.35
+    learned, plain = (log(anywhere / run, "val_exact_match")[-1] for run in ("runs/demo", "runs/demo-2"))
+    assert learned > 0.9 and plain < 0.35
 
-    os.utime("runs/demo/bitune.json")  # the last run is the one that is asked
-    row = json.loads(open(anywhere / DEMO["val_data"]).readline())
+    os.utime("runs/demo/bitune.json")                       # the last run is the one that is asked
+    row = json.loads(few[0])
     monkeypatch.setattr("sys.stdin", io.StringIO(row["prompt"] + "\n"))
     sample.main([])
     said = capsys.readouterr()
@@ -114,9 +113,9 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
 @pytest.mark.reference          # of today's method
 def test_the_command_compares_the_models(anywhere, monkeypatch, capsys):
     monkeypatch.setitem(DEMO, "batch_size", 4)
-    monkeypatch.setattr(language, "SIZES", {"train": 80, "val": 20, "test": 20})
+    monkeypatch.setattr(language, "SIZES", {"train": 40, "val": 5, "test": 5})
     monkeypatch.setattr(demo, "ABLATIONS", [])
-    argv = "--all --tasks front --seeds 2 --steps 4 --out runs/all".split()
+    argv = "--all --tasks front --seeds 2 --steps 2 --out runs/all".split()
     demo.main(argv)
     said = capsys.readouterr().out
     rows = [line for line in said.splitlines() if line.startswith("| ")]
@@ -125,7 +124,4 @@ def test_the_command_compares_the_models(anywhere, monkeypatch, capsys):
     assert "±" in rows[3] and "the truth" in said and "α key" in said
     svg = (anywhere / "runs/all/front/curves.svg").read_text()
     assert svg.count("<polyline") == 3 and svg.rstrip().endswith("</svg>")
-
-    with pytest.raises(SystemExit) as end:
-        demo.main([*argv, "--steps", "5"])
-    assert end.value.code == 2 and " and is 5" in capsys.readouterr().err
+    assert " and is 5" in exits(2, demo.main, [*argv, "--steps", "5"], capsys)

@@ -2,22 +2,15 @@
 
 import ast
 import re
+from importlib import import_module
 
 import pytest
 
-import experiments.ablate
-import experiments.benchmark
-import experiments.cost
-import experiments.demo.__main__
-import experiments.demo.pretrain
-import experiments.evaluate
-import experiments.merge
-import experiments.real.alphas
-import sample
-import train
 from edits import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = ["train", "sample", *(f"experiments.{name}" for name in (
+    "evaluate", "merge", "cost", "ablate", "benchmark", "demo.__main__", "demo.pretrain", "real.alphas"))]
 CODE = sorted(f for f in ROOT.rglob("*.py") if not any(p.startswith(".") for p in f.relative_to(ROOT).parts))
 
 
@@ -39,12 +32,9 @@ def test_links_lead_somewhere(page):
 def test_flags_exist(capsys):
     """Every flag that a page names is one of a command's."""
     known = {"--reference", "--fuzz", "--edits", "--local-dir"}
-    mains = (train, sample, experiments.evaluate, experiments.merge, experiments.cost, experiments.ablate,
-             experiments.benchmark, experiments.demo.__main__, experiments.demo.pretrain,
-             experiments.real.alphas)
-    for module in mains:
+    for name in COMMANDS:
         with pytest.raises(SystemExit):
-            module.main(["--help"])
+            import_module(name).main(["--help"])
         known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
     for page in PAGES:
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text(encoding="utf-8")))

@@ -18,53 +18,49 @@ def logits(model, ids=RAGGED[3]):
         return model(torch.tensor([ids]), positions, may_attend(positions, positions))[0]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 2}},
-            "its RoPE has the type 'yarn', expected .default. or .linear. or .llama3.",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2}},
-            "needs low_freq_factor, high_freq_factor",
-        ),
-        ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
-        ({"hidden_size": None}, "config.json: it lacks hidden_size"),
-    ],
-)
-def test_an_unsupported_config_is_named_with_what_is_supported(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        load_model(write_checkpoint_config(tmp_path, change))
-
-
-def write_checkpoint_config(folder, change):
-    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+def rewritten(folder, change):
+    """The checkpoint in a folder, with what change(its tensors) makes of them."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file)
     return folder
 
 
+@pytest.fixture
+def folder(tmp_path):
+    return write_checkpoint(tmp_path / "m")
+
+
+# ---- the config ------------------------------------------------------------------------------------------
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "its RoPE has the type 'yarn', expected"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2}},
+     "needs low_freq_factor, high_freq_factor"),
+    ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
+    ({"hidden_size": None}, "config.json: it lacks hidden_size"),
+])
+def test_an_unsupported_config_is_named_with_what_is_supported(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
 def test_the_two_spellings_of_rope_mean_the_same():
-    numbers = {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    }
-    configs = [
-        parse_config(CONFIG | c)
-        for c in (
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **numbers}},
-            {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **numbers}},
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **numbers}},
-        )
-    ]
-    assert configs[0] == configs[1] == configs[2]
+    one, two, three = (parse_config(CONFIG | spelled) for spelled in (
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}))
+    assert one == two == three
 
 
 def test_linear_rope_stretches_positions():
-    plain, linear = (
-        parse_config(CONFIG | {"rope_scaling": s}) for s in (None, {"type": "linear", "factor": 4.0})
-    )
-    at = torch.arange(32)[None]
+    plain, at = parse_config(CONFIG), torch.arange(32)[None]
+    linear = parse_config(CONFIG | {"rope_scaling": {"type": "linear", "factor": 4.0}})
     for a, b in zip(rotary(linear, 4 * at, torch.float32), rotary(plain, at, torch.float32)):
         torch.testing.assert_close(a, b)
 
@@ -90,83 +86,65 @@ def test_a_text_longer_than_the_sliding_window_is_refused():
     logits(model, [1] * 12)
     with pytest.raises(ValueError, match="13 tokens are more than the model's sliding_window of 12"):
         logits(model, [1] * 13)
-    assert (
-        parse_config(
-            CONFIG | {"model_type": "qwen2", "sliding_window": 12, "use_sliding_window": False}
-        ).sliding_window
-        is None
-    )
+    unused = CONFIG | {"model_type": "qwen2", "sliding_window": 12, "use_sliding_window": False}
+    assert parse_config(unused).sliding_window is None
     assert parse_config(CONFIG | {"model_type": "mistral"}).sliding_window == 4096
 
 
-def test_every_tensor_that_does_not_fit_is_in_one_error(tmp_path):
-    folder = write_checkpoint(tmp_path / "m")
-    state = load_file(folder / "model.safetensors")
-    del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
-    state["model.layers.0.extra"] = torch.zeros(2)
-    state["lm_head.weight"] = torch.zeros(299, 32)
-    save_file(state, folder / "model.safetensors")
+def test_padding_sees_only_padding():
+    positions = torch.tensor([[0, 1, 2, -1]])
+    for sees, want in {
+        "causal": [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
+        "bidirectional": [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
+        "anticausal": [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+    }.items():
+        assert may_attend(positions, positions, sees)[0, 0].int().tolist() == want
+
+
+# ---- the files -------------------------------------------------------------------------------------------
+
+def test_every_tensor_that_does_not_fit_is_in_one_error(folder):
+    def spoil(state):
+        del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
+        return state | {"model.layers.0.extra": torch.zeros(2), "lm_head.weight": torch.zeros(299, 32)}
+
     with pytest.raises(ValueError) as error:
-        load_model(folder)
-    for part in (
-        "4 tensors do not fit", "missing model.norm.weight (32,)",
-        "missing model.layers.1.mlp.up_proj.weight (48, 32)", "unexpected model.layers.0.extra (2,)",
-        "lm_head.weight is (299, 32), expected (300, 32)",
-    ):
+        load_model(rewritten(folder, spoil))
+    for part in ("4 tensors do not fit", "missing model.norm.weight (32,)",
+                 "missing model.layers.1.mlp.up_proj.weight (48, 32)",
+                 "unexpected model.layers.0.extra (2,)", "lm_head.weight is (299, 32), expected (300, 32)"):
         assert part in str(error.value)
 
 
-def test_other_files_are_refused_by_name(tmp_path):
-    folder = write_checkpoint(tmp_path / "m")
+def test_other_files_are_refused_by_name(folder, tmp_path, request):
+    def refused(folder, message):
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+
+    rewritten(folder, lambda state: state | {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    refused(folder, "model.norm.weight is I8, expected floats")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="lacks model.safetensors; it has pytorch_model.bin: expected the"):
-        load_model(folder)
+    refused(folder, "lacks model.safetensors; it has pytorch_model.bin: expected the")
     (folder / "model.safetensors").write_bytes(b"half a downl")
-    with pytest.raises(ValueError, match="cannot be read .*is the download complete?"):
-        load_model(folder)
-    with pytest.raises(ValueError, match="has no config.json: expected a Hugging Face checkpoint folder"):
-        load_model(tmp_path)
-
-
-def test_weights_that_are_not_floats_are_refused(tmp_path):
-    folder = write_checkpoint(tmp_path / "m")
-    state = load_file(folder / "model.safetensors")
-    state["model.norm.weight"] = state["model.norm.weight"].to(torch.int8)
-    save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="model.norm.weight is I8, expected floats"):
-        load_model(folder)
-
-
-def test_an_index_that_names_an_absent_shard_is_refused(tmp_path, request):
-    folder = shutil.copytree(request.path.parent / "reference/base/llama3.2", tmp_path / "m")
-    (folder / "model-00003-of-00005.safetensors").unlink()
-    with pytest.raises(ValueError, match="lacks model-00003-of-00005.safetensors"):
-        load_model(folder)
+    refused(folder, "cannot be read .*is the download complete?")
+    refused(tmp_path, "has no config.json: expected a Hugging Face checkpoint folder")
+    sharded = shutil.copytree(request.path.parent / "reference/base/llama3.2", tmp_path / "sharded")
+    (sharded / "model-00003-of-00005.safetensors").unlink()
+    refused(sharded, "lacks model-00003-of-00005.safetensors")
 
 
 def test_a_tied_head_may_stand_in_the_file_and_old_exports_may_hold_rope(tmp_path):
     folder = write_checkpoint(tmp_path / "m", tie_word_embeddings=True)
     want = logits(load_model(folder))
-    state = load_file(folder / "model.safetensors")
-    assert "lm_head.weight" not in state
-    save_file(
-        state
-        | {
-            "lm_head.weight": state["model.embed_tokens.weight"].clone(),
-            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
-        },
-        folder / "model.safetensors",
-    )
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    rewritten(folder, lambda state: state | {"lm_head.weight": state["model.embed_tokens.weight"].clone(),
+                                             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
     assert torch.equal(logits(load_model(folder)), want)
 
 
-def test_bfloat16_weights_are_read_into_the_dtype_asked_for(tmp_path):
-    folder = write_checkpoint(tmp_path / "m")
+def test_bfloat16_weights_are_read_into_the_dtype_asked_for(folder):
     want = logits(load_model(folder))
-    save_file(
-        {n: t.bfloat16() for n, t in load_file(folder / "model.safetensors").items()},
-        folder / "model.safetensors",
-    )
+    rewritten(folder, lambda state: {n: t.bfloat16() for n, t in state.items()})
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(folder, dtype)
         assert {p.dtype for p in model.parameters()} == {dtype}
@@ -174,33 +152,17 @@ def test_bfloat16_weights_are_read_into_the_dtype_asked_for(tmp_path):
 
 
 @torch.no_grad()
-def test_weights_that_are_written_to_leave_the_file_alone(tmp_path):
-    folder, want = write_checkpoint(tmp_path), tiny_model().state_dict()
-    for p in load_model(folder).parameters():        # stored in float32: not copied
+def test_weights_that_are_written_to_leave_the_file_alone(folder):
+    want = tiny_model().state_dict()
+    for p in load_model(folder).parameters():           # stored in float32: not copied
         p.zero_()
     assert all(torch.equal(t, want[name]) for name, t in load_model(folder).state_dict().items())
 
 
-def test_padding_sees_only_padding():
-    positions = torch.tensor([[0, 1, 2, -1]])
-    shown = {
-        sees: may_attend(positions, positions, sees)[0, 0].int().tolist()
-        for sees in ("causal", "bidirectional", "anticausal")
-    }
-    assert shown == {
-        "causal": [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
-        "bidirectional": [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
-        "anticausal": [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
-    }
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {}, {"attention_bias": True, "mlp_bias": True, "head_dim": 16}, {"tie_word_embeddings": True},
-        {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
-    ],
-)
+@pytest.mark.parametrize("config", [
+    {}, {"attention_bias": True, "mlp_bias": True, "head_dim": 16}, {"tie_word_embeddings": True},
+    {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+])
 def test_the_same_logits_as_transformers(config, tmp_path):
     """Live, where the library is there: the parts of a config that the recorded reference does not cover."""
     transformers = pytest.importorskip("transformers")

@@ -1,5 +1,4 @@
-"""Numbers computed elsewhere: base models by transformers, every variant of Bitune by its authors' own
-code."""
+"""Numbers computed elsewhere: base models by transformers, every variant of Bitune by its authors' code."""
 
 import json
 
@@ -30,7 +29,6 @@ def checkpoint(folder):
 
 # ---- base models -----------------------------------------------------------------------------------------
 
-
 def test_base_logits_and_greedy_tokens(base):
     model, reference = checkpoint(base), load_file(base / "reference_logits.safetensors")
     ids = reference["input_ids"]
@@ -51,34 +49,29 @@ def test_greedy_text(greedy):
     assert prompts == [c["prompt_ids"] for c in cases]
     answers = bitune.generate(prompts, len(cases[0]["continuation_ids"]))
     assert answers == [c["continuation_ids"] for c in cases]
-    assert [tokenizer.decode(p + a).removeprefix("<s>").strip() for p, a in zip(prompts, answers)] == [
-        c["text"] for c in cases
-    ]
+    texts = [tokenizer.decode(p + a).removeprefix("<s>").strip() for p, a in zip(prompts, answers)]
+    assert texts == [c["text"] for c in cases]
 
 
 # ---- the authors' Bitune ---------------------------------------------------------------------------------
-
 
 def load_variant(folder, name):
     """A variant's model with the recorded parameters, its examples, its file and its part of cases.json."""
     cases = json.loads((folder / "cases.json").read_text())
     case = cases["variants"][name]
-    maker, options = Bitune, {}
     method = "causal" if name == case["peft"] else name.removesuffix(f"_{case['peft']}")
-    if name == "bitune_relu":
-        maker, method = subclass("relu", Bitune), "bitune"
-    elif name.startswith("bitune_s_init_"):
-        options, method = {"c": float(name.removeprefix("bitune_s_init_"))}, "bitune"
-    method = method.removeprefix("bitune_").replace("_", "-")
+    method, _, c = method.partition("_s_init_")
+    maker = subclass("relu", Bitune) if name == "bitune_relu" else Bitune
+    method = method.removesuffix("_relu").removeprefix("bitune_").replace("_", "-")
     if method not in METHODS:
         pytest.skip(f"variant {name} is not supported yet")
 
     model = checkpoint(folder)
     for adapter in adapter_sets(method):
-        own = {"rank": cases["rank"], "lora_alpha": cases["alpha"]}
-        own = {name: value for name, value in own.items() if name in KINDS[case["peft"]].options}
+        size = {"rank": cases["rank"], "lora_alpha": cases["alpha"]}
+        own = {option: size[option] for option in size.keys() & KINDS[case["peft"]].options}
         add_adapter(model, adapter, case["peft"], **own)
-    bitune = maker(model, method, **options)
+    bitune = maker(model, method, **{"c": float(c)} if c else {})
     reference = load_file(folder / f"{name}.safetensors")
     with torch.no_grad():
         for key, value in reference.items():
@@ -87,7 +80,7 @@ def load_variant(folder, name):
     inputs = load_file(folder / "inputs.safetensors")
     lengths = cases["prompt_and_answer_lengths"]
     tokens = [inputs[f"tokens.{i}"].tolist() for i in range(len(lengths))]
-    examples = [Example(t[:P], t[P : P + A]) for t, (P, A) in zip(tokens, lengths)]
+    examples = [Example(t[:P], t[P:P + A]) for t, (P, A) in zip(tokens, lengths)]
     return bitune, examples, reference, case, cases["train"]
 
 
@@ -106,9 +99,7 @@ def test_logits_losses_alpha_and_gradients(variant):
     """All sequences as one ragged batch; the reference ran them one by one."""
     bitune, examples, reference, case, _ = load_variant(*variant)
     prompts, answers = zip(*examples)
-    logits, labels = bitune(
-        prompts, [a + [0] for a in answers]
-    )  # one token more: also the row after the answer
+    logits, labels = bitune(prompts, [a + [0] for a in answers])    # also the row after the answer
     for i in range(len(examples)):
         torch.testing.assert_close(logits[i, labels[i] >= 0], reference[f"logits.{i}"], atol=1e-4, rtol=0)
 
@@ -159,7 +150,6 @@ def test_training_run_step_by_step(variant):
 
 # ---- encodings -------------------------------------------------------------------------------------------
 
-
 def test_golden_encodings(golden):
     file, tokenizer_file = golden
     try:
@@ -170,5 +160,4 @@ def test_golden_encodings(golden):
         raise
     rows = json.loads(file.read_text())
     assert [r["text"] for r in rows if tokenizer.encode(r["text"]) != r["ids"]] == []
-    wrong = [r["text"] for r in rows if tokenizer.decode(r["ids"]) != r.get("decoded", r["text"])]
-    assert wrong == []
+    assert [r["text"] for r in rows if tokenizer.decode(r["ids"]) != r.get("decoded", r["text"])] == []

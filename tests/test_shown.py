@@ -1,6 +1,5 @@
 """What is shown of runs: pictures, the page of --explain, the best save, and controls of a score."""
 
-import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -12,40 +11,35 @@ from cli.explain import causal_only, explain
 from experiments import curves, evaluate
 from experiments.real import alphas
 from files.run import load_run
-from test_commands import exits
+from test_commands import call, exits, log
 from test_evaluate import PUBLISHED, write_rows
-from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, write_checkpoint
+from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, write_checkpoint, write_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.reference          # of today's method
 def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, capsys):
+    run, plain, out = tmp_path / "run", tmp_path / "plain", tmp_path / "curves.svg"
     train.main(flags("--lr", 0.5))
-    train.main(flags("--method", "causal", "--out", tmp_path / "plain"))
-    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    by_layer = [r["alphas_key"] for r in records if "val_loss" in r]
+    train.main(flags("--method", "causal", "--out", plain))
+    by_layer = log(run, "alphas_key")
     assert by_layer[0] == [0.5] * 3 and by_layer[-1] != by_layer[0] and len(by_layer) == 3
     capsys.readouterr()
-    out = tmp_path / "curves.svg"
-    curves.main([str(tmp_path / "run"), str(tmp_path / "plain"), "--out", str(out)])
+    call(curves, run, plain, "--out", out)
     assert capsys.readouterr().out == f"wrote {out}\n"
-    svg = ElementTree.parse(out).getroot()
-    titles = [panel.find(f"{SVG}text").text for panel in svg.iter(f"{SVG}g")]
-    assert titles == ["training loss", "validation loss", "exact match on validation data",
-                      "α of the keys, run", "α of the values, run"]
-    lines = [len(list(panel.iter(f"{SVG}polyline"))) for panel in svg.iter(f"{SVG}g")]
-    assert lines == [2, 2, 2, 3, 3]                     # a run each, then a layer each
-    assert "has no log.jsonl" in exits(2, curves.main, [str(tmp_path)], capsys)
+    panels = [*ElementTree.parse(out).getroot().iter(f"{SVG}g")]
+    assert [(panel.find(f"{SVG}text").text, len([*panel.iter(f"{SVG}polyline")])) for panel in panels] == [
+        ("training loss", 2), ("validation loss", 2), ("exact match on validation data", 2),    # a run each
+        ("α of the keys, run", 3), ("α of the values, run", 3)]                                # a layer each
+    assert "has no log.jsonl" in exits(2, curves.main, [tmp_path], capsys)
 
 
 def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
     line = [(0, [0.0, 1.0]), (10, [0.5, 0.5])]
-    svg = curves.picture([curves.panel("x", {"A": line}, {"A": "#123456"}, 0, 1)])
-    root = ElementTree.fromstring(svg)
-    top, bottom, left, right = (curves.TOP, curves.TOP + curves.HEIGHT, curves.LEFT,
-                                curves.LEFT + curves.WIDTH)
-    middle = (top + bottom) / 2
+    root = ElementTree.fromstring(curves.picture([curves.panel("x", {"A": line}, {"A": "#123456"}, 0, 1)]))
+    top, bottom, left = curves.TOP, curves.TOP + curves.HEIGHT, curves.LEFT
+    middle, right = (top + bottom) / 2, left + curves.WIDTH
     mean = root.find(f".//{SVG}polyline").get("points")
     assert mean == f"{left:.1f},{middle:.1f} {right:.1f},{middle:.1f}"
     band = root.find(f".//{SVG}polygon").get("points").split()
@@ -53,63 +47,58 @@ def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
 
 
 def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):
-    """Its losses are made up: the second of three validations is the lowest, also of a resumed run."""
-    validate, made_up = train.validate, iter([9.0, 1.0, 2.0])
+    """Its losses are made up: the second of three validations is the lowest."""
+    run, validate, made_up = tmp_path / "run", train.validate, iter([9.0, 1.0, 2.0])
     monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | (
         {"loss": next(made_up)} if len(args) > 3 else {}))
     train.main(flags("--keep", "best"))
-    best, last = load_run(tmp_path / "run/best"), load_run(tmp_path / "run")
-    assert best[3]["step"] == 3 and last[3]["step"] == 6
-    assert not torch.equal(some_of(best[0]), some_of(last[0]))
+    (best, _, _, then), (last, _, _, now) = load_run(run / "best"), load_run(run)
+    assert (then["step"], now["step"]) == (3, 6) and not torch.equal(some_of(best), some_of(last))
+    assert not (run / "best/state.safetensors").exists()
     made_up = iter([0.5, 2.0])                          # the base model's loss is not of the run
     train.main(flags("--keep", "best", "--out", tmp_path / "second", "--steps", 3))
     assert load_run(tmp_path / "second/best")[3]["step"] == 3
-    assert not (tmp_path / "run/best/state.safetensors").exists()
 
 
 @pytest.mark.reference          # of today's method
 def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_path, capsys):
     train.main(flags("--lr", 0.1))
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    losses = [r["val_loss"] for r in log if "val_loss" in r]
+    losses = log(tmp_path / "run", "val_loss")
 
     def table(*of):
         capsys.readouterr()
-        alphas.main([*of, "--data", str(tmp_path / "data.jsonl"), "--n", "4", "--scales", "1"])
+        call(alphas, *of, "--data", tmp_path / "data.jsonl", "--n", 4, "--scales", 1)
         rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
         assert [row[0].strip() for row in rows[-3:]] == ["0", "1", "2"]         # layers, each alone
         return [float(cell) for cell in rows[2][1:]], [float(cell) for cell in rows[3][1:]]
 
-    none, own = table("--adapter", str(tmp_path / "run"))
+    none, own = table("--adapter", tmp_path / "run")
     assert own[0] == pytest.approx(losses[-1], abs=6e-4) and len({*none}) == 1 and len({*own, *none}) == 4
-    none, _ = table("--model", str(tmp_path / "model"))
+    none, _ = table("--model", tmp_path / "model")
     assert none[0] == pytest.approx(losses[0], abs=6e-4)                        # the base's
 
 
 @pytest.mark.reference          # of today's method
 @pytest.mark.parametrize("method", ["bitune", "naive-bidir", "causal"])
-def test_a_prompt_is_explained_step_by_step(method, flags, tmp_path, capsys):
-    train.main(flags("--method", method))
-    capsys.readouterr()
-    sample.main(["--adapter", str(tmp_path / "run"), "--prompt", "Why?", "--explain",
-                 "--max-new-tokens", "2"])
+def test_a_prompt_is_explained_step_by_step(method, tmp_path, capsys):
+    run = write_run(tmp_path / "run", tiny_bitune(method), write_checkpoint(tmp_path / "model"))
+    argv = ["--adapter", run, "--explain"]
+    call(sample, *argv, "--prompt", "Why?", "--max-new-tokens", 2)
     said = capsys.readouterr().err
-    argv = ["--adapter", str(tmp_path / "run"), "--explain"]
-    assert "what becomes of a prompt: give --prompt" in exits(2, sample.main, argv, capsys)
     assert f"method {method}" in said and "who sees whom" in said and "opening: " in said
     assert ("α key" in said) == ("with the causal reading alone" in said) == (method == "bitune")
     assert ("each pass leaves behind, in each of 3 layers, K and V: 2 ×" in said) == (method != "causal")
+    assert "what becomes of a prompt: give --prompt" in exits(2, sample.main, argv, capsys)
 
 
 @pytest.mark.reference          # of today's method
 def test_explained_masks_sizes_and_probabilities_are_the_model_s():
-    bitune = tiny_bitune().eval()
-
     class Letters:
         def decode(self, ids):
             return "".join(chr(97 + i % 26) for i in ids)
 
-    prompt, (answer,) = RAGGED[0][:5], bitune.generate([RAGGED[0][:5]], 2)
+    bitune, prompt = tiny_bitune(), RAGGED[0][:5]
+    (answer,) = bitune.generate([prompt], 2)
     page = explain(bitune, Letters(), prompt, answer_length=2).splitlines()
     first = next(i for i, line in enumerate(page) if "pass 1, set answer: causal" in line)
     rows = [line.split("     ") for line in page[first + 1:first + 5]]
@@ -118,30 +107,29 @@ def test_explained_masks_sizes_and_probabilities_are_the_model_s():
     assert any("2 × 4 × 8 (key/value heads × tokens × size)" in line for line in page)
     assert any(f"{3 * 2 * 2 * 4 * 8 * 4:,} bytes in float32" in line for line in page)
     with torch.inference_mode():
-        trained, without = (torch.exp(-m.losses([prompt], [answer]) * len(answer)).item()
+        trained, without = (torch.exp(-m.losses([prompt], [answer]) * 2).item()
                             for m in (bitune, causal_only(bitune)))
     assert page[-1].strip() == f"all of them together: {without:.3g} → {trained:.3g}"
 
 
 @pytest.mark.reference          # of today's method
 def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, capsys, monkeypatch):
-    bitune = tiny_bitune().eval()
+    bitune = tiny_bitune()
     with torch.inference_mode():
-        want = bitune(RAGGED, ANSWERS)[0]
-        forced = causal_only(bitune)(RAGGED, ANSWERS)[0]
+        want, forced = bitune(RAGGED, ANSWERS)[0], causal_only(bitune)(RAGGED, ANSWERS)[0]
         assert not torch.allclose(forced, want) and torch.equal(bitune(RAGGED, ANSWERS)[0], want)
         bitune.theta_key.zero_(), bitune.theta_value.zero_()
         torch.testing.assert_close(bitune(RAGGED, ANSWERS)[0], forced)
-    model = write_checkpoint(tmp_path / "model")
+    model, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
     arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    argv = ["--model", str(model), "--task", "arc", "--data", str(arc), "--out", str(tmp_path / "out")]
+    argv = ["--model", model, "--task", "arc", "--data", arc, "--out", out]
     line = exits(2, evaluate.main, [*argv, "--forced-causal"], capsys)
     assert "method causal mixes nothing: there is no α to set to 0" in line
     seen, log_probs = [], evaluate.log_probs
     monkeypatch.setattr(evaluate, "log_probs", lambda b, prompts, choices:
                         seen.append(prompts) or log_probs(b, prompts, choices))
-    evaluate.main(argv)
-    evaluate.main([*argv, "--twice"])
-    assert (tmp_path / "out/arc-arc-twice.json").exists() and (tmp_path / "out/arc-arc.json").exists()
+    call(evaluate, *argv)
+    call(evaluate, *argv, "--twice")
+    assert {f.name for f in out.glob("*.json")} == {"arc-arc-twice.json", "arc-arc.json"}
     once, twice = (bytes(i for i in ids[0] if i < 256).decode() for ids in (seen[0], seen[-1]))
     assert len(twice) > len(once) and twice.count("\n\n") > once.count("\n\n")

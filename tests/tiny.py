@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 
 from bitune import Bitune, adapter_sets
 from files.checkpoint import parse_config
+from files.disk import write_files
+from files.run import run_bytes
 from lora import KINDS, add_adapter
 from model import Llama
 
@@ -22,8 +24,7 @@ ANSWERS = [[3, 2, 1], [7, 9, 200, 14, 15], [8], [1, 2]]
 
 
 def tiny_model(dtype=torch.float32, seed=0, **config):
-    """Weights are drawn wide (std 0.3): with small ones, a wrong mask or position hides in the
-    tolerances."""
+    """Weights are drawn wide (std 0.3): with small ones, a wrong mask hides in the tolerances."""
     torch.manual_seed(seed)
     model = Llama(parse_config(CONFIG | config)).to(dtype)
     with torch.no_grad():
@@ -51,8 +52,8 @@ def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options
     """A method on a tiny model, its adapters as training finds them."""
     model = tiny_model(**config)
     for rank, name in enumerate(adapter_sets(method), 4):          # each set with a rank of its own
-        own = {"rank": rank, "lora_alpha": 2.0}
-        own = {key: value for key, value in own.items() if key in KINDS[kind].options}
+        size = {"rank": rank, "lora_alpha": 2.0}
+        own = {option: size[option] for option in size.keys() & KINDS[kind].options}
         add_adapter(model, name, kind, **own | adapters)
     bitune = Bitune(model, method, **options)
     bitune.tiny_config = config             # of which `write_checkpoint` makes the same base
@@ -70,21 +71,21 @@ def some_of(bitune):
 
 
 def write_checkpoint(folder, seed=0, **config):
-    """A checkpoint folder as published ones are: config, weights, and a tokenizer of bytes with <s> and
-    </s>."""
+    """A checkpoint folder as published ones are: config, weights, and a tokenizer of bytes, <s> and </s>."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     save_file(tiny_model(seed=seed, **config).state_dict(), folder / "model.safetensors")
     lines = (base64.b64encode(bytes([b])) + b" %d\n" % b for b in range(256))
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
-                "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}},
-            }
-        )
-    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
+        "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}}}))
+    return folder
+
+
+def write_run(folder, bitune, base="base", **about):
+    """The run of a Bitune on the base in a folder, but for what only training leaves."""
+    write_files(folder, run_bytes(bitune, str(base), **{"template": "paper", "step": 1} | about))
     return folder
 
 
