@@ -51,7 +51,8 @@ def pad(lists, fill, device):
     """Lists of whole numbers, filled up on the right, as a tensor (B, T)."""
     width = max(map(len, lists))
     padded = [[*numbers] + [fill] * (width - len(numbers)) for numbers in lists]
-    return torch.tensor(padded, dtype=torch.long, device=device).view(len(lists), width)
+    goes_on = torch.device(device).type == "cuda"           # it need not wait until a GPU is through
+    return torch.tensor(padded, dtype=torch.long).view(len(lists), width).to(device, non_blocking=goes_on)
 
 
 class Bitune(nn.Module):
@@ -151,7 +152,7 @@ class Bitune(nn.Module):
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # of the opening, those that predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
-        at = tuple((labels >= 0).nonzero().T.to(self.device))
+        at = tuple(pad((labels >= 0).nonzero().T.tolist(), 0, self.device))
         past = past or self.encode(context)
         sees = self.sight(stream.positions, past)
         x, new = self.model.states(*stream, sees, past, self.answer_set, slice(min(before), None))
@@ -166,7 +167,7 @@ class Bitune(nn.Module):
         """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
         More logits than LOGITS are made in parts, and made again in the backward pass."""
         x, labels, at, _ = self.answer_pass(prompts, answers, past)
-        x, of = x[at], labels[labels >= 0].to(self.device)                              # (N, C), (N,)
+        x, of = x[at], pad([labels[labels >= 0].tolist()], 0, self.device)[0]           # (N, C), (N,)
         rows = max(1, LOGITS // self.model.config.vocab_size)
         part = lambda x, labels: measure(self.model.head(x), labels)
         part = partial(checkpoint, part, use_reentrant=False) if len(x) > rows else part
@@ -175,8 +176,8 @@ class Bitune(nn.Module):
 
     def losses(self, prompts, answers):
         """Each example's loss (B,): the mean cross-entropy over its own answer tokens, in float32."""
-        lengths = torch.tensor([len(a) for a in answers], device=self.device)
-        return self.score(prompts, answers, nll).sum(1) / lengths
+        lengths = pad([[len(a)] for a in answers], 0, self.device)                              # (B, 1)
+        return self.score(prompts, answers, nll).sum(1) / lengths[:, 0]
 
     # ---- 5: decoding -------------------------------------------------------------------------------------
 
@@ -194,7 +195,7 @@ class Bitune(nn.Module):
         x, _, at, past = self.answer_pass(prompts, [[0]] * len(prompts))        # 0: to be predicted
         logits = self.model.head(x[at])                                                       # (B, V)
         cache, rows = KVCache(past, len(past) + max_new_tokens), list(range(len(prompts)))      # not ended
-        positions = torch.tensor([[len(p)] for p in prompts], device=self.device)             # (B, 1)
+        positions = pad([[len(p)] for p in prompts], 0, self.device)                          # (B, 1)
         for step in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)                # (B,)
             mask = self.sight(positions, cache)                                        # (B, 1, 1, S + 1)
@@ -204,7 +205,7 @@ class Bitune(nn.Module):
             stay = [b for b, i in enumerate(ids) if i not in stop_ids]
             if len(stay) < len(rows):           # what has ended leaves the batch
                 rows, ids = [rows[b] for b in stay], [ids[b] for b in stay]
-                stay = torch.tensor(stay, dtype=torch.long, device=self.device)
+                stay = pad([stay], 0, self.device)[0]
                 token, positions, mask = token[stay], positions[stay], mask[stay]
                 cache.keep(stay)
             if not rows:
@@ -245,5 +246,6 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     p = logits.softmax(dim=-1)
     if top_p < 1:
         p[p.cumsum(dim=-1) - p >= top_p] = 0            # drop a token once those above it make up top_p
-    token = order.gather(1, torch.multinomial(p, 1, generator=generator))                     # (B, 1)
+    drawn = p / torch.empty_like(p).exponential_(generator=generator)       # as multinomial, without a wait
+    token = order.gather(1, drawn.argmax(dim=-1, keepdim=True))                               # (B, 1)
     return torch.where(finite, token, -1).squeeze(1)

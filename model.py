@@ -305,7 +305,7 @@ class Llama(nn.Module):
             self.config.check_length(tokens.shape[1] + (len(past) if past is not None else 0))
         x = self.model.embed_tokens(tokens)                                               # (B, T, C)
         if self.config.model_type == "gemma":
-            x = x * x.new_tensor(self.config.hidden_size ** 0.5)
+            x = x * x.new_full((), self.config.hidden_size ** 0.5)
         rope = rotary(self.config, positions, x.dtype)
         keys_values, last = [], len(self.model.layers) - 1
         for i, block in enumerate(self.model.layers):

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from bitune import Bitune, adapter_sets, nll
+from bitune import Bitune, adapter_sets, nll, pad
 from cli.cards import add_up, apart, first, in_turn, least, processes, share, sums
 from cli.memory import tokens_that_fit
 from cli.process import command, signals, work
@@ -88,7 +88,7 @@ def validate(bitune, examples, cut, show=lambda text: None):
     totals, done, mine = [0.0] * 5, 0, share(examples)
     for batch in cut(mine):
         losses, hits = bitune.score(*zip(*batch), measure).unbind(-1)                       # (B, T') each
-        n = torch.tensor([len(e.answer) for e in batch], device=bitune.device)
+        n = pad([[len(e.answer)] for e in batch], 0, bitune.device)[:, 0]
         found = [(losses.sum(1) / n).sum(), losses.sum(), hits.sum(), n.sum(), (hits.sum(1) == n).sum()]
         totals = [a + b for a, b in zip(totals, torch.stack(found).tolist())]
         done += len(batch)

@@ -136,7 +136,8 @@ def alpha_by_layer(bitune, prompt):
     training = bitune.training
     alphas = bitune.eval().alpha(bitune.read(context), context.positions)
     bitune.train(training)
-    return {name: by_layer(a.float()).tolist() for name, a in alphas.items()}
+    rows = [by_layer(a.float()) for a in alphas.values()]
+    return dict(zip(alphas, torch.stack(rows).tolist() if rows else []))            # one wait for a GPU
 
 
 # ----------------------------------------------------------------------------------------------------------
