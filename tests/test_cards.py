@@ -35,8 +35,8 @@ def torchrun(argv, before=None):
         port = free.getsockname()[1]
 
     def process(rank):
-        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if rank and before:
             step, number = train.train_step, count(1)
             train.train_step = lambda *args: (before(next(number), args[0]), step(*args))[1]
