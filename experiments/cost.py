@@ -7,40 +7,51 @@ trains; the tensors that autograd keeps from the forward pass, as a fused attent
 them, and the logits that are there at once; the operations of forward and backward, counted by PyTorch,
 and the hours that 3,000 steps of 10 examples take at --tflops. What a kernel needs for a moment comes on
 top.
+
+--card TOKENS ...: instead, what a step, the first token of an answer and its last token take at least on a
+card of such rates, half of the tokens prompt. It is the longest of three: the operations; the bytes of
+weights, each time an operator reads them (in a step also twice what is kept, and 40 for each parameter that
+trains, for clipping and AdamW); and the launches, one for each operator that is no view.
 """
+
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitune import Bitune, adapter_sets
+from bitune import Bitune, adapter_sets, sample_token
 from cli.memory import step_bytes
 from cli.process import command
 from cli.settings import SETTINGS, Setting, new_parser, number, words
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
 from lora import KINDS, add_adapter
-from model import Llama
+from model import KVCache, Llama
 from text.examples import Example
 
+
+def shape(kind, vocabulary, width, inner, layers, heads, groups, **more):
+    return dict(model_type=kind, vocab_size=vocabulary, hidden_size=width, intermediate_size=inner,
+                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+                max_position_embeddings=4096, **more)
+
+
 SHAPES = {
-    "gemma-2b": dict(model_type="gemma", vocab_size=256000, hidden_size=2048, intermediate_size=16384,
-                     num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1, head_dim=256),
-    "gemma-7b": dict(model_type="gemma", vocab_size=256000, hidden_size=3072, intermediate_size=24576,
-                     num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16, head_dim=256),
-    "llama-2-7b": dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-                       num_hidden_layers=32, num_attention_heads=32),
-    "llama-3.2-1b": dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
-                         num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-                         tie_word_embeddings=True),
-    "llama-3.2-3b": dict(model_type="llama", vocab_size=128256, hidden_size=3072, intermediate_size=8192,
-                         num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-                         tie_word_embeddings=True),
-    "llama-3-8b": dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-                       num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8),
-    "phi-2": dict(model_type="phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240,
-                  num_hidden_layers=32, num_attention_heads=32, partial_rotary_factor=0.4),
+    "gemma-2b": shape("gemma", 256000, 2048, 16384, 18, 8, 1, head_dim=256),
+    "gemma-7b": shape("gemma", 256000, 3072, 24576, 28, 16, 16, head_dim=256),
+    "llama-2-7b": shape("llama", 32000, 4096, 11008, 32, 32, 32),
+    "llama-3.2-1b": shape("llama", 128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
+    "llama-3.2-3b": shape("llama", 128256, 3072, 8192, 28, 24, 8, tie_word_embeddings=True),
+    "llama-3-8b": shape("llama", 128256, 4096, 14336, 32, 32, 8),
+    "phi-2": shape("phi", 51200, 2560, 10240, 32, 32, 32, partial_rotary_factor=0.4),
+}
+CARD = {                # an A100's data sheet; a launch is a guess
+    "tflops": Setting("10^12 operations a second", number(float, 1), 312),
+    "gbytes": Setting("10^9 bytes a second from its memory", number(float, 1), 2039),
+    "launch": Setting("microseconds from one launch to the next", number(float, 0.1), 3),
 }
 
 
@@ -55,6 +66,10 @@ class FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
 
+    @staticmethod
+    def backward(ctx, grad):
+        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
+
 
 class Fused(TorchFunctionMode):
     """In here, attention is such a kernel's."""
@@ -63,28 +78,112 @@ class Fused(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs or {})
         q, k, v, mask = args
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        if mask is not None:                # then none takes grouped heads
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         return FusedAttention.apply(q, k, v, mask)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operators in here that a card would launch, and the bytes that they read of weights."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        self.bytes = self.launches = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, tensors = func(*args, **kwargs or {}), [t for t in args if torch.is_tensor(t)]
+        on_cpu = tensors and not any(t.is_meta for t in tensors)
+        if not (on_cpu or func.is_view or "empty" in func.name() or "_unsafe_view" in func.name()):
+            self.launches += 1
+            if func is not torch.ops.aten.embedding.default:            # which reads a few rows
+                self.bytes += sum(t.numel() * t.element_size() for t in tensors
+                                  if t.untyped_storage()._cdata in self.weights)
+        return out
+
+
+def operations(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def work(bitune, call):
+    """The operations of call(), the bytes that it reads of weights, and its launches."""
+    with Counted(bitune) as counted, Fused():
+        call()
+    return operations(call), counted.bytes, counted.launches
+
+
+def step_work(bitune, examples):
+    """The same of a step on these examples."""
+    flops, read, launches = work(bitune, lambda: bitune.losses(*zip(*examples)).sum().backward())
+    with Fused():
+        read += 2 * step_bytes(bitune, examples)
+    return flops, read + sum(40 * p.numel() for p in bitune.parameters() if p.requires_grad), launches
+
+
+@torch.inference_mode()
+def answer_work(bitune, P, A):
+    """The same of the first token of an answer to P tokens, and of the last one of A tokens."""
+    def first():
+        x, _, at, _ = bitune.answer_pass([[0] * P], [[0]])
+        sample_token(bitune.model.head(x[at]), 0.0, 0, 1.0, None)
+
+    def last():
+        logits, _ = bitune.model(place, place, None, cache, bitune.answer_set)
+        sample_token(logits[:, -1], 0.0, 0, 1.0, None)
+
+    *_, past = bitune.answer_pass([[0] * P], [[0] * A])
+    cache, place = KVCache(past, P + A), past.positions[:, -1:]
+    return work(bitune, first), work(bitune, last)
+
+
+def least(done, card):
+    """The seconds that this work takes at least on a card of these rates."""
+    flops, read, launches = done
+    return max(flops / card.tflops / 1e12, read / card.gbytes / 1e9, launches * card.launch / 1e6)
+
+
+def without_memory(shape, method, kind="lora", options={}, bits=None):
+    """A Bitune of this shape on the device meta; method None: the bare base."""
+    with torch.device("meta"):
+        model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
+    if bits:
+        eight_bits(model)
+    for name in adapter_sets(method) if method else ():
+        add_adapter(model, name, kind, **options)
+    return Bitune(model, method or "causal")
 
 
 def cost(shape, method, kind, options, P, A, checkpointing=False, bits=None):
     """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
     with torch.device("meta"):
-        model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
-    parameters = sum(p.numel() for p in model.parameters())
-    if bits:
-        eight_bits(model)
-    model.checkpointing = checkpointing
-    for name in adapter_sets(method):
-        add_adapter(model, name, kind, **options)
-    bitune, example = Bitune(model, method), Example([0] * P, [0] * A)
-    with FlopCounterMode(display=False) as counter:
-        bitune.losses([example.prompt], [example.answer]).sum().backward()
-    with Fused():
-        activations = step_bytes(bitune, [example])
+        parameters = sum(p.numel() for p in Llama(parse_config(shape)).parameters())
+    bitune, examples = without_memory(shape, method, kind, options, bits), [Example([0] * P, [0] * A)]
+    bitune.model.checkpointing = checkpointing
     trained = sum(p.numel() for p in bitune.parameters() if p.requires_grad)
     frozen = sum(p.numel() * p.element_size() for p in bitune.parameters() if not p.requires_grad)
-    return parameters, trained, frozen, activations, counter.get_total_flops()
+    with Fused():
+        activations = step_bytes(bitune, examples)
+    flops = operations(lambda: bitune.losses(*zip(*examples)).sum().backward())
+    return parameters, trained, frozen, activations, flops
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def card_table(args):
+    print_row("ms at least (TFLOP, GB, launches)", "tokens", "step", "first token", "last token")
+    print("|---" * 5 + "|")
+    for name, tokens, method in product(args.models, args.card, ("causal", "bitune")):
+        bitune, half = without_memory(SHAPES[name], method, args.peft, {}, args.base_bits), tokens // 2
+        bitune.model.checkpointing = args.checkpointing
+        works = step_work(bitune, [Example([0] * half, [0] * half)]), *answer_work(bitune, half, half)
+        print_row(f"{name}, {method}", f"{tokens:,}", *(
+            f"{1e3 * least(done, args):.3g} ({done[0] / 1e12:.3g}, {done[1] / 1e9:.3g}, {done[2]:,})"
+            for done in works))
 
 
 @command
@@ -93,14 +192,16 @@ def main(argv=None):
         "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
         "prompt": Setting("tokens of the prompt", number(int, 1), 256),
         "answer": Setting("tokens of the answer", number(int, 1), 256),
-        "tflops": Setting("10^12 operations a second", number(float, 1), 150),
-        **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
+        "card": Setting("what a card needs at least, of so many tokens", number(int, 2) | {"nargs": "+"}),
+        **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
     }
     args = new_parser(__doc__, flags).parse_args(argv)
+    if args.card:
+        return card_table(args)
     rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
     variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
-    print("| base model | parameters | method | that train | frozen weights | trained, 16 bytes each "
-          "| activations | together | TFLOP an example | 3,000 steps |")
+    print_row("base model", "parameters", "method", "that train", "frozen weights", "trained, 16 bytes each",
+              "activations", "together", "TFLOP an example", "3,000 steps")
     print("|---" * 10 + "|")
     for name in args.models:
         for method, own in variants:
@@ -108,10 +209,9 @@ def main(argv=None):
                                               args.checkpointing, args.base_bits)
             sizes.insert(1, 16 * trained)
             label = f"{method}, rank {own.get('rank', rank.default)}" if rank else method
-            cells = [name, f"{n:,}", label, f"{trained:,}",
-                     *(f"{size / 1e9:.1f} GB" for size in (*sizes, sum(sizes))), f"{flops / 1e12:.1f}",
-                     f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print_row(name, f"{n:,}", label, f"{trained:,}",
+                      *(f"{size / 1e9:.1f} GB" for size in (*sizes, sum(sizes))), f"{flops / 1e12:.1f}",
+                      f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h")
 
 
 if __name__ == "__main__":

@@ -111,11 +111,9 @@ class Makers(TorchFunctionMode):
             if isinstance(tensor, Pretended):
                 tensor = tensor if is_card(device) else tensor.cpu()
                 return tensor.to(*dtype) if any(dtype) else tensor
-            tensor = tensor.to("cpu", *dtype)
-            if not is_card(device):
-                return tensor
-            waits.extend(["to"] * (not kwargs.get("non_blocking")))
-            return Pretended(tensor)
+            if is_card(device):
+                waits.extend(["to"] * (not kwargs.get("non_blocking")))
+                return Pretended(tensor.to("cpu", *dtype))
         return func(*args, **kwargs)
 
 

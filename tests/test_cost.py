@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cli.memory import kept, step_bytes
-from experiments import cost
+from experiments import benchmark, cost
+from pretended import pretended
 from text.examples import Example
 from tiny import tiny_bitune
 
@@ -50,3 +51,39 @@ def test_what_autograd_keeps_is_counted_once():
     with cost.Fused():
         real = step_bytes(bitune, [example])
         assert step_bytes(bitune.to("meta"), [example]) == real > 30 * 32 * 4 * 3  # an activation a layer
+
+
+def test_what_a_card_does_at_least():
+    """Every weight but the embedding's is read once a token, by a prompt's reading in Bitune three times but
+    for the last layer, and twice a step with plain LoRA; an operator more a layer is a launch more."""
+    P, A, (layer, head) = 40, 24, (4 * 256**2 + 3 * 256 * 512, 1000 * 256)
+    lora, bitune = (cost.without_memory(SHAPE, method) for method in ("causal", "bitune"))
+    adapters = 4 * sum(p.numel() for p in lora.parameters() if p.requires_grad)
+    (_, _, _), (flops, read, launches) = cost.answer_work(lora, P, A)
+    assert 0 < read - (2 * (3 * layer + head) + adapters) < 2 * 7 * 256 + 1        # the norms
+    assert 0.9 < flops / (2 * (3 * layer + head)) < 1.3
+    assert cost.answer_work(bitune, P, A)[1] == (flops, read, launches)
+
+
+def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, capsys):
+    """On the pretended card, with times that are told: a millisecond, two for an answer of two tokens."""
+    def told(device, repeats, functions):
+        for function in functions.values():
+            function()
+        return {name: 0.002 if name[-1] == 2 else 0.001 for name in functions}
+
+    monkeypatch.setattr(benchmark, "medians", told)
+    monkeypatch.setattr(benchmark, "READ", (64, 64))
+    monkeypatch.setitem(benchmark.SHAPES, "tiny", SHAPE | {"num_hidden_layers": 1})
+    for name, answer in (("get_device_name", "a card"), ("reset_peak_memory_stats", None),
+                         ("memory_allocated", 0), ("max_memory_allocated", 10**6)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    with pretended():
+        benchmark.main("--preset tiny --device cuda --batches 1 --prompts 8 --answer 2 --launch 0.5".split())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    train, lora = dict(zip(*rows[:2])), dict(zip(*rows[2:4]))
+    bare = cost.without_memory(benchmark.SHAPES["tiny"], "causal")
+    works = [cost.step_work(bare, [Example([0] * 8, [0] * 2)]), *cost.answer_work(bare, 8, 2)]
+    shares = train["lora of card"], lora["first of card"], lora["token of card"]
+    assert (lora["what"], *shares) == ("lora", *(f"{launches * 0.5e-3:.2f}" for _, _, launches in works))
