@@ -95,7 +95,7 @@ def training(model, args, device, bare):
         for name, bitune in ours.items():
             row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
             row[f"{name}_computed_MB"] = (parts(bitune) + step_bytes(bitune, examples)) / 1e6
-            if bare:
+            if bare and not args.checkpointing:             # which is not counted
                 done = cost.step_work(bare(name), examples)
                 row[f"{name}_of_card"] = cost.least(done, args) / seconds[name]
         yield row
@@ -208,11 +208,7 @@ def main(argv=None):
     print(f"{args.preset}, {str(dtype)[6:]}, torch {torch.__version__},",
           torch.cuda.get_device_name() if on_card else f"{torch.get_num_threads()} threads")
 
-    def bare(name):
-        bitune = cost.without_memory(SHAPES[args.preset], METHODS[name])
-        bitune.model.checkpointing = args.checkpointing
-        return bitune
-
+    bare = lambda name: cost.without_memory(SHAPES[args.preset], METHODS[name])
     for part in args.parts:
         for n, row in enumerate(PARTS[part](model, args, device, bare if on_card else None)):
             if not n:

@@ -179,7 +179,6 @@ def card_table(args):
     print("|---" * 5 + "|")
     for name, tokens, method in product(args.models, args.card, ("causal", "bitune")):
         bitune, half = without_memory(SHAPES[name], method, args.peft, {}, args.base_bits), tokens // 2
-        bitune.model.checkpointing = args.checkpointing
         works = step_work(bitune, [Example([0] * half, [0] * half)]), *answer_work(bitune, half, half)
         print_row(f"{name}, {method}", f"{tokens:,}", *(
             f"{1e3 * least(done, args):.3g} ({done[0] / 1e12:.3g}, {done[1] / 1e9:.3g}, {done[2]:,})"
@@ -196,6 +195,8 @@ def main(argv=None):
         **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
     }
     args = new_parser(__doc__, flags).parse_args(argv)
+    if args.card and args.checkpointing:
+        raise ValueError("--card counts steps without --checkpointing: give one of the two")
     if args.card:
         return card_table(args)
     rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
