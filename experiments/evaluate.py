@@ -29,6 +29,7 @@ from cli.memory import ready_to_answer
 from cli.process import command, work
 from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
 from cli.terminal import Progress, clock
+from files.checkpoint import check_folder
 from files.disk import json_bytes, lock_file, write_file
 from files.run import base_of, load_run, read_about
 from model import Past
@@ -283,6 +284,8 @@ def score(args, progress):
     same. Failed if the work goes wrong; what is scored by then is kept."""
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
+    if args.model:
+        check_folder(args.model)
     of = subject_of(args)
     file = place_of(args, of)
     if file.exists() and not args.samples and (there := read_json(file)).get("of") == of:

@@ -31,16 +31,6 @@ def task_of(file, rows):
                    "doc_to_text": "Question: {{prompt}}\n\nAnswer:"}
 
 
-def verdicts(samples):
-    """(row, metric or filter) -> the harness's verdict."""
-    said = {}
-    for sample in samples:
-        for metric in sample["metrics"]:
-            name = sample["filter"] if metric == "exact_match" else metric
-            said[sample["doc_id"], name] = float(sample[metric])
-    return said
-
-
 def main(model, *files):
     import lm_eval
 
@@ -49,7 +39,8 @@ def main(model, *files):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         done = lm_eval.simple_evaluate("hf", {"pretrained": model, "dtype": "float32"}, device="cpu",
                                        tasks=[task_of(file, rows)], batch_size=8, log_samples=True)
-        theirs = verdicts(done["samples"][file.stem])
+        theirs = {(sample["doc_id"], sample["filter"] if metric == "exact_match" else metric):
+                  float(sample[metric]) for sample in done["samples"][file.stem] for metric in sample["metrics"]}
         ours = {(n, key): value for n, row in enumerate(rows) for key, value in row.items()
                 if isinstance(value, float)}
         assert ours.keys() == theirs.keys()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -21,10 +22,10 @@ sys.path[:0] = [str(HERE.parent)]
 from text.bpe import LETTERS  # noqa: E402
 from text.chat import CHATS, KNOWN, MAY_BE_TEXT, Control  # noqa: E402
 
-LIKE = dict.fromkeys(CHATS, "llama2") | {"chat-llama3": "llama3", "chat-llama3.1": "llama3",
-                                         "chat-gemma": "gemma_like"}
-LIKE |= dict.fromkeys(("chat-smollm2", "chat-chatml"), "smollm2_like")
-LIKE |= dict.fromkeys(("chat-qwen2", "chat-qwen2.5", "chat-qwen3"), "qwen2_like")
+OWN = {"chat-llama3": "llama3", "chat-llama3.1": "llama3", "chat-gemma": "gemma_like",
+       **dict.fromkeys(("chat-smollm2", "chat-chatml"), "smollm2_like"),
+       **dict.fromkeys(("chat-qwen2", "chat-qwen2.5", "chat-qwen3"), "qwen2_like")}
+LIKE = {name: OWN.get(name, "llama2") for name in CHATS}       # whose tokenizer has a form's control tokens
 NO_SYSTEM = ("chat-gemma", "chat-mistral", "chat-mistral-first")
 PIECES = ["Why?", "So.", "a", "  b", "user", "assistant\n", "model", "system", " 12", "3.5", "don't", "é",
           "ß", "日本", "🙂", "\u00a0", "\u200b", "\u2003", "\t", "\r\n", "\n", "\n\n", " ", "   ", "<b>",
@@ -113,8 +114,7 @@ def with_controls(spec, name, without=MAY_BE_TEXT):
     """A tokenizer.json with the control tokens of a form, and Qwen 3's marks of thoughts, which are not."""
     added, vocab = spec["added_tokens"], spec["model"]["vocab"]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Control) and p not in without]
-    controls.append(CHATS[name].end)
+    controls = [p for p in controls_of(name) if p not in without] + [CHATS[name].end]
     for content in dict.fromkeys([*controls, "<think>", "</think>"]):
         if content not in [t["content"] for t in added]:
             free = len(vocab) + sum(t["content"] not in vocab for t in added)
@@ -128,8 +128,12 @@ KINDS = {"small": small, "pieces": pieces, "like": like}
 def names(name):
     """The tokens that a form's template speaks of as bos_token and eos_token."""
     first, end = CHATS[name].prompt([("user", "")])[0], CHATS[name].end
-    return ({"bos_token": str(first)} if "begin" in first or first in ("<s>", "<bos>") else {}) | (
-        {"eos_token": end} if end == "</s>" else {})
+    bos = {"bos_token": str(first)} if first in ("<s>", "<bos>", "<|begin_of_text|>") else {}
+    return bos | ({"eos_token": end} if end == "</s>" else {})
+
+
+def controls_of(name):
+    return [piece for piece in CHATS[name].prompt([("user", "")]) if isinstance(piece, Control)]
 
 
 def digest(value):
@@ -137,8 +141,7 @@ def digest(value):
 
 
 def main(folder):
-    import tempfile
-
+    import tokenizers
     import transformers
 
     texts = [file.read_text(encoding="utf-8").removesuffix("\n") for file in Path(folder).glob("*.jinja")]
@@ -152,22 +155,17 @@ def main(folder):
         messages = [[message(*turn) for turn in turns] for turns in asked]
         made[name] = {"conversations": digest((asked, said))}
         for kind, spec in KINDS.items():
-            with tempfile.TemporaryDirectory() as made_in:
-                file = Path(made_in) / "tokenizer.json"
-                file.write_text(json.dumps(spec(name)))
-                tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file), **names(name))
+            tokenizer = transformers.PreTrainedTokenizerFast(
+                tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(spec(name))), **names(name))
             results = []
             for text in (texts[h] for h in KNOWN if KNOWN[h] == name and h in texts):
-                apply = lambda m, **how: tokenizer.apply_chat_template(
-                    m, chat_template=text, date_string="26 Jul 2024", **how)
+                apply = partial(tokenizer.apply_chat_template, chat_template=text, date_string="26 Jul 2024")
                 ids = [apply(m, add_generation_prompt=True, return_dict=False) for m in messages]
-                whole = [apply([*to_whole(name, m), message("assistant", *a)], tokenize=False)
-                         for m, a in zip(messages, said)]
-                results.append((ids, whole))
+                results.append((ids, [apply([*to_whole(name, m), message("assistant", *a)], tokenize=False)
+                                      for m, a in zip(messages, said)]))
             ids, whole = results[0]
             assert all(other == ids for other, _ in results), name
-            if kind == "small":
-                made[name]["whole"] = " ".join(map(digest, whole))
+            made[name] |= {"whole": " ".join(map(digest, whole))} if kind == "small" else {}
             made[name][kind] = {"ids": " ".join(map(digest, ids)), "first": ids[:2]}
     about = f"transformers {transformers.__version__}, tokenizers, jinja2"
     (HERE / "chats.json").write_text(json.dumps({"made_by": about, "forms": made, "known": KNOWN}) + "\n")

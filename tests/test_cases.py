@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 import sample
 from bitune import Bitune
 from cli.terminal import prompts
-from experiments import evaluate
+from experiments.evaluate import load_questions
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
 from lora import adapters, add_adapter, fold
 from model import may_attend
+from test_commands import change, exits
+from test_evaluate import change_norm
 from text.examples import encode_prompt, load_examples, stop_id
 from text.tokenizer import Tokenizer
 from tiny import CONFIG, scatter, tiny_bitune, tiny_model, write_checkpoint
@@ -26,7 +28,7 @@ from train import make_optimizer
 
 CASES = Path(__file__).parent / "cases"
 
-# The first 8 logits of the last token, by transformers 5.24.
+# The first 8 logits of the last token, by transformers 5.24 and, of adapters on their base, peft 0.21.2.
 LOGITS = {
     "checkpoint-phi-defaults": [-0.57, -0.77, 1.57, -0.93, -1.26, 1.3, -1.02, -0.57],
     "checkpoint-rope-scaling-beside-rope-parameters": [0.69, 0.57, 0.78, -0.08, 1.32, 0.38, 0.01, -1.5],
@@ -34,6 +36,10 @@ LOGITS = {
     "checkpoint-tied-flag-own-head": [-0.4, -0.1, 0.99, -0.45, -1.42, 0.77, 0.79, 1.59],
     "checkpoint-tied-head-only": [-1.08, 0.0, 0.71, 0.1, 1.32, -0.98, 1.23, 0.26],
     "checkpoint-without-prefix": [-0.54, -1.08, 1.08, -0.56, -1.02, 0.68, -0.97, -0.69],
+    "adapter-dora-magnitude-dot-weight": [0.12, 1.6, 1.93, 0.15, 0.57, 1.57, -0.25, 0.1],
+    "adapter-embeddings-saved-along": [-0.41, 2.14, 1.57, 1.67, 2.02, 0.95, 0.68, -0.55],
+    "adapter-ia3-up-proj-scales-outputs": [-0.5, 1.35, 1.66, 2.1, 1.68, 1.13, -0.07, 0.06],
+    "adapter-set-name-in-tensor-names": [-0.41, 2.14, 1.57, 1.67, 2.02, 0.95, 0.68, -0.55],
 }
 
 
@@ -46,8 +52,13 @@ def first_logits(model, **adapter):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("case", LOGITS)
-def test_checkpoints(case):
-    logits = first_logits(load_model(CASES / case))
+def test_checkpoints_and_adapters(case):
+    if case.startswith("adapter"):
+        model = load_model(CASES / case / "base")
+        load_adapter(model, "answer", CASES / case)
+        logits = first_logits(model, adapter="answer")
+    else:
+        logits = first_logits(load_model(CASES / case))
     torch.testing.assert_close(logits, torch.tensor(LOGITS[case]), atol=0.011, rtol=0)
 
 
@@ -132,36 +143,7 @@ def test_what_a_config_says_and_is_not_understood_is_refused(changes, message):
     parse_config(CONFIG | {"logit_scale": None, "made_up": False, "_name_or_path": "x"})
 
 
-def test_defaults_are_those_of_the_config_classes():
-    transformers = pytest.importorskip("transformers")
-    for kind in LEFT_OUT:
-        theirs = transformers.CONFIG_MAPPING[kind](**BARE)
-        ours = parse_config({"model_type": kind, **BARE})
-        assert ours == parse_config(json.loads(theirs.to_json_string()))
-        assert ours.max_position_embeddings == theirs.max_position_embeddings
-        assert ours.num_key_value_heads == theirs.num_key_value_heads
-        assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 8)
-        assert ours.activation == theirs.hidden_act
-
-
 # ---- adapters, data, numbers and prompts -----------------------------------------------------------------
-
-ADAPTERS = {        # by peft 0.21.2
-    "adapter-dora-magnitude-dot-weight": [0.12, 1.6, 1.93, 0.15, 0.57, 1.57, -0.25, 0.1],
-    "adapter-embeddings-saved-along": [-0.41, 2.14, 1.57, 1.67, 2.02, 0.95, 0.68, -0.55],
-    "adapter-ia3-up-proj-scales-outputs": [-0.5, 1.35, 1.66, 2.1, 1.68, 1.13, -0.07, 0.06],
-    "adapter-set-name-in-tensor-names": [-0.41, 2.14, 1.57, 1.67, 2.02, 0.95, 0.68, -0.55],
-}
-
-
-@pytest.mark.reference
-@pytest.mark.parametrize("case", ADAPTERS)
-def test_adapters(case):
-    model = load_model(CASES / case / "base")
-    load_adapter(model, "answer", CASES / case)
-    logits = first_logits(model, adapter="answer")
-    torch.testing.assert_close(logits, torch.tensor(ADAPTERS[case]), atol=0.011, rtol=0)
 
 
 def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
@@ -211,55 +193,31 @@ def test_other_things_given_as_a_model_say_what_to_type(name, message, tmp_path,
         load_base(name, "cpu")
 
 
-def change(path, **fields):
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def test_ranks_and_scales_of_single_layers(tmp_path):
     """As PEFT has them: patterns name the end of a path; a rank-stabilised scale is alpha / sqrt(r)."""
-    model = tiny_model()
+    model, path, config = tiny_model(), "model.layers.1.mlp.up_proj", tmp_path / "adapter_config.json"
     add_adapter(model, "answer", rank=2, lora_alpha=4.0)
-    add_adapter(model, "answer", targets=["model.layers.1.mlp.up_proj"], rank=3, lora_alpha=6.0)
+    add_adapter(model, "answer", targets=[path], rank=3, lora_alpha=6.0)
     model.sets["answer"] = "lora", {"rank": 2, "lora_alpha": 4.0, "dropout": 0.0}
     scatter(model)
     write_files(tmp_path, adapter_bytes(model, "answer"))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    path = "model.layers.1.mlp.up_proj"
-    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (2, {path: 3}, {path: 6.0})
-    for patterns in ({}, {"rank_pattern": {r"layers\.1\.mlp\.up_proj": 3}}):
-        change(tmp_path / "adapter_config.json", **patterns)
+    written = json.loads(config.read_text())
+    assert (written["r"], written["rank_pattern"], written["alpha_pattern"]) == (2, {path: 3}, {path: 6.0})
+    pattern = {r"layers\.1\.mlp\.up_proj": 3}
+    for fields in ({}, {"rank_pattern": pattern}, {"rank_pattern": pattern, "use_rslora": True}):
+        change(config, **fields)
         again = tiny_model()
         load_adapter(again, "answer", tmp_path)
-        assert torch.equal(first_logits(again, adapter="answer"), first_logits(model, adapter="answer"))
-    change(tmp_path / "adapter_config.json", use_rslora=True)
-    again = tiny_model()
-    load_adapter(again, "answer", tmp_path)
+        same = torch.equal(first_logits(again, adapter="answer"), first_logits(model, adapter="answer"))
+        assert same != ("use_rslora" in fields)
     for at, adapter in adapters(again, "answer").items():
         assert adapter.s == pytest.approx(6 / 3**0.5 if at == path else 4 / 2**0.5)
 
 
-def test_peft_and_we_agree_on_patterns(tmp_path):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    base = write_checkpoint(tmp_path / "base")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    config = peft.LoraConfig(
-        r=2, lora_alpha=4, use_rslora=True, target_modules=["q_proj", "up_proj"], init_lora_weights=False,
-        rank_pattern={"up_proj": 3, "layers.1.self_attn.q_proj": 5}, alpha_pattern={"2.mlp.up_proj": 9})
-    made = peft.get_peft_model(theirs, config)
-    made.save_pretrained(tmp_path / "peft")
-    model = load_model(base)
-    load_adapter(model, "answer", tmp_path / "peft")
-    with torch.inference_mode():
-        want = made(torch.tensor([[1, 260, 270, 264, 281, 262, 275, 268]])).logits[0, -1, :8]
-    torch.testing.assert_close(first_logits(model, adapter="answer"), want, atol=1e-4, rtol=0)
-
-
 def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "base")
-    state = load_file(folder / "model.safetensors")
-    state["model.norm.weight"][3] = float("nan")
-    save_file(state, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="model.norm.weight holds NaN or infinity: the base itself"):
+    change_norm(folder, float("nan"))
+    with pytest.raises(ValueError, match="model.safetensors: model.norm.weight holds NaN or infinity"):
         load_model(folder)
     model = tiny_model(torch.float16)
     adapter = add_adapter(model, "answer")["model.layers.1.mlp.up_proj"]
@@ -268,14 +226,15 @@ def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
         fold(model, "answer")
 
 
-def test_weight_decay_is_for_matrices():
-    for kind in ("full", "dora", "ia3"):
-        bitune = tiny_bitune("bitune", kind, {"attention_bias": True})
-        groups = make_optimizer(bitune, 0.01, 1e-6, 0.1).param_groups
-        decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-        names = {n.split(".")[-1] for n, p in bitune.named_parameters() if id(p) in decayed}
-        assert names == {"full": {"weight"}, "dora": {"lora_A", "lora_B"}, "ia3": set()}[kind]
-        assert all(p.dim() == 2 for p in bitune.parameters() if id(p) in decayed)
+@pytest.mark.parametrize("kind, decays", [
+    ("full", {"weight"}), ("dora", {"lora_A", "lora_B"}), ("ia3", set())])
+def test_weight_decay_is_for_matrices(kind, decays):
+    bitune = tiny_bitune("bitune", kind, {"attention_bias": True})
+    groups = make_optimizer(bitune, 0.01, 1e-6, 0.1).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    named = {name: p for name, p in bitune.named_parameters() if id(p) in decayed}
+    assert {name.split(".")[-1] for name in named} == decays
+    assert all(p.dim() == 2 for p in named.values())
 
 
 def test_what_a_windows_file_adds_is_no_part_of_a_prompt(monkeypatch):
@@ -286,28 +245,16 @@ def test_what_a_windows_file_adds_is_no_part_of_a_prompt(monkeypatch):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_without_numbers_ends_in_one_line(temperature, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "base")
-    state = load_file(folder / "model.safetensors")
-    state["model.norm.weight"][:] = 3e38
-    save_file(state, folder / "model.safetensors")
-    with pytest.raises(SystemExit) as end:
-        sample.main(["--model", str(folder), "--prompt", "x", "--temperature", str(temperature)])
-    assert end.value.code == 1
-    assert capsys.readouterr().err == "error: the model gives no numbers: its logits are not finite\n"
+    change_norm(folder, 3e38)
+    argv = ["--model", folder, "--prompt", "x", "--temperature", temperature]
+    assert "the model gives no numbers: its logits are not" in exits(1, sample.main, argv, capsys)
 
 
-def test_questions_that_cannot_be_scored_are_refused_before_the_work(tmp_path, capsys):
-    base, data = write_checkpoint(tmp_path / "base"), tmp_path / "rows.jsonl"
-    good = {"question": "a", "choices": ["b", "c"], "answer": 0}
-    message = "line 2: it has half of a character (a lone surrogate)"
-    for bad in ({"question": "a\ud835"}, {"choices": ["b", "\udc00"]}):
-        data.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
-        with pytest.raises(SystemExit) as end:
-            evaluate.main(["--model", str(base), "--task", "rows", "--data", str(data)])
-        assert end.value.code == 2 and message in capsys.readouterr().err
-    data.write_text(json.dumps(good | {"choices": ["b", ""]}) + "\n")
-    _, tokenizer = load_base(base, "cpu")
+def test_an_empty_choice_cannot_be_scored(tmp_path):
+    (tmp_path / "rows").write_text(json.dumps({"question": "a", "choices": ["b", ""], "answer": 0}))
+    tokenizer = Tokenizer.from_pretrained(write_checkpoint(tmp_path / "base"))
     with pytest.raises(ValueError, match="line 1: choice 2 has no tokens"):
-        evaluate.load_questions(data, "rows", tokenizer, "alpaca", 200)         # no space before an answer
+        load_questions(tmp_path / "rows", "rows", tokenizer, "alpaca", 200)     # no space before an answer
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ of a conversation, and conversations that go on."""
 import hashlib
 import io
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,10 +19,9 @@ from experiments import ablate, evaluate
 from experiments.evaluate import load_questions, score_text
 from files.disk import write_files
 from files.run import run_bytes
-from text.chat import CHATS, KNOWN, Control
-from text.examples import (
-    encode_answer, encode_prompt, load_examples, stop_id, template_in_words, template_named,
-)
+from test_commands import exits
+from text.chat import CHATS, KNOWN
+from text.examples import TEMPLATES, encode_answer, encode_prompt, load_examples, stop_id, template_named
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, write_checkpoint
 
@@ -35,34 +35,42 @@ def tokenizer_of(spec, folder, **config):
     return Tokenizer.from_pretrained(folder)
 
 
+def tokenizer_like(kind, name, folder):
+    own = chats.SHARED / chats.LIKE[name]
+    if kind == "like" and not own.is_dir():
+        pytest.skip(f"no {own.name} beside the repository")
+    if kind == "like" and own.name == "llama3":         # in its other form, which is read sooner
+        return Tokenizer.from_pretrained(own / "tokenizer.model")
+    return tokenizer_of(chats.KINDS[kind](name), folder)
+
+
+FAMILIES = [[name for name in CHATS if chats.LIKE[name] == own] for own in sorted({*chats.LIKE.values()})]
+
+
 @pytest.mark.reference
-@pytest.mark.parametrize("kind", chats.KINDS)
-@pytest.mark.parametrize("name", CHATS)
-def test_ids_are_those_of_apply_chat_template(name, kind, tmp_path):
-    file, made = chats.SHARED / chats.LIKE[name], MADE["forms"][name]
-    if kind == "like" and not file.is_dir():
-        pytest.skip(f"no {file.name} beside the repository")
-    if kind == "like" and file.name == "llama3":        # the same in its other form, which is read sooner
-        tokenizer = Tokenizer.from_pretrained(file / "tokenizer.model")
-    else:
-        tokenizer = tokenizer_of(chats.KINDS[kind](name), tmp_path)
-    asked, said = chats.conversations(name), chats.answers(name)
-    assert chats.digest((asked, said)) == made["conversations"], "other conversations than the fixture's"
-    for turns, ids in zip(asked, made[kind]["first"]):
-        assert encode_prompt(tokenizer, name, turns) == ids, turns
-    for turns, digest in zip(asked, made[kind]["ids"].split(), strict=True):
-        assert chats.digest(encode_prompt(tokenizer, name, turns)) == digest, turns
-    if kind == "small":         # of bytes, so that its texts are whole
+@pytest.mark.parametrize("kind, names", [*((kind, [name]) for kind in ("small", "pieces") for name in CHATS),
+                                         *(("like", names) for names in FAMILIES)])
+def test_ids_are_those_of_apply_chat_template(kind, names, tmp_path):
+    tokenizer = tokenizer_like(kind, names[0], tmp_path)        # of all of them: it is large
+    for name in names:
+        made, asked, said = MADE["forms"][name], chats.conversations(name), chats.answers(name)
+        assert chats.digest((asked, said)) == made["conversations"], "other conversations than the fixture's"
+        for turns, ids in zip(asked, made[kind]["first"]):
+            assert encode_prompt(tokenizer, name, turns) == ids, turns
+        for turns, digest in zip(asked, made[kind]["ids"].split(), strict=True):
+            assert chats.digest(encode_prompt(tokenizer, name, turns)) == digest, turns
         after = {"chat-mistral-first": " "}.get(name, "\n" if name in NEW_LINE else "")
-        for turns, answer, digest in zip(asked, said, made["whole"].split(), strict=True):
-            prompt = encode_prompt(tokenizer, name, chats.to_whole(name, turns))
-            text = tokenizer.decode(prompt + encode_answer(tokenizer, name, *answer))
-            assert chats.digest(text + after) == digest, (turns, answer)
+        if kind == "small":         # of bytes, so that its texts are whole
+            for turns, answer, digest in zip(asked, said, made["whole"].split(), strict=True):
+                prompt = encode_prompt(tokenizer, name, chats.to_whole(name, turns))
+                text = tokenizer.decode(prompt + encode_answer(tokenizer, name, *answer))
+                assert chats.digest(text + after) == digest, (turns, answer)
 
 
 # ---- which markup a model has ----------------------------------------------------------------------------
 
-TEXT = "the text of a chat template"
+TEXT, BOS = "the text of a chat template", {"bos_token": "<bos>"}
+NAMED = [{"name": "tool_use", "template": "other"}, {"name": "default", "template": TEXT}]
 
 
 @pytest.fixture
@@ -76,47 +84,32 @@ def test_the_list_of_templates_is_the_fixtures():
     assert KNOWN == MADE["known"] and set(KNOWN.values()) == set(CHATS)
 
 
-def test_a_models_own_markup_is_found(known, tmp_path):
+@pytest.mark.parametrize("word, chat, file, config, found", [
+    ("chat", TEXT, None, BOS, "chat-gemma"), ("chat", NAMED, None, BOS, "chat-gemma"),
+    ("auto", TEXT + "\n", None, {"bos_token": {"content": "<bos>"}}, "chat-gemma"),
+    ("chat", "other", TEXT + "\n", BOS, "chat-gemma"), ("auto", TEXT, "no UTF-8: \xff", BOS, "paper"),
+    ("auto", "other", None, {}, "paper"), ("auto", None, None, {}, "paper"),
+    ("plain", None, None, {}, "plain"),
+    ("chat", None, None, {}, "--template chat: the model comes without a chat template; choose"),
+    ("chat", "other", None, {}, "chat template, 'other'..., is not one of chat-llama2, "),
+    ("chat", TEXT, None, {}, "chat-gemma has <bos> as its bos_token, and the model's is None"),
+    ("chat", TEXT, None, BOS | {"odd": True}, "needs <start_of_turn> as a special token that takes"),
+])
+def test_a_models_own_markup_is_found(word, chat, file, config, found, known, tmp_path):
     known("chat-gemma")
-    spec, other = chats.small("chat-gemma"), "something else"
-    own = lambda template="chat", **config: template_named(template, tokenizer_of(spec, tmp_path, **config), "paper")
-    assert own(chat_template=TEXT, bos_token="<bos>") == "chat-gemma"
-    assert own(chat_template=TEXT + "\n", bos_token={"content": "<bos>"}, template="auto") == "chat-gemma"
-    named = [{"name": "tool_use", "template": other}, {"name": "default", "template": TEXT}]
-    assert own(chat_template=named, bos_token="<bos>") == "chat-gemma"
-    assert own("auto", chat_template=other) == own("auto") == "paper" and own("plain") == "plain"
-    with pytest.raises(ValueError, match="--template chat: the model comes without a chat template; choose"):
-        own()
-    with pytest.raises(ValueError, match="chat template, 'something else'..., is not one of chat-llama2, "):
-        own(chat_template=other)
-    with pytest.raises(ValueError, match="chat-gemma has <bos> as its bos_token, and the model's is '<s>'"):
-        own(chat_template=TEXT, bos_token="<s>")
-    spec["added_tokens"][1]["rstrip"] = True
-    with pytest.raises(ValueError, match="chat-gemma needs <start_of_turn> as a special token that takes"):
-        own(chat_template=TEXT, bos_token="<bos>")
     spec = chats.small("chat-gemma")
-    (tmp_path / "chat_template.jinja").write_text(TEXT + "\n")      # comes first
-    assert own(chat_template=other, bos_token="<bos>") == "chat-gemma"
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    assert own("auto", chat_template=TEXT) == "paper"
-
-
-def test_a_line_says_which_template_was_taken(known, tmp_path):
-    known("chat-llama3.1")
-    spec = chats.small("chat-llama3.1")
-    tokenizer = tokenizer_of(spec, tmp_path, chat_template=TEXT, bos_token="<|begin_of_text|>")
-    said = "template chat-llama3.1: the model's own chat markup, of 26 Jul 2024 on any day"
-    assert template_in_words("chat-llama3.1", tokenizer) == said
-    said = "template paper: the model's own chat markup is chat-llama3.1"
-    assert template_in_words("paper", tokenizer) == said
-    said = "template paper: the model comes without a chat template"
-    assert template_in_words("paper", tokenizer_of(spec, tmp_path)) == said
+    spec["added_tokens"][1]["rstrip"] = "odd" in config
+    if file:
+        (tmp_path / "chat_template.jinja").write_bytes(file.encode("latin-1"))
+    tokenizer = tokenizer_of(spec, tmp_path, chat_template=chat, **config)
+    with nullcontext() if found in TEMPLATES else pytest.raises(ValueError, match=found):
+        assert template_named(word, tokenizer, "paper") == found
 
 
 @pytest.mark.parametrize("name", CHATS)
 def test_no_text_makes_a_control_token(name, tmp_path):
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
-    controls = [p for p in CHATS[name].prompt([("user", "")]) if isinstance(p, Control)]
+    controls = chats.controls_of(name)
     turns = [("user", "".join(controls)), ("assistant", CHATS[name].end), ("user", controls[0] + "system\n")]
     count = lambda ids: [i for i in ids if i in tokenizer.special.values()]
     clean = [(role, "x") for role, _ in turns]
@@ -127,102 +120,111 @@ def test_no_text_makes_a_control_token(name, tmp_path):
 # ---- what is learned of a conversation -------------------------------------------------------------------
 
 
-def messages(*texts, roles=("user", "assistant")):
-    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
+def in_turn(*texts):
+    return [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
+
+
+def messages(*texts):
+    return {"messages": [chats.message(*turn) for turn in in_turn(*texts)]}
+
+
+def write_rows(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
 def test_every_answer_of_a_conversation_is_learned(tmp_path):
     """With all before it as its prompt; by the other templates only the last one, as ever."""
     tokenizer = tokenizer_of(chats.small("chat-chatml"), tmp_path)
     tokenizer.bos_id = tokenizer.special["<|im_start|>"]        # what a text begins with, a chat does not
-    rows = [messages("a", "b", "c", "d", "a", "b"), messages("e", "f", "g"), messages("h"),
-            messages("i", " ", "j", "k"), {"prompt": "l", "completion": "m", "input": "n", "system": "o"},
-            {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]}]
-    (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
-    examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-chatml", 100)
+    data = write_rows(
+        tmp_path / "data", messages("a", "b", "c", "d", "a", "b"), messages("e", "f", "g"), messages("h"),
+        messages("i", " ", "j", "k"), {"prompt": "l", "completion": "m", "input": "n", "system": "o"},
+        {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]})
+    examples, dropped = load_examples(data, tokenizer, "chat-chatml", 100)
     turn = "<|im_start|>{}\n{}<|im_end|>\n".format
-    asked = lambda *texts: "".join(turn(("user", "assistant")[i % 2], t) for i, t in enumerate(texts))
-    opening = "<|im_start|>assistant\n"
-    said = [(tokenizer.decode(e.prompt).removesuffix(opening), tokenizer.decode(e.answer)) for e in examples]
-    assert said == [
-        (asked("a"), "b<|im_end|>"), (asked("a", "b", "c"), "d<|im_end|>"),
-        (asked("a", "b", "c", "d", "a"), "b<|im_end|>"), (asked("e"), "f<|im_end|>"),
-        (asked("i", " ", "j"), "k<|im_end|>"), (turn("system", "o") + asked("l\n\nn"), "m<|im_end|>"),
-        (asked("p", "q", "r"), "s<|im_end|>")]
+    for example, (answer, *asked) in zip(examples, [
+            ("b", "a"), ("d", "a", "b", "c"), ("b", "a", "b", "c", "d", "a"), ("f", "e"),
+            ("k", "i", " ", "j"), ("m", "l\n\nn"), ("s", "p", "q", "r")], strict=True):
+        prompt = "".join(turn(*asked) for asked in [("system", "o")] * (answer == "m") + in_turn(*asked))
+        assert tokenizer.decode(example.prompt) == prompt + "<|im_start|>assistant\n"
+        assert tokenizer.decode(example.answer) == answer + "<|im_end|>"
     assert dropped == {"no answer": [2, "line 3"]}
     longest = len(examples[0].prompt) + 2
-    examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-chatml", longest)
+    examples, dropped = load_examples(data, tokenizer, "chat-chatml", longest)
     assert len(examples) == 2 and dropped["too long"] == [5, "line 1"]
     tokenizer.eos_id = 0
-    examples, dropped = load_examples(tmp_path / "data", tokenizer, "plain", 100)
+    examples, dropped = load_examples(data, tokenizer, "plain", 100)
     assert len(examples) == 4 and tokenizer.decode(examples[0].prompt[1:]) == "a\n\nb\n\nc\n\nd\n\na"
 
 
 @pytest.mark.parametrize("name, turns, reason", [
-    ("chat-qwen2", ["user", "tool", "user", "assistant"], "a turn of 'tool': expected system, user and"),
-    ("chat-llama2", ["user", "system", "user", "assistant"], "it is not user, assistant, user ... in turn"),
-    ("chat-qwen2", ["assistant"], "empty"),
-    ("chat-qwen2", ["system", "assistant"], "an answer to nobody: expected a turn of the user's before it"),
-    ("chat-gemma", ["user", "user", "assistant"], "it is not user, assistant, user ... in turn"),
-    ("chat-gemma", ["system", "user", "assistant"], "it is not user, assistant, user ... in turn"),
-    ("chat-qwen3", ["user", "assistant"], "the answer of a tool, which is not supported"),
+    ("chat-qwen2", "user tool user assistant", "a turn of 'tool': expected system, user and"),
+    ("chat-llama2", "user system user assistant", "it is not user, assistant, user ... in turn"),
+    ("chat-gemma", "user user assistant", "it is not user, assistant, user ... in turn"),
+    ("chat-gemma", "system user assistant", "it is not user, assistant, user ... in turn"),
+    ("chat-qwen2", "assistant", "empty"), ("chat-qwen2", "system assistant", "an answer to nobody"),
+    ("chat-qwen3", "user assistant", "the answer of a tool, which is not supported"),
 ])
 def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_path):
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
-    text = "<tool_response>a</tool_response>" if "tool" in reason else "a"
-    row = {"messages": [{"role": role, "content": text} for role in turns]}
-    (tmp_path / "data").write_text(json.dumps(messages("a", "b")) + "\n" + json.dumps(row))
-    examples, dropped = load_examples(tmp_path / "data", tokenizer, name, 200)
+    text = "<tool_response>a</tool_response>" if reason.startswith("the answer of a tool") else "a"
+    row = {"messages": [chats.message(role, text) for role in turns.split()]}
+    data = write_rows(tmp_path / "data", messages("a", "b"), row)
+    examples, dropped = load_examples(data, tokenizer, name, 200)
     ((said, (n, place)),) = dropped.items()
     assert said.startswith(reason) and (n, place, len(examples)) == (1, "line 2", 1)
     if reason.startswith("it is not"):
         with pytest.raises(ValueError, match=f"data, line 2: {reason}"):
-            load_questions(tmp_path / "data", "rows", tokenizer, name, 200)
+            load_questions(data, "rows", tokenizer, name, 200)
 
 
 def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
-    row = messages("a", "b", "c", "d")
-    row["messages"][1]["reasoning_content"], row["messages"][3]["reasoning_content"] = "~", "f"
-    (tmp_path / "data").write_text(json.dumps(row))
+    row = {"messages": [chats.message(*turn) for turn in (
+        ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f"))]}
+    data = write_rows(tmp_path / "data", row)
     tokenizer = tokenizer_of(chats.small("chat-qwen3"), tmp_path)
-    (_, last), _ = load_examples(tmp_path / "data", tokenizer, "chat-qwen3", 100)
+    (_, last), _ = load_examples(data, tokenizer, "chat-qwen3", 100)
     assert tokenizer.decode(last.answer) == "<think>\nf\n</think>\n\nd<|im_end|>"
     assert "~" not in tokenizer.decode(last.prompt)
-    (asked,), _ = load_questions(tmp_path / "data", "rows", tokenizer, "chat-qwen3", 100)
+    (asked,), _ = load_questions(data, "rows", tokenizer, "chat-qwen3", 100)
     assert score_text(asked, "<think>\n\n</think>\n\nd") == score_text(asked, "d") == {"exact_match": 1.0}
     assert score_text(asked._replace(template="plain"), "<think></think>d") == {"exact_match": 0.0}
     with pytest.raises(ValueError, match="2 'reasoning_content', for which the template has no place"):
-        load_examples(tmp_path / "data", tokenizer, "chat-chatml", 100)
+        load_examples(data, tokenizer, "chat-chatml", 100)
 
 
 def test_a_long_conversation_is_encoded_once(tmp_path, monkeypatch):
     """And its ids are those of each prompt alone."""
     tokenizer, encode, seen = tokenizer_of(chats.pieces("chat-llama2"), tmp_path), Tokenizer.encode, []
-    (tmp_path / "data").write_text(json.dumps(messages(*map(str, range(80)))))
-    turns = [(("user", "assistant")[i % 2], str(i)) for i in range(80)]
+    texts = [str(i) for i in range(80)]
+    data, turns = write_rows(tmp_path / "data", messages(*texts)), in_turn(*texts)
     alone = [encode_prompt(tokenizer, "chat-llama2", turns[:i]) for i in range(1, 80, 2)]
     monkeypatch.setattr(Tokenizer, "encode", lambda *a: seen.append(a[1]) or encode(*a))
-    examples, _ = load_examples(tmp_path / "data", tokenizer, "chat-llama2", 10_000)
-    assert [e.prompt for e in examples] == alone and len(seen) <= 3 * 40
-    seen.clear()
-    examples, dropped = load_examples(tmp_path / "data", tokenizer, "chat-llama2", len(alone[3]) + 10)
-    assert len(examples) == 4 and dropped == {"too long": [36, "line 1"]} and len(seen) <= 3 * 5
+    for limit, n, dropped in ((10_000, 40, {}), (len(alone[3]) + 10, 4, {"too long": [36, "line 1"]})):
+        seen.clear()
+        examples, found = load_examples(data, tokenizer, "chat-llama2", limit)
+        assert [e.prompt for e in examples] == alone[:n] and found == dropped
+        assert len(seen) <= 3 * (n + 1)
 
 
 # ---- conversations that go on ----------------------------------------------------------------------------
 
-FIRST, SAID, NEXT = [5, 9, 250, 3, 7, 7, 1, 80], [3, 2, 1], [11, 12, 13, 14, 80]
+FIRST, NEXT = [5, 9, 250, 3, 7, 7, 1, 80], [11, 12, 13, 14, 80]
 
 
-def alternating(*args, **options):
-    bitune = tiny_bitune(*args, dtype=torch.float64, **options)
-    return bitune, conversation(bitune, "chat-chatml", "alternating")
+def alternating(bitune):
+    return conversation(bitune, "chat-chatml", "alternating")
 
 
-def read(alternating, prompt):
+def read(bitune, prompt):
     """The keys and values that a prompt has after all that went before."""
     with torch.inference_mode():
-        return alternating.encode(alternating.lay_out([prompt], [[]])[0]).layers
+        return bitune.encode(bitune.lay_out([prompt], [[]])[0]).layers
+
+
+def first(layers, n, start=0):
+    return [(k[:, :, start:n], v[:, :, start:n]) for k, v in layers]
 
 
 def assert_same(some, others):
@@ -233,10 +235,11 @@ def assert_same(some, others):
 @pytest.mark.parametrize("method", ["bitune", "naive-bidir", "no-mixing", "only-causal", "shared-weights",
                                     "anticausal"])
 def test_a_first_turn_is_the_same_however_the_rest_is_read(method):
-    bitune, goes_on = alternating(method)
-    assert_same(read(goes_on, FIRST), bitune.encode(bitune.lay_out([FIRST], [[]])[0]).layers)
+    bitune = tiny_bitune(method, dtype=torch.float64)
+    goes_on = alternating(bitune)
+    assert_same(read(goes_on, FIRST), read(bitune, FIRST))
     for prompt in (FIRST, NEXT):                # that does not go on from the last one
-        assert [ids for (ids,) in goes_on.answer([prompt], 5)] == bitune.generate([prompt], 5)[0]
+        assert goes_on.generate([prompt], 5) == bitune.generate([prompt], 5)
 
 
 @pytest.mark.reference          # of today's method
@@ -244,71 +247,68 @@ def test_a_first_turn_is_the_same_however_the_rest_is_read(method):
 def test_without_a_second_reading_nothing_is_lost(method):
     """α = 0: all is read causally by one set, so that what stays is what would be read again."""
     bitune = causal_only(tiny_bitune(method, dtype=torch.float64))
-    goes_on = conversation(bitune, "chat-chatml", "alternating")
-    prompt = FIRST
+    goes_on, prompt = alternating(bitune), FIRST
     for _ in range(3):
-        said = [ids for (ids,) in goes_on.answer([prompt], 3)]
-        assert said == bitune.generate([prompt], 3)[0]
+        (said,) = goes_on.generate([prompt], 3)
+        assert [said] == bitune.generate([prompt], 3)
         prompt = prompt + said + NEXT
-        assert_same(goes_on.kept.layers,
-                    bitune.encode(bitune.lay_out([goes_on.read_ids + [0]], [[]])[0]).layers)
+        assert_same(goes_on.kept.layers, read(bitune, goes_on.read_ids + [0]))
 
 
 @pytest.mark.reference          # of today's method
 def test_what_was_read_and_answered_stays():
-    bitune, goes_on = alternating("bitune")
-    said = [ids for (ids,) in goes_on.answer([FIRST], 3)]
+    bitune = tiny_bitune(dtype=torch.float64)
+    goes_on = alternating(bitune)
+    (said,) = goes_on.generate([FIRST], 3)
     before, whole = goes_on.kept.layers, FIRST + said + NEXT
-    again = read(goes_on, whole)
+    again, fresh = read(goes_on, whole), read(bitune, whole)
     n, m = len(FIRST) - 1, len(FIRST) + len(said)
-    assert_same([(k[:, :, :n], v[:, :, :n]) for k, v in again], before)
+    assert_same(first(again, n), before)
     with torch.inference_mode():                # what the answer pass made of its tokens
         *_, past = bitune.answer_pass([FIRST], [said + [0]])
-        made = [(k[:, :, n:], v[:, :, n:]) for k, v in past.layers]
-    assert_same([(k[:, :, n:m], v[:, :, n:m]) for k, v in again], made)
-    fresh = bitune.encode(bitune.lay_out([whole], [[]])[0]).layers
+    assert_same(first(again, m, start=n), first(past.layers, None, start=n))
     assert again[0][0].shape == fresh[0][0].shape and (again[1][0] - fresh[1][0]).abs().max() > 1e-3
     other = FIRST[:4] + [99] + NEXT             # goes on otherwise: new from there on
-    assert_same([(k[:, :, :4], v[:, :, :4]) for k, v in read(goes_on, other)],
-                [(k[:, :, :4], v[:, :, :4]) for k, v in before])
+    assert_same(first(read(goes_on, other), 4), first(before, 4))
+
+
+def chat_model(folder, name, **config):
+    """A model with TEXT as its chat template."""
+    tokenizer_of(chats.small(name), write_checkpoint(folder), chat_template=TEXT, **config)
+    return folder
 
 
 def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch):
     known("chat-chatml")
-    base, run = write_checkpoint(tmp_path / "base"), tmp_path / "run"
-    tokenizer_of(chats.small("chat-chatml"), base, chat_template=TEXT)
-    rows = [messages("a", f"{n}", "b", "c") for n in range(9)]
-    (tmp_path / "data").write_text("\n".join(map(json.dumps, rows)))
-    new = ["--model", base, "--data", tmp_path / "data", "--out", run, "--steps", 2, "--save-every", 1]
+    base, run = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run"
+    data = write_rows(tmp_path / "data", *(messages("a", f"{n}", "b", "c") for n in range(9)))
     with monkeypatch.context() as patch:
         steps = iter([train.train_step])
         patch.setattr(train, "train_step", lambda *a: next(steps)(*a))      # there is one step
         with pytest.raises(StopIteration):
-            train.main([str(x) for x in new])
+            train.main([f"--model={base}", f"--data={data}", f"--out={run}", "--steps=2", "--save-every=1"])
     train.main(["--resume", str(run)])
     said = capsys.readouterr().out
     assert said.count("template chat-chatml: the model's own chat markup\n") == 2
     assert json.loads((run / "bitune.json").read_text())["template"] == "chat-chatml"
     assert json.loads((run / "settings.json").read_text())["derived"]["train_examples"] == 17
 
-    asked = []
+    asked, begun = [], [("system", "s"), ("user", "d")]
     monkeypatch.setattr(sample, "encode_prompt", lambda *a: asked.append(a[2]) or encode_prompt(*a))
-    runs = [["--adapter", run, "--chat"], ["--adapter", run, "--chat", "alternating"],
-            ["--model", base, "--chat"]]
-    for how in runs:
+    for how in ([f"--adapter={run}", "--chat"], [f"--adapter={run}", "--chat=alternating"],
+                [f"--model={base}", "--chat"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("d\ne\n"))
-        sample.main([str(x) for x in [*how, "--system", "s", "--max-new-tokens", 3]])
-        first = capsys.readouterr().out.split("\n")[0]
-        assert asked[-2:] == [[("system", "s"), ("user", "d")],
-                              [("system", "s"), ("user", "d"), ("assistant", first), ("user", "e")]]
+        sample.main([*how, "--system=s", "--max-new-tokens=3"])
+        answer = capsys.readouterr().out.split("\n")[0]
+        assert asked[-2:] == [begun, [*begun, ("assistant", answer), ("user", "e")]]
 
 
 def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monkeypatch):
     """The template's end token, which is not the model's own, ends an answer, too."""
-    base, run, asked = write_checkpoint(tmp_path / "base"), tmp_path / "run", []
-    end = tokenizer_of(chats.small("chat-chatml"), base).special["<|im_end|>"]
+    base, run, asked = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run", []
+    end = Tokenizer.from_pretrained(base).special["<|im_end|>"]
     write_files(run, run_bytes(tiny_bitune(), str(base), template="chat-chatml"))
-    (tmp_path / "data").write_text(json.dumps({"prompt": "a", "completion": "b"}))
+    data = write_rows(tmp_path / "data", {"prompt": "a", "completion": "b"})
 
     def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         asked.append((max_new_tokens, {*stop_ids}, temperature, top_k, top_p, seed))
@@ -316,34 +316,27 @@ def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monk
 
     monkeypatch.setattr(Bitune, "answer", answer)
     common = [f"--adapter={run}", "--max-new-tokens=9"]
-    sampling = ["--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3"]
-    sample.main([*common, "--prompt=a", *sampling])
-    evaluate.main([*common, "--task=rows", f"--data={tmp_path / 'data'}"])
+    sample.main([*common, "--prompt=a", "--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3"])
+    evaluate.main([*common, "--task=rows", f"--data={data}"])
     assert asked == [(9, {257, end}, 0.5, 7, 0.75, 3), (9, {257, end}, 0.0, 0, 1.0, 0)]
 
 
 def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, monkeypatch):
     known("chat-chatml")
-    base, made = write_checkpoint(tmp_path / "base"), []
-    tokenizer_of(chats.small("chat-chatml"), base, chat_template=TEXT)
+    base, made = chat_model(tmp_path / "base", "chat-chatml"), []
     monkeypatch.setattr(ablate, "grid", lambda runs, *args: made.extend(list(runs.values())[-1:]) or [])
     for more in ([], ["--template=auto"], ["--template=chat"]):
         with pytest.raises(SystemExit):                 # no run, no table
-            ablate.main([f"--model={base}", f"--data={base}/config.json", f"--out={tmp_path / f'grid{len(made)}'}", *more])
+            ablate.main([f"--model={base}", f"--data={base}/config.json", f"--out={tmp_path}/{more}", *more])
     assert [s.template for s in made] == ["paper", "paper", "chat-chatml"]
 
 
 def test_what_cannot_be_a_chat_is_refused(known, tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base")
-    tokenizer_of(chats.small("chat-gemma"), base, chat_template=TEXT, bos_token="<bos>")
-
-    def refusal(*flags):
-        with pytest.raises(SystemExit) as end:
-            sample.main(["--model", str(base), *flags])
-        assert end.value.code == 2
-        return capsys.readouterr().err
-    assert "--chat: the template plain does not say who speaks" in refusal("--chat")
-    assert "is not one of chat-llama2, " in refusal("--template", "chat")
-    known("chat-gemma")
-    assert "and no system: this chat markup has no other" in refusal("--system", "s")
-    assert "method causal has no prompt passes" in refusal("--chat", "alternating")
+    base = chat_model(tmp_path / "base", "chat-gemma", **BOS)
+    for message, *flags in (("the template plain does not say who speaks", "--chat"),
+                            ("is not one of chat-llama2, ", "--template=chat"),
+                            ("and no system: this chat markup has no other", "--system=s"),
+                            ("method causal has no prompt passes", "--chat=alternating")):
+        assert message in exits(2, sample.main, ["--model", base, *flags], capsys)
+        if "one of" in message:
+            known("chat-gemma")

@@ -1,6 +1,5 @@
 """The published files of the paper's tasks, and the scores on them."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import train
 from bitune import METHODS, Bitune
 from experiments import evaluate
+from files.disk import write_files
+from files.run import run_bytes
 from test_commands import exits
 from text.examples import load_examples
 from text.rows import read_rows
@@ -18,67 +18,25 @@ from text.tokenizer import Tokenizer
 from tiny import ANSWERS, RAGGED, tiny_bitune, write_checkpoint
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
-PUBLISHED = {  # task, rows as they are published, the prompt in the paper's template, the right choice
-    "arc": (
-        [
-            {"id": 1, "question": "Sky?", "choices": ARC, "answerKey": "B"},
-            {
-                "id": 1,
-                "question": {
-                    "stem": "Sky?",
-                    "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}],
-                },
-                "answerKey": "2",
-            },
-        ],
-        "Question: Sky?\n\nChoices:\nred\nblue\n\nAnswer:",
-        " blue",
-    ),
-    "siqa": (
-        [
-            {
-                "context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun",
-                "answerC": "fear", "label": label,
-            }
-            for label in ("3", 3)
-        ]
-        + [
-            {
-                "context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun",
-                "answerC": "fear", "correct": "C",
-            }
-        ],
-        "Question: Given the context, answer correctly the question.\nContext: Jo ran.\nQuestion: Why?\n\n"
-        "Choices:\n(0) late\n(1) fun\n(2) fear\n\nAnswer:",
-        " (2)",
-    ),
-    "mmlu": (
-        [{"question": "1 + 1?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2}],
-        "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:", " (2)",
-    ),
-    "rows": (
-        [
-            {"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1},
-            {"question": "Sky?", "choices": ["red", "blue"], "answer": "blue"},
-        ],
-        "Question: Sky?\n\nAnswer:",
-        " blue",
-    ),
-    "gsm8k": (
-        [{"question": "1 + 1?", "answer": "It is\n#### 2"}],
-        "Question: 1 + 1?\n\nAnswer:",
-        " It is\n#### 2",
-    ),
-    "ultrafeedback": (
-        [
-            {
-                "instruction": "Sing!", "source": "x",
-                "completions": [{"model": "llama", "response": "no"}, {"model": "gpt-4", "response": "La."}],
-            }
-        ],
-        "Question: Sing!\n\nAnswer:",
-        " La.",
-    ),
+NESTED = {"stem": "Sky?", "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]}
+SIQA = {"context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun", "answerC": "fear"}
+WRITTEN = [{"model": "llama", "response": "no"}, {"model": "gpt-4", "response": "La."}]
+PUBLISHED = {   # task: rows as they are published, the prompt in the paper's template, the right choice
+    "arc": ([{"id": 1, "question": "Sky?", "choices": ARC, "answerKey": "B"},
+             {"id": 1, "question": NESTED, "answerKey": "2"}],
+            "Question: Sky?\n\nChoices:\nred\nblue\n\nAnswer:", " blue"),
+    "siqa": ([SIQA | right for right in ({"label": "3"}, {"label": 3}, {"correct": "C"})],
+             "Question: Given the context, answer correctly the question.\nContext: Jo ran.\n"
+             "Question: Why?\n\nChoices:\n(0) late\n(1) fun\n(2) fear\n\nAnswer:", " (2)"),
+    "mmlu": ([{"question": "1 + 1?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2}],
+             "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:", " (2)"),
+    "rows": ([{"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1},
+              {"question": "Sky?", "choices": ["red", "blue"], "answer": "blue"}],
+             "Question: Sky?\n\nAnswer:", " blue"),
+    "gsm8k": ([{"question": "1 + 1?", "answer": "It is\n#### 2"}],
+              "Question: 1 + 1?\n\nAnswer:", " It is\n#### 2"),
+    "ultrafeedback": ([{"instruction": "Sing!", "source": "x", "completions": WRITTEN}],
+                      "Question: Sing!\n\nAnswer:", " La."),
 }
 PUBLISHED["csqa"] = PUBLISHED["arc"]
 
@@ -95,29 +53,32 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_rows_make_the_paper_s_prompts(task, tokenizer, tmp_path):
+    """Evaluation asks as training does."""
     rows, prompt, answer = PUBLISHED[task]
     file = write_rows(tmp_path / "published.jsonl", rows)
     examples, _ = load_examples(file, tokenizer, "paper", 512, task)
-    assert len(examples) == len(rows)
-    for example in examples:
-        assert tokenizer.decode(example.prompt) == "<s>" + prompt
+    questions, left_out = evaluate.load_questions(file, task, tokenizer, "paper", 512)
+    assert len(examples) == len(questions) == len(rows) and left_out == []
+    for example, question in zip(examples, questions):
+        assert tokenizer.decode(example.prompt) == "<s>" + prompt and question.prompt == example.prompt
         assert tokenizer.decode(example.answer) == answer + "</s>"
+        if question.choices:                            # the stop token is not scored
+            assert question.choices[question.shown["answer"]] == example.answer[:-1]
 
 
-@pytest.mark.parametrize("task, first", [("piqa", 0), ("siqa", 1)])
-def test_labels_lie_in_a_file_beside(task, first, tmp_path):
-    piqa = {"goal": "Cut.", "sol1": "a knife", "sol2": "a spoon"}
-    siqa = PUBLISHED["siqa"][0][0] | {"label": None}
-    file = write_rows(tmp_path / "dev.jsonl", [{"piqa": piqa, "siqa": siqa}[task]] * 2)
-    labels = tmp_path / "dev-labels.lst"
+@pytest.mark.parametrize("task, row, first", [
+    ("piqa", {"goal": "Cut.", "sol1": "a knife", "sol2": "a spoon"}, 0),
+    ("siqa", SIQA | {"label": None}, 1)])
+def test_labels_lie_in_a_file_beside(task, row, first, tmp_path):
+    file, labels = write_rows(tmp_path / "dev.jsonl", [row] * 2), tmp_path / "dev-labels.lst"
     labels.write_text(f"{first}\n{first + 1}\n")
     rows = [row for _, row in read_rows(file, task)]
     assert [row["answer"] for row in rows] == [0, 1]
     if task == "piqa":
         assert rows[0]["prompt"] == "Cut.\n\nChoices:\na knife\na spoon"
-    for n in ("0\n", "1\n1\n1\n"):
-        labels.write_text(n)
-        with pytest.raises(ValueError, match=f"{len(n) // 2} labels for the 2 rows"):
+    for n in (1, 3):
+        labels.write_text("1\n" * n)
+        with pytest.raises(ValueError, match=f"{n} labels for the 2 rows"):
             list(read_rows(file, task))
     labels.unlink()
     with pytest.raises(ValueError, match="line 1: "):
@@ -125,36 +86,32 @@ def test_labels_lie_in_a_file_beside(task, first, tmp_path):
 
 
 def test_mmlu_s_csv_is_its_json(tmp_path):
-    rows, prompt, _ = PUBLISHED["mmlu"]
-    with open(tmp_path / "sums_test.csv", "w", newline="") as file:
-        csv.writer(file).writerow(["1 + 1?", "0", "1", "2", "3", "C"])
-        csv.writer(file).writerow(['a "b",\nc', *"0123", "A"])
-    one, two = read_rows(tmp_path / "sums_test.csv", "mmlu")
-    assert one[1] == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
+    file, (rows, *_) = tmp_path / "sums_test.csv", PUBLISHED["mmlu"]
+    file.write_text('1 + 1?,0,1,2,3,C\n"a ""b"",\nc",0,1,2,3,A\n')
+    (_, one), (_, two) = read_rows(file, "mmlu")
+    assert one == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
+    assert two["prompt"].startswith('a "b",\nc\n(0). 0') and two["answer"] == 0
     for task, text, message in (
-        ("rows", "", "CSV is read of mmlu alone"), ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
-        ("mmlu", "a,0,1,2,3,E", "row 1: expected a question, four choices and a letter"),
-    ):
-        (tmp_path / "bad.csv").write_text(text)
+            ("rows", "", "CSV is read of mmlu alone"), ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
+            ("mmlu", "a,0,1,2,3,E", "row 1: expected a question, four choices and a letter")):
+        file.write_text(text)
         with pytest.raises(ValueError, match=message):
-            list(read_rows(tmp_path / "bad.csv", task))
-    assert two[1]["prompt"].startswith('a "b",\nc\n(0). 0') and two[1]["answer"] == 0
+            list(read_rows(file, task))
 
 
-@pytest.mark.parametrize(
-    "task, row, message",
-    [
-        ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2', this has goal, sol1"),
-        ("piqa", {"goal": "x", "sol1": "y", "sol2": "z", "label": -1}, "expected one of its 2 choices"),
-        ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
-        ("arc", {"question": "x", "answer": "y"}, "a row of arc has 'choices', this has question, answer"),
-        ("piqa", {"goal": "x", "sol1": "y", "sol2": "z"}, "and no data-labels.lst lies beside it"),
-        ("rows", {"goal": "x", "sol1": "y", "sol2": "z"}, "(or a --task)"),
-        ("mmlu", "1 + 1", "expected an object, got str"),
-        ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
-        ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
-    ],
-)
+PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
+
+
+@pytest.mark.parametrize("task, row, message", [
+    ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2', this has goal, sol1"),
+    ("piqa", PIQA | {"label": -1}, "expected one of its 2 choices"),
+    ("piqa", PIQA, "and no data-labels.lst lies beside it"), ("rows", PIQA, "(or a --task)"),
+    ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
+    ("mmlu", "1 + 1", "expected an object, got str"),
+    ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
+    ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
+    ("rows", {"prompt": "x", "choices": ["y", "\udc00"], "answer": 0}, "(a lone surrogate)"),
+])
 def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):
     file = write_rows(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match="data.jsonl, line 1: ") as error:
@@ -195,10 +152,8 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
     assert evaluate.score_choices(accented, [-6.0, -7.0]) == {"acc": 0.0, "acc_norm": 1.0}
 
 
-def test_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):
-    tokenizer = Tokenizer.from_pretrained(write_checkpoint(tmp_path / "base"))
-    texts = ["Yes. Question: 1", "#### 2", "Never ends ... and on"]
-    said = [tokenizer.encode(t) for t in texts]
+def test_an_answer_ends_before_the_next_question(tokenizer, monkeypatch):
+    said = [tokenizer.encode(t) for t in ("Yes. Question: 1", "#### 2", "Never ends ... and on")]
 
     def answer(prompts, max_new_tokens, stop_ids):
         for i in range(max_new_tokens):
@@ -207,65 +162,63 @@ def test_an_answer_ends_before_the_next_question(tmp_path, monkeypatch):
 
     asked, bitune = [], tiny_bitune()
     monkeypatch.setattr(bitune, "answer", answer)
-    assert evaluate.write_answers(bitune, tokenizer, said, {257}, 14) == ["Yes. ", "#### 2", "Never ends ..."]
+    written = lambda limit: evaluate.write_answers(bitune, tokenizer, said, {257}, limit)
+    assert written(14) == ["Yes. ", "#### 2", "Never ends ..."]
     said.pop()
     asked.clear()
-    assert evaluate.write_answers(bitune, tokenizer, said, {257}, 99) == ["Yes. ", "#### 2"]
+    assert written(99) == ["Yes. ", "#### 2"]
     assert len(asked) == len("Yes. Question:")
 
 
+def score(*argv):
+    evaluate.main([str(a) for a in argv])
+
+
+def results(file):
+    """The rows of a results file, and its summary."""
+    return [json.loads(line) for line in file.read_text().splitlines()], \
+        json.loads(file.with_suffix(".json").read_text())
+
+
 def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base")
-    row = PUBLISHED["arc"][0][0]
-    rows = [row | {"question": "Sky" + "?" * (i * 5 % 14)} for i in range(14)]  # of all lengths
-    data = write_rows(tmp_path / "arc.jsonl", rows)
-    flags = ["--model", str(base), "--data", str(data), "--task", "arc", "--steps", "2", "--val-size", "0"]
-    train.main([*flags, "--out", str(tmp_path / "run")])
-    common = ["--task", "arc", "--data", str(data), "--batch-size", "3"]
-    run, bare = ["--adapter", str(tmp_path / "run")], ["--model", str(base), "--out", str(tmp_path / "own")]
-    for argv in (run, bare):
-        capsys.readouterr()
-        evaluate.main([*common, *argv])
+    base, asked = write_checkpoint(tmp_path / "base"), ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
+    data = write_rows(tmp_path / "arc.jsonl", [PUBLISHED["arc"][0][0] | {"question": q} for q in asked])
+    write_files(tmp_path / "run", run_bytes(tiny_bitune(), str(base), template="paper", step=1))
+    run, bare = ["--adapter", tmp_path / "run"], ["--model", base, "--out", tmp_path / "own"]
+    for method, argv in (("bitune", run), (None, bare)):
+        score("--task", "arc", "--data", data, "--batch-size", 3, *argv)
         said = capsys.readouterr().out.splitlines()
         assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
-        out = Path(argv[-1])
-        rows = [json.loads(line) for line in (out / "arc-arc.jsonl").read_text().splitlines()]
-        summary = json.loads((out / "arc-arc.json").read_text())
-        assert [r["prompt"].split("\n")[0] for r in rows] == ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
+        rows, summary = results(argv[-1] / "arc-arc.jsonl")
+        assert [r["prompt"].split("\n")[0] for r in rows] == asked and summary["method"] == method
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
-        assert summary["method"] == ("bitune" if "--adapter" in argv else None)
 
 
 def test_written_answers_make_a_page(tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base")
-    rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)] + [
-        {"question": "x" * n, "answer": "#### 1"} for n in (230, 240)
-    ]
-    data = write_rows(tmp_path / "test.jsonl", rows)
-    argv = ["--model", base, "--data", data, "--task", "gsm8k", "--out", tmp_path, "--samples", "2"]
-    evaluate.main([str(a) for a in [*argv, "--max-new-tokens", "9"]])
+    rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)]
+    rows += [{"question": "x" * n, "answer": "#### 1"} for n in (230, 240)]
+    base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "test.jsonl", rows)
+    argv = ["--model", base, "--data", data, "--max-new-tokens", 9, "--out", tmp_path]
+    sums, kept = [*argv, "--task", "gsm8k", "--samples", 2], tmp_path / "gsm8k-test.jsonl"
+    score(*sums)
     assert "(6 questions, 1 too long left out, first: line 7, " in capsys.readouterr().out
-    page = (tmp_path / "gsm8k-test.md").read_text()
+    page, said = kept.with_suffix(".md").read_text(), kept.read_text()
     assert page.count("\n## ") == 2 and "strict-match ✗, flexible-extract ✗" in page and "#### 2" in page
-    alone = [*argv, "--max-new-tokens", "9", "--batch-size", "1", "--out", tmp_path / "alone"]
-    evaluate.main([str(a) for a in alone])  # the sixth answer ends at the model's limit: its own
-    assert (tmp_path / "alone/gsm8k-test.jsonl").read_text() == (tmp_path / "gsm8k-test.jsonl").read_text()
-    kept = (tmp_path / "gsm8k-test.jsonl").read_text()
-    evaluate.main([str(a) for a in [*argv[:-2], "--limit", "1", "--max-new-tokens", "5"]])
-    assert (tmp_path / "gsm8k-test.jsonl").read_text() == kept  # a shorter look does not write over it
-    rows = [*argv[:4], "--task", "rows", *argv[6:8], "--limit", "1", "--max-new-tokens", "9"]
-    evaluate.main([str(a) for a in rows])
+    score(*sums, "--batch-size", 1, "--out", tmp_path / "alone")    # the sixth ends at its own limit
+    assert (tmp_path / "alone/gsm8k-test.jsonl").read_text() == said
+    score(*sums, "--limit", 1)
+    assert kept.read_text() == said                     # a shorter look does not write over it
+    score(*argv, "--task", "rows", "--limit", 1)
     assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, capsys):
-    base = write_checkpoint(tmp_path / "base")
     rows = [{"question": "x" * n, "choices": ["a", "bc"], "answer": 1} for n in (5, 9, 2, 7, 7, 30, 1)]
-    data = write_rows(tmp_path / "q.jsonl", rows)
-    argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", "2"]
-    evaluate.main([str(a) for a in [*argv, "--out", tmp_path / "whole"]])
-    real, asked = evaluate.log_probs, []
+    base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "q.jsonl", rows)
+    argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", 2, "--out"]
+    out, part, real, asked = tmp_path / "out", tmp_path / "out/rows-q.part", evaluate.log_probs, []
+    score(*argv, tmp_path / "whole")
 
     def log_probs(bitune, prompts, choices):
         asked.append(len(prompts))
@@ -274,77 +227,65 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
         return real(bitune, prompts, choices)
 
     monkeypatch.setattr(evaluate, "log_probs", log_probs)
-    out, part = tmp_path / "out", tmp_path / "out/rows-q.part"
-    line = exits(130, evaluate.main, [*argv, "--out", out], capsys)
+    line = exits(130, evaluate.main, [*argv, out], capsys)
     assert line == "error: 4 of 7 questions: stopped by SIGINT. The same command goes on there."
     if torn:
         part.write_text(part.read_text()[:-20])
-    evaluate.main([str(a) for a in [*argv, "--out", out]])
+    score(*argv, out)
     assert len(asked) == (6 if torn else 5)
     assert f"{4 - torn} of 7 questions are from an earlier try" in capsys.readouterr().out
     assert (out / "rows-q.jsonl").read_bytes() == (tmp_path / "whole/rows-q.jsonl").read_bytes()
     assert not part.exists()
     asked.clear()
     (out / "rows-q.json").unlink()
-    exits(130, evaluate.main, [*argv, "--out", out], capsys)
-    monkeypatch.setattr(evaluate, "log_probs", real)        # another model, other questions: all anew
-    evaluate.main([str(a) for a in [*argv, "--out", out, "--limit", "3"]])
+    exits(130, evaluate.main, [*argv, out], capsys)
+    monkeypatch.setattr(evaluate, "log_probs", real)
+    score(*argv, out, "--limit", 3)                     # other questions, another model: all anew
     (base / "model.safetensors").touch()
-    evaluate.main([str(a) for a in [*argv, "--out", out]])
+    score(*argv, out)
     assert "earlier try" not in capsys.readouterr().out
 
 
 def test_mmlu_has_a_line_for_each_subject_and_both_means(tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base")
+    base, out = write_checkpoint(tmp_path / "base"), tmp_path / "out"
     (tmp_path / "test").mkdir()
     for subject, n in (("law", 1), ("logic", 3)):
         (tmp_path / f"test/{subject}_test.csv").write_text("Why?,a,b,c,d,B\n" * n)
     hub = [PUBLISHED["mmlu"][0][0] | {"subject": subject} for subject in ("law", "logic", "logic")]
     write_rows(tmp_path / "hub.jsonl", hub)
     for data, n in (("test", 4), ("hub.jsonl", 3)):
-        argv = ["--model", base, "--task", "mmlu", "--data", tmp_path / data, "--out", tmp_path / "out"]
-        evaluate.main([str(a) for a in argv])
-        said = capsys.readouterr().out.splitlines()
-        assert [line.split(": acc")[0] for line in said[-5:-1]] == [
-            "mmlu law", "mmlu logic", "mmlu, mean of 2 subjects", "mmlu"]
-        summary = json.loads((tmp_path / f"out/mmlu-{data.split('.')[0]}.json").read_text())
+        score("--model", base, "--task", "mmlu", "--data", tmp_path / data, "--out", out)
+        said = [line.split(": acc")[0] for line in capsys.readouterr().out.splitlines()]
+        assert said[-5:-1] == ["mmlu law", "mmlu logic", "mmlu, mean of 2 subjects", "mmlu"]
+        _, summary = results(out / f"mmlu-{data.split('.')[0]}.jsonl")
         assert summary["questions"] == n and summary["subjects"].keys() == {"law", "logic"}
         acc = [summary["subjects"][subject]["acc"]["mean"] for subject in ("law", "logic")]
         assert summary["mean_of_subjects"]["acc"] == sum(acc) / 2
         assert summary["scores"]["acc"]["mean"] == pytest.approx((acc[0] + (n - 1) * acc[1]) / n)
 
 
-def test_a_model_that_gives_no_numbers_gets_no_score(tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    weights["model.norm.weight"][:] = 3e38          # finite, but what it is multiplied with is not
-    save_file(weights, base / "model.safetensors")
-    data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    line = exits(1, evaluate.main, ["--model", base, "--task", "arc", "--data", data], capsys)
-    assert "the log-probability of a choice is nan" in line
-
-
 def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys):
-    base = write_checkpoint(tmp_path / "base")
-    data = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    wrong = {
-        "neither --model nor --adapter": ["--task", "arc", "--data", data],
-        "No such file": ["--model", base, "--task", "arc", "--data", tmp_path / "none"],
-        "a row of piqa has 'goal'": ["--model", base, "--task", "piqa", "--data", data],
-        "are chosen, not written": ["--model", base, "--task", "arc", "--data", data, "--samples", "1"],
-        "invalid choice: 'ultrafeedback'": ["--task", "ultrafeedback"],
-        "holds no run and no adapter": ["--adapter", base, "--task", "arc", "--data", data],
-    }
-    for message, argv in wrong.items():
+    base, whole = write_checkpoint(tmp_path / "base"), tmp_path / "whole"
+    data, none = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0]), tmp_path / "none"
+    arc = ["--task", "arc", "--data", data, "--out", tmp_path]
+    write_files(whole, run_bytes(tiny_bitune("causal", "full"), str(base), template="paper"))
+    score("--model", whole, *arc)
+    shown = (tmp_path / "arc-arc.json").read_text()     # where --model is not there, it is not
+    for message, *argv in (
+            ("neither --model nor --adapter", *arc),
+            ("invalid choice: 'ultrafeedback'", "--task", "ultrafeedback"),
+            ("No such file", "--model", base, *arc, "--data", none),
+            ("none is not a folder here", "--model", none, "--adapter", whole, *arc),
+            ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
+            ("are chosen, not written", "--model", base, *arc, "--samples", 1),
+            ("holds no run and no adapter", "--adapter", base, *arc)):
         assert message in exits(2, evaluate.main, argv, capsys), message
-    assert not list(tmp_path.rglob("arc-arc*"))
+    change_norm(base, 3e38)             # finite, but what it is multiplied with is not
+    assert "of a choice is nan" in exits(1, evaluate.main, ["--model", base, *arc], capsys)
+    assert shown == (tmp_path / "arc-arc.json").read_text()
 
 
-def test_ids_of_choices_are_those_of_training(tokenizer, tmp_path):
-    file = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    questions, left_out = evaluate.load_questions(file, "arc", tokenizer, "paper", 512)
-    examples, _ = load_examples(file, tokenizer, "paper", 512, "arc")
-    assert left_out == []
-    for question, example in zip(questions, examples):
-        assert question.prompt == example.prompt
-        assert question.choices[question.shown["answer"]] == example.answer[:-1]  # the stop token is not scored
+def change_norm(base, value):
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"][:] = value
+    save_file(weights, base / "model.safetensors")

@@ -1,8 +1,9 @@
 """Text to ids: the kinds of tokenizer files, and rows to examples. (Golden encodings are in
-test_reference.py.)"""
+test_reference.py, files of others in test_cases.py.)"""
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from text.tokenizer import Tokenizer
 from text.turns import KEYS, NEUTRAL, Unusable, learned_answers, parse_row
 from tiny import write_checkpoint
 
-BYTES = {chr(b): i for i, b in enumerate(range(33, 127))}
+CASES = Path(__file__).parent / "cases"
 
 
 @pytest.fixture
@@ -20,98 +21,67 @@ def tokenizer(tmp_path):
     return Tokenizer.from_pretrained(write_checkpoint(tmp_path / "m"))
 
 
-def tokenizer_json(folder, **change):
-    """A byte-level tokenizer.json of printable ASCII with three merges, changed in parts."""
-    vocab = BYTES | {"Ġ": 94, "ab": 95, "abc": 96, "whole": 97, "Ġa": 98, "bc": 99}
-    spec = {
-        "added_tokens": [{"id": 100, "content": "</s>", "special": True}],
-        "normalizer": None,
-        "post_processor": None,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "vocab": vocab, "merges": ["Ġ a", "a b", "ab c"], "ignore_merges": False},
-    }
-    for key, value in change.items():
-        spec["model" if key in spec["model"] else key] = (
-            spec["model"] | {key: value} if key in spec["model"] else value
-        )
+def changed(folder, **parts):
+    """A byte-level tokenizer with other parts, of its model or beside it."""
+    spec = json.loads((CASES / "tokenizer-appended-merges/tokenizer.json").read_text())
+    for key, value in parts.items():
+        (spec["model"] if key in spec["model"] else spec)[key] = value
     (folder / "tokenizer.json").write_text(json.dumps(spec))
-    return folder
+    return Tokenizer.from_pretrained(folder)
 
 
-def test_ids_need_not_follow_the_merge_order(tmp_path):
-    tokenizer = Tokenizer.from_pretrained(tokenizer_json(tmp_path))
-    assert tokenizer.encode("abc abc") == [96, 98, BYTES["b"], BYTES["c"]]  # "Ġa" is merged first
-    assert tokenizer.decode([96, 98, 100]) == "abc a</s>"
-    assert tokenizer.encode("</s>") == [BYTES[c] for c in "</s>"]  # text stays text
-    assert tokenizer.encode("é") == []  # no such bytes in this vocabulary
+DIGITS = {"type": "Sequence", "pretokenizers": [     # SmolLM2's
+    {"type": "Digits", "individual_digits": True},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}
+ADDED = [{"id": 260 + i, "content": content} for i, content in enumerate(["<x>", "<x><x>"])]
 
 
-def test_ignore_merges_takes_a_whole_word_that_no_merge_builds(tmp_path):
-    assert Tokenizer.from_pretrained(tokenizer_json(tmp_path)).encode("whole") == [BYTES[c] for c in "whole"]
-    assert Tokenizer.from_pretrained(tokenizer_json(tmp_path, ignore_merges=True)).encode("whole") == [97]
-
-
-@pytest.mark.parametrize("merges, text, pieces", [
-    ("a b, ab c", "abc", "abc"),
-    ("b c, a b, ab c", "abc", "a bc"),                      # its bytes are never merged to the token abc,
-    ("b c, a b, c d, ab cd", "abcd", "a bc d"),             # nor to abcd
-    ("b c, a b", "abc", "a bc"),                            # a pair that is not listed makes a token
-    ("a b, a bc, c d, ab c, b c", "abcd", "ab cd"),         # one token by two pairs: each has its place
+@pytest.mark.parametrize("merges, parts, text, pieces", [
+    ("Ġ a,a b,ab c", {}, "abc abc", "abc Ġa b c"),
+    ("b c,a b,ab c", {}, "abc", "a bc"),                # its bytes are never merged to the token abc,
+    ("b c,a b,c d,ab cd", {}, "abcd", "a bc d"),        # nor to abcd
+    ("b c,a b", {}, "abc", "a bc"),
+    ("a b,a bc,c d,ab c,b c", {}, "abcd", "ab cd"),     # one token by two pairs: each has its place
+    ("w h", {}, "whole", "wh o l e"), ("w h", {"ignore_merges": True}, "whole", "whole"),
+    ("a b", {}, "</s>ab", "< / s > ab"),                # text stays text
+    ("a b", {"vocab": {"a": 0, "b": 1, "ab": 2}, "added_tokens": []}, "éab", "ab"),      # no such bytes
+    ("Ġ Ġ,1 2", {"pre_tokenizer": DIGITS}, "a  12", "a ĠĠ 1 2"),    # cut off before the spaces are seen
+    ("Ġ Ġ,1 2", {"pre_tokenizer": DIGITS}, "a  b", "a Ġ Ġ b"),
+    ("a b", {"added_tokens": ADDED}, "a<x><x><x>b", "a <x><x> <x> b"),
 ])
-def test_only_listed_pairs_are_merged_in_their_order(merges, text, pieces, tmp_path):
-    """As tokenizers 0.23.3 has it. By the ranks of what they make, each but the last would be one token."""
-    tokens = [*LETTERS.values(), "ab", "abc", "bc", "cd", "abcd"]        # all bytes
-    change = {"vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges.split(", ")}
-    tokenizer = Tokenizer.from_pretrained(tokenizer_json(tmp_path, added_tokens=[], **change))
-    assert [tokenizer.names[i] for i in tokenizer.encode(text)] == pieces.split()
+def test_only_listed_pairs_are_merged_in_their_order(merges, parts, text, pieces, tmp_path):
+    """As tokenizers 0.23.3 has it. (The ids are in another order than the merges.)"""
+    merges = merges.split(",")
+    tokens = dict.fromkeys(["<s>", "</s>", *LETTERS.values(), "whole",
+                            *(merge.replace(" ", "") for merge in reversed(merges))])
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tokenizer = changed(tmp_path, **{"merges": merges, "vocab": vocab} | parts)
+    ids = tokenizer.encode(text)
+    assert [tokenizer.names[i] for i in ids] == pieces.split()
+    assert tokenizer.decode(ids) == text.removeprefix("é")
 
 
-def test_digits_are_cut_off_before_the_pattern_sees_the_spaces(tmp_path):
-    """SmolLM2's form: to GPT-2's pattern the stretch before a digit ends there, so all of its spaces stay
-    together."""
-    digits = [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]
-    vocab = BYTES | {"Ġ": 94, "ĠĠ": 95, "12": 96}
-    folder = tokenizer_json(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": digits},
-                            model={"type": "BPE", "vocab": vocab, "merges": ["Ġ Ġ", "1 2"]},
-                            added_tokens=[{"id": 97, "content": "</s>", "special": True}])
-    tokenizer = Tokenizer.from_pretrained(folder)
-    assert tokenizer.encode("a  12") == [BYTES["a"], 95, BYTES["1"], BYTES["2"]]
-    assert tokenizer.encode("a  b") == [BYTES["a"], 94, 94, BYTES["b"]]
-
-
-def test_added_tokens_that_are_not_special_match_in_text(tmp_path):
-    added = [{"id": 100 + i, "content": content, "special": i == 0}
-             for i, content in enumerate(["</s>", "<x>", "<x><x>"])]
-    tokenizer = Tokenizer.from_pretrained(tokenizer_json(tmp_path, added_tokens=added))
-    assert tokenizer.encode("a<x><x><x>b") == [BYTES["a"], 102, 101, BYTES["b"]]
-    assert tokenizer.decode([BYTES["a"], 102, 101, BYTES["b"]]) == "a<x><x><x>b"
-
-
-@pytest.mark.parametrize("change, message", [
-        ({"model": {"type": "WordPiece", "vocab": {}}}, "it is of kind 'WordPiece': expected byte-level or"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "it is of kind 'Unigram'"),
-        ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "its pre_tokenizer BertPreTokenizer is not"),
-        ({"normalizer": {"type": "Lowercase"}}, "its normalizer Lowercase is not supported"),
-        ({"post_processor": {"type": "BertProcessing"}}, "its post_processor BertProcessing"),
-        ({"decoder": {"type": "WordPiece"}}, "its decoder WordPiece is not supported"),
-        ({"normalizer": {"type": "NFC", "form": "D"}}, "its NFC has form, which is not known here"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": 1}}, "the add_prefix_space 1, expected true or false"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "wrap": 1}}, "its model has wrap"),
-        ({"added_tokens": [{"id": 99, "content": "</s>"}]}, "has the id 99, and would get 100"),
-        ({"merges": ["a b", "b x"]}, r"its merge \['b', 'x'\] is not of two tokens that make a third one"),
-        ({"vocab": BYTES | {"Ġ": 1}}, "is not an object of tokens with an id each"),
+@pytest.mark.parametrize("parts, message", [
+    ({"model": {"type": "WordPiece", "vocab": {}}}, "it is of kind 'WordPiece': expected byte-level or"),
+    ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "its pre_tokenizer BertPreTokenizer is not"),
+    ({"normalizer": {"type": "Lowercase"}}, "its normalizer Lowercase is not supported"),
+    ({"post_processor": {"type": "BertProcessing"}}, "its post_processor BertProcessing"),
+    ({"decoder": {"type": "WordPiece"}}, "its decoder WordPiece is not supported"),
+    ({"normalizer": {"type": "NFC", "form": "D"}}, "its NFC has form, which is not known here"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": 1}}, "the add_prefix_space 1, expected true or false"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "wrap": 1}}, "its model has wrap"),
+    ({"added_tokens": [{"id": 300, "content": "<x>"}]}, "has the id 300, and would get 272"),
+    ({"added_tokens": [{"id": 272, "content": "<x>"}] * 2}, "has the id 272, and would get 273"),
+    ({"merges": ["h e", "e x"]}, r"its merge \['e', 'x'\] is not of two tokens that make a third one"),
+    ({"vocab": {"a": 1, "b": 1}}, "is not an object of tokens with an id each"),
 ])
-def test_what_is_not_understood_is_refused_by_name(tmp_path, change, message):
+def test_what_is_not_understood_is_refused_by_name(parts, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_pretrained(tokenizer_json(tmp_path, **change))
+        changed(tmp_path, **parts)
 
 
 def test_a_sentencepiece_protobuf_is_refused_by_name(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(
-        b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>"
-    )
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c")
     with pytest.raises(ValueError, match=r"SentencePiece protobuf\?\): expected the tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no tokenizer.json and no tokenizer.model"):
@@ -119,56 +89,28 @@ def test_a_sentencepiece_protobuf_is_refused_by_name(tmp_path):
 
 
 def test_bos_and_stop_ids_come_from_the_files_beside(tmp_path):
-    folder = write_checkpoint(tmp_path / "m")
-    t = Tokenizer.from_pretrained(folder)
-    assert (t.bos_id, t.eos_id, t.stop_ids) == (256, 257, {257})
-    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 257, 7]}')
-    t = Tokenizer.from_pretrained(folder)
-    assert (t.eos_id, t.stop_ids) == (257, {7, 256, 257})
-    (folder / "tokenizer_config.json").write_text(
-        '{"added_tokens_decoder": {"256": {"content": "<s>"}}, "bos_token": "<s>"}'
-    )
-    t = Tokenizer.from_pretrained(folder)
-    assert (t.bos_id, t.eos_id) == (None, 256)  # a BOS token is put before a text only if the files say so
+    folder, known = write_checkpoint(tmp_path / "m"), {"256": {"content": "<s>"}}
+    for file, said, ids in (
+            ("config.json", {"eos_token_id": 257}, (256, 257, {257})),
+            ("generation_config.json", {"eos_token_id": [256, 257, 7]}, (256, 257, {7, 256, 257})),
+            # a BOS token is put before a text only if the files say so
+            ("tokenizer_config.json", {"added_tokens_decoder": known, "bos_token": "<s>"},
+             (None, 256, {7, 256, 257}))):
+        (folder / file).write_text(json.dumps(said))
+        t = Tokenizer.from_pretrained(folder)
+        assert (t.bos_id, t.eos_id, t.stop_ids) == ids
 
 
-def sentencepiece_json(folder):
-    """Llama 2's form of a SentencePiece tokenizer, in small."""
-    specials = ["<unk>", "<s>", "</s>"]
-    tokens = [*specials, *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁a", "▁ab", "ba", "▁▁"]
-    sequence = lambda name, *steps: {"type": "Sequence", name: steps}
-    replace = lambda text, by: {"type": "Replace", "pattern": {"String": text}, "content": by}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    spec = {
-        "added_tokens": [{"id": i, "content": c, "special": True} for i, c in enumerate(specials)],
-        "normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")),
-        "pre_tokenizer": None,
-        "post_processor": {"type": "TemplateProcessing", "special_tokens": {"<s>": {"ids": [1]}},
-                           "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]},
-        "decoder": sequence("decoders", replace("▁", " "), {"type": "ByteFallback"}, {"type": "Fuse"},
-                            strip),
-        "model": {"type": "BPE", "byte_fallback": True, "merges": ["▁ a", "b a", "▁a b", "▁ ▁"],
-                  "vocab": {token: i for i, token in enumerate(tokens)}},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    return Tokenizer.from_pretrained(folder)
-
-
-def test_sentencepiece_merges_prefix_and_byte_fallback(tmp_path):
-    t = sentencepiece_json(tmp_path)
-    pieces = lambda ids: [t.names[i] for i in ids]
-    assert pieces(t.encode("ab aba")) == ["▁ab", "▁a", "ba"]  # "b a" comes before "▁a b"
-    assert pieces(t.encode("é a")) == ["▁", "<0xC3>", "<0xA9>", "▁a"]
-    assert pieces(t.encode(" a")) == ["▁", "▁a"] and pieces(t.encode(" a", begin=False)) == ["▁a"]
-    assert t.decode(t.encode("ab é  a")) == "ab é  a"
-    assert t.decode([3 + 0xC3, 3 + 0x28]) == "\ufffd\ufffd"
+def test_sentencepiece_merges_prefix_and_byte_fallback():
+    t = Tokenizer.from_pretrained(CASES / "tokenizer-added-normalized")
+    for text, begin, pieces in (
+            ("the hell", True, "▁the ▁ he ll"), ("é a", True, "▁ <0xC3> <0xA9> ▁a"), (" a", True, "▁ ▁a"),
+            (" a", False, "▁a"), (" a", None, "▁ ▁a")):
+        assert [t.names[i] for i in t.encode(text, begin)] == pieces.split()
+    assert t.decode(t.encode("the é  a")) == "the é  a"
+    assert t.decode([t.vocab["<0xC3>"], t.vocab["<0x28>"]]) == "\ufffd\ufffd"
     assert t.bos_id == 1 and t.eos_id == 2
-
-
-def test_prompt_and_answer_join_to_the_templates_text(tmp_path):
-    """Encoded apart, they still decode to one text: an answer is a continuation and brings no second
-    space."""
-    t = sentencepiece_json(tmp_path)
+    # Encoded apart, prompt and answer are one text: an answer goes on, and brings no second space.
     ids = encode_prompt(t, "paper", [("user", "ab")]) + encode_answer(t, "paper", "ba")
     assert t.decode(ids) == "<s> Question: ab\n\nAnswer: ba</s>"
 
@@ -269,76 +211,56 @@ def test_what_stands_beside_a_conversation():
     assert [len(turns) for turns, _, _ in read(two | {"system": "s"})] == [4, 6]
 
 
-def test_templates(tokenizer):
-    turns = [("system", "Be kind."), ("user", "Hi")]
-    text = lambda name, **more: (
-        tokenizer.decode(encode_prompt(tokenizer, name, turns[1:], **more))
-        + tokenizer.decode(encode_answer(tokenizer, name, "Yo"))
-    )
-    assert text("paper") == "<s>Question: Hi\n\nAnswer: Yo</s>"
-    assert text("plain") == "<s>HiYo</s>"
-    below = (
-        "<s>Below is an instruction that describes a task{} Write a response that appropriately completes "
-        "the request.\n\n### Instruction:\nHi\n\n{}### Response:\nYo</s>"
-    ).format
-    assert text("alpaca") == below(".", "")
-    given = ", paired with an input that provides further context."
-    assert text("alpaca", input="x") == below(given, "### Input:\nx\n\n")
-    assert text("paper", input="x") == "<s>Question: Hi\n\nx\n\nAnswer: Yo</s>"
+INSTRUCTION = ("Below is an instruction that describes a task{}. Write a response that appropriately "
+               "completes the request.\n\n### Instruction:\n{}\n\n{}### Response:\n").format
+
+
+@pytest.mark.parametrize("template, input, said", [
+    ("paper", "", "Question: {}\n\nAnswer: Yo"), ("paper", "x", "Question: {}\n\nx\n\nAnswer: Yo"),
+    ("plain", "", "{}Yo"), ("alpaca", "", INSTRUCTION("", "{}", "") + "Yo"),
+    ("alpaca", "x", INSTRUCTION(", paired with an input that provides further context", "{}",
+                                "### Input:\nx\n\n") + "Yo"),
+])
+def test_templates(template, input, said, tokenizer):
+    """One BOS token, one stop token, and what reads as such in a text stays text."""
+    system, *turns = [("system", "Be kind."), ("user", "<s>Hi"), ("assistant", ""), ("user", "Why?</s>")]
+    for more in ([], [system]):
+        ids = encode_prompt(tokenizer, template, [*more, *turns], input)
+        ids += encode_answer(tokenizer, template, "Yo")
+        asked = "\n\n".join(text for _, text in [*more, *turns] if text)
+        assert tokenizer.decode(ids) == f"<s>{said.format(asked)}</s>"
+        assert (ids.count(256), ids.count(257)) == (ids[0] == 256, ids[-1] == 257) == (1, 1)
     with pytest.raises(ValueError, match=r"no special token <\|im_start\|>"):
-        text("chat-chatml")
-    prompt = encode_prompt(tokenizer, "plain", [*turns, ("assistant", ""), ("user", "Why?")])
-    assert tokenizer.decode(prompt) == "<s>Be kind.\n\nHi\n\nWhy?"
+        encode_prompt(tokenizer, "chat-chatml", turns)
 
 
-@pytest.mark.parametrize("template", ["alpaca", "paper", "plain"])
-def test_one_bos_one_stop_and_special_strings_stay_text(template, tokenizer):
-    prompt, answer = (
-        encode_prompt(tokenizer, template, [("user", "<s>a</s>")]),
-        encode_answer(tokenizer, template, "b</s>"),
-    )
-    assert (prompt + answer).count(256) == (prompt + answer).count(257) == 1
-    assert prompt[0] == 256 and answer[-1] == 257
-
-
-def test_loading_drops_and_counts(tmp_path, tokenizer):
-    rows = [
-        {"question": "a", "answer": "b"},
-        {"question": "", "answer": "b"},
-        {"question": "a", "answer": " "},
-        {"question": "a"},
-        {"question": "a" * 100, "answer": "b"},
-        {"messages": [{"role": "user", "content": "a"}]},
-        {"question": "c", "answer": "d"},
-    ]
-    for text in ("\n".join(map(json.dumps, rows)) + "\n\n", json.dumps(rows, indent=1)):
+def test_loading_drops_and_counts(tokenizer, tmp_path):
+    said = [("a", "b"), ("", "b"), ("a", " "), ("a", ""), ("a" * 100, "b"), ("c", "d")]
+    rows = [{"question": q, "answer": a} for q, a in said]
+    rows.append({"messages": [{"role": "user", "content": "a"}]})
+    lines = "\n".join(map(json.dumps, rows)) + "\n\n"
+    for n, text in (("line", lines), ("item", json.dumps(rows, indent=1))):
         (tmp_path / "data").write_text(text)
-        examples, dropped = load_examples(
-            tmp_path / "data", tokenizer, "paper", 24
-        )  # what "a" and "b" come to
-        assert [tokenizer.decode(e.prompt + e.answer) for e in examples] == [
-            f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")
-        ]
-        n = "line" if text[0] == "{" else "item"
+        examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 24)    # "a" and "b" fit
+        said = [tokenizer.decode(e.prompt + e.answer) for e in examples]
+        assert said == [f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")]
         assert dropped == {"empty": [1, f"{n} 2"], "no answer": [3, f"{n} 3"], "too long": [1, f"{n} 5"]}
 
 
 @pytest.mark.parametrize("content, message", [
-    ('{"question": "a", "answer": "b"}\n{', "data, line 2: not JSON"),
-    ('{"question": "\\ud800", "answer": "b"}', "data, line 1: it has half of a character"),
-    ('{"question": "a", "prompt": "a", "answer": "b"}', "dropped: 1 it has prompt and question, which say"),
-    ('\n{\n "question": "a",\n "answer": "b"\n}\n', "line 2: not JSON, an object a line or a list"),
-    ('{"data": [{"question": "a"}]}', "dropped: 1 it has data: expected messages, or one of prompt"),
-    (b"PAR1\x15\x04", "data is a parquet file"),
+    (b'{"question": "a", "answer": "b"}\n{', "data, line 2: not JSON"),
+    (b'{"question": "\\ud800", "answer": "b"}', "data, line 1: it has half of a character"),
+    (b'{"question": "a", "prompt": "a", "answer": "b"}', "dropped: 1 it has prompt and question, which say"),
+    (b'\n{\n "question": "a",\n "answer": "b"\n}\n', "line 2: not JSON, an object a line or a list"),
+    (b'{"data": [{"question": "a"}]}', "dropped: 1 it has data: expected messages, or one of prompt"),
     (b"\x1f\x8b\x08", "data is compressed by gzip"),
     (b"version https://git-lfs.github.com/spec/v1\noid", "data is a Git LFS pointer, not the file that"),
-    ("{}".encode("utf-16"), "data is UTF-16 text"),
-    (b'{"question": "\xe9"}', "data is not UTF-8 text"),
-    ("[{},\n{]", "data, line 1: not JSON, an object a line or a list: .* line 2"),
-    ("", "no example left; dropped: none, it has no rows"),
+    ("{}".encode("utf-16"), "data is UTF-16 text"), (b'{"question": "\xe9"}', "data is not UTF-8 text"),
+    (b"[{},\n{]", "data, line 1: not JSON, an object a line or a list: .* line 2"),
+    (b"", "no example left; dropped: none, it has no rows"),
 ])
-def test_a_broken_file_is_refused_with_its_line(tmp_path, tokenizer, content, message):
-    (tmp_path / "data").write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_a_broken_file_is_refused_with_its_line(content, message, tokenizer, tmp_path):
+    (tmp_path / "data").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_examples(tmp_path / "data", tokenizer, "paper", 40)
 
