@@ -3,7 +3,8 @@
     python -m experiments.curves RUN ... [--out curves.svg]
 
 All is read from the runs' log.jsonl, in which α by layer stands at each validation. A line is a run, or the
-mean of several in a band from the lowest to the highest.
+mean of several in a band from the lowest to the highest. α is a map: layers upwards, validations to the
+right, the darker or brighter the more.
 """
 
 import json
@@ -18,8 +19,11 @@ from cli.settings import Setting, new_parser, text
 COLOURS = ["#cc6677", "#4499cc", "#ddaa33", "#33a055", "#aa66cc", "#999999", "#aa7744"]
 LEFT, TOP, WIDTH, HEIGHT, KEY = 64, 36, 500, 250, 170
 STYLE = """<style>
-svg { background: #ffffff; fill: #444; font: 13px Helvetica, Arial, sans-serif } .grid { stroke: #e4e4e8 }
-@media (prefers-color-scheme: dark) { svg { background: #15181d; fill: #c4c8d0 } .grid { stroke: #33383f } }
+.drawn { background: #ffffff; fill: #444; font: 13px Helvetica, Arial, sans-serif }
+.grid { stroke: #e4e4e8 }
+@media (prefers-color-scheme: dark) {
+    .drawn { background: #15181d; fill: #c4c8d0 } .grid { stroke: #33383f }
+}
 </style>"""
 
 
@@ -29,9 +33,8 @@ def colours(names):
     return {name: COLOURS[0] if name == "Bitune" else next(others) for name in names}
 
 
-def shades(n):
-    """n colours from the lowest layer to the highest."""
-    return [f"hsl({230 - 200 * i / max(1, n - 1):.0f} 65% 55%)" for i in range(n)]
+def label(x, y, words, anchor="start"):
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, logarithmic=False,
@@ -48,19 +51,16 @@ def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, lo
     low, high = scale(low), scale(high)
     x, y = lambda step: LEFT + WIDTH * step / end, lambda v: TOP + HEIGHT * (high - scale(v)) / (high - low)
     path = lambda xy: " ".join(f"{a:.1f},{b:.1f}" for a, b in xy)
-    text = lambda a, b, words, anchor="start": (
-        f'<text x="{a:.0f}" y="{b:.0f}" text-anchor="{anchor}">{escape(words)}</text>')
-
-    svg = [text(LEFT, TOP - 10, title), text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle")]
+    svg = [label(LEFT, TOP - 10, title), label(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle")]
     for part in range(5):
         v = unscale(low + (high - low) * part / 4)
         svg += [f'<path class="grid" d="M{LEFT},{y(v):.1f}h{WIDTH}"/>',
-                text(LEFT - 8, y(v) + 4, form.format(v), "end")]
+                label(LEFT - 8, y(v) + 4, form.format(v), "end")]
     for step in range(0, end + 1, max(1, end // 5)):
-        svg.append(text(x(step), TOP + HEIGHT + 20, str(step), "middle"))
+        svg.append(label(x(step), TOP + HEIGHT + 20, str(step), "middle"))
     if level:
         svg += [f'<path d="M{LEFT},{y(level[0]):.1f}h{WIDTH}" stroke="#999" stroke-dasharray="3 4"/>',
-                text(LEFT + WIDTH - 4, y(level[0]) + 18, level[1], "end")]
+                label(LEFT + WIDTH - 4, y(level[0]) + 18, level[1], "end")]
     for name, line in lines.items():
         lowest, highest = ([(x(step), y(of(seeds))) for step, seeds in line] for of in (min, max))
         mean = [(x(step), y(fmean(seeds))) for step, seeds in line]
@@ -68,13 +68,34 @@ def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, lo
             svg.append(f'<polygon points="{path(lowest + highest[::-1])}" fill="{colour[name]}" '
                        'fill-opacity="0.25"/>')
         svg.append(f'<polyline points="{path(mean)}" fill="none" stroke="{colour[name]}" stroke-width="2"/>')
-    gap = min(22, HEIGHT / len(lines))
     for row, name in enumerate(sorted(lines, key=lambda n: -fmean(lines[n][-1][1]))):
-        at = TOP + gap / 2 + gap * row
-        svg.append(f'<path d="M{LEFT + WIDTH + 16},{at:.1f}h18" stroke="{colour[name]}" stroke-width="4"/>')
-        if gap >= 13 or row in (0, len(lines) - 1):                     # many layers: the ends are named
-            svg.append(text(LEFT + WIDTH + 42, at + 4, name))
+        at = TOP + 11 + 22 * row
+        svg += [f'<path d="M{LEFT + WIDTH + 16},{at}h18" stroke="{colour[name]}" stroke-width="4"/>',
+                label(LEFT + WIDTH + 42, at + 4, name)]
     return svg
+
+
+def heat(title, grid, rows, columns, across, low=0, high=1, form="{:g}"):
+    """A map as such a list: grid[row][column] between low and high, the first row lowest. A cell lets the
+    background through where its value is low, so a map is as legible on black as on white."""
+    wide, tall = WIDTH / len(columns), HEIGHT / len(rows)
+    cell = lambda x, y, w, h, part: (
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{COLOURS[0]}" '
+        f'fill-opacity="{min(max(part, 0), 1):.3f}"/>')
+    svg = [label(LEFT, TOP - 10, title), label(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle")]
+    for i, (name, values) in enumerate(zip(rows, grid)):
+        y = TOP + HEIGHT - tall * (i + 1)
+        svg += [cell(LEFT + wide * j, y, wide, tall, (v - low) / (high - low)) for j, v in enumerate(values)]
+        if i % math.ceil(16 / tall) == 0:
+            svg.append(label(LEFT - 8, y + tall / 2 + 4, str(name), "end"))
+    every = math.ceil(max(len(str(c)) * 7 + 8 for c in columns) / wide)
+    svg += [label(LEFT + wide * (j + 0.5), TOP + HEIGHT + 20, str(c), "middle")
+            for j, c in enumerate(columns) if j % every == 0]
+    for i in range(5):
+        y = TOP + 28 * (4 - i)
+        svg += [cell(LEFT + WIDTH + 16, y, 18, 28, i / 4),
+                label(LEFT + WIDTH + 42, y + 18, form.format(low + (high - low) * i / 4))]
+    return [*svg, f'<path class="grid" d="M{LEFT},{TOP}h{WIDTH}v{HEIGHT}h-{WIDTH}z" fill="none"/>']
 
 
 def picture(panels):
@@ -83,7 +104,7 @@ def picture(panels):
     body = [f'<g transform="translate(0 {i * height})">\n' + "\n".join(one) + "\n</g>"
             for i, one in enumerate(panels)]
     box = f"0 0 {LEFT + WIDTH + KEY} {len(panels) * height}"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">'
+    head = f'<svg class="drawn" xmlns="http://www.w3.org/2000/svg" viewBox="{box}">'
     return "\n".join([head, STYLE, *body, "</svg>"]) + "\n"
 
 
@@ -99,13 +120,6 @@ def smoothed(log, points=60):
     return [(part[-1]["step"], [fmean(r["loss"] for r in part)]) for part in parts]
 
 
-def alphas(log, name):
-    """α of keys or values: layer -> [(step, [α])]."""
-    records = [r for r in log if f"alphas_{name}" in r]
-    layers = range(len(records[0][f"alphas_{name}"])) if records else ()
-    return {f"layer {i}": [(r["step"], [r[f"alphas_{name}"][i]]) for r in records] for i in layers}
-
-
 def of_runs(logs):
     """The panels of runs, name -> the records of its log."""
     colour, panels = colours(logs), []
@@ -119,10 +133,10 @@ def of_runs(logs):
     if losses:
         panels.insert(0, panel("training loss", losses, colour, **loss))
     for name, log in logs.items():
-        for which in sorted({key[7:] for r in log for key in r if key.startswith("alphas_")}):
-            lines = alphas(log, which)
-            title = f"α of the {which}s" + (f", {name}" if len(logs) > 1 else "")
-            panels.append(panel(title, lines, dict(zip(lines, shades(len(lines)))), low=0, high=1))
+        for which in sorted({key for r in log for key in r if key.startswith("alphas_")}):
+            steps, at = zip(*[(r["step"], r[which]) for r in log if which in r])
+            title = f"α of the {which[7:]}s by layer" + (f", {name}" if len(logs) > 1 else "")
+            panels.append(heat(title, [*zip(*at)], range(len(at[0])), steps, "steps"))
     return panels
 
 

@@ -29,9 +29,11 @@ def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, ca
     call(curves, run, plain, "--out", out)
     assert capsys.readouterr().out == f"wrote {out}\n"
     panels = [*ElementTree.parse(out).getroot().iter(f"{SVG}g")]
-    assert [(panel.find(f"{SVG}text").text, len([*panel.iter(f"{SVG}polyline")])) for panel in panels] == [
-        ("training loss", 2), ("validation loss", 2), ("exact match on validation data", 2),    # a run each
-        ("α of the keys, run", 3), ("α of the values, run", 3)]                                # a layer each
+    of = lambda panel, kind: len([*panel.iter(SVG + kind)])
+    assert [(panel.find(f"{SVG}text").text, of(panel, "polyline"), of(panel, "rect")) for panel in panels] == [
+        ("training loss", 2, 0), ("validation loss", 2, 0), ("exact match on validation data", 2, 0),  # a run each
+        ("α of the keys by layer, run", 0, 3 * 3 + 5),          # layers by validations, and the key
+        ("α of the values by layer, run", 0, 3 * 3 + 5)]
     assert "has no log.jsonl" in exits(2, curves.main, [tmp_path], capsys)
 
 
@@ -44,6 +46,16 @@ def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
     assert mean == f"{left:.1f},{middle:.1f} {right:.1f},{middle:.1f}"
     band = root.find(f".//{SVG}polygon").get("points").split()
     assert band[0] == f"{left:.1f},{bottom:.1f}" and band[-1] == f"{left:.1f},{top:.1f}"
+
+
+def test_a_map_s_first_row_is_the_lowest_and_what_is_more_covers_more():
+    svg = curves.picture([curves.heat("x", [[0.0, 0.5], [1.0, 2.0]], "ab", [10, 20], "steps")])
+    cells = [cell.attrib for cell in ElementTree.fromstring(svg).iter(f"{SVG}rect")][:4]
+    assert [cell["fill-opacity"] for cell in cells] == ["0.000", "0.500", "1.000", "1.000"]
+    middle = curves.TOP + curves.HEIGHT / 2
+    assert [(float(cell["x"]), float(cell["y"])) for cell in cells] == [
+        (curves.LEFT, middle), (curves.LEFT + curves.WIDTH / 2, middle),
+        (curves.LEFT, curves.TOP), (curves.LEFT + curves.WIDTH / 2, curves.TOP)]
 
 
 def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):
