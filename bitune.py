@@ -51,8 +51,12 @@ def pad(lists, fill, device):
     """Lists of whole numbers, filled up on the right, as a tensor (B, T)."""
     width = max(map(len, lists))
     padded = [[*numbers] + [fill] * (width - len(numbers)) for numbers in lists]
-    goes_on = torch.device(device).type == "cuda"           # it need not wait until a GPU is through
-    return torch.tensor(padded, dtype=torch.long).view(len(lists), width).to(device, non_blocking=goes_on)
+    return send(padded, device).view(len(lists), width)
+
+
+def send(numbers, device):
+    """Whole numbers as a tensor on a device, without waiting until a GPU is through with its work."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 class Bitune(nn.Module):
@@ -152,7 +156,7 @@ class Bitune(nn.Module):
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # of the opening, those that predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
-        at = tuple(pad((labels >= 0).nonzero().T.tolist(), 0, self.device))
+        at = tuple(send((labels >= 0).nonzero().T.tolist(), self.device))
         past = past or self.encode(context)
         sees = self.sight(stream.positions, past)
         x, new = self.model.states(*stream, sees, past, self.answer_set, slice(min(before), None))
@@ -167,7 +171,7 @@ class Bitune(nn.Module):
         """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
         More logits than LOGITS are made in parts, and made again in the backward pass."""
         x, labels, at, _ = self.answer_pass(prompts, answers, past)
-        x, of = x[at], pad([labels[labels >= 0].tolist()], 0, self.device)[0]           # (N, C), (N,)
+        x, of = x[at], send(labels[labels >= 0].tolist(), self.device)                  # (N, C), (N,)
         rows = max(1, LOGITS // self.model.config.vocab_size)
         part = lambda x, labels: measure(self.model.head(x), labels)
         part = partial(checkpoint, part, use_reentrant=False) if len(x) > rows else part
@@ -176,8 +180,7 @@ class Bitune(nn.Module):
 
     def losses(self, prompts, answers):
         """Each example's loss (B,): the mean cross-entropy over its own answer tokens, in float32."""
-        lengths = pad([[len(a)] for a in answers], 0, self.device)                              # (B, 1)
-        return self.score(prompts, answers, nll).sum(1) / lengths[:, 0]
+        return self.score(prompts, answers, nll).sum(1) / send([len(a) for a in answers], self.device)
 
     # ---- 5: decoding -------------------------------------------------------------------------------------
 
@@ -195,7 +198,7 @@ class Bitune(nn.Module):
         x, _, at, past = self.answer_pass(prompts, [[0]] * len(prompts))        # 0: to be predicted
         logits = self.model.head(x[at])                                                       # (B, V)
         cache, rows = KVCache(past, len(past) + max_new_tokens), list(range(len(prompts)))      # not ended
-        positions = pad([[len(p)] for p in prompts], 0, self.device)                          # (B, 1)
+        positions = send([[len(p)] for p in prompts], self.device)                            # (B, 1)
         for step in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)                # (B,)
             mask = self.sight(positions, cache)                                        # (B, 1, 1, S + 1)
@@ -205,7 +208,7 @@ class Bitune(nn.Module):
             stay = [b for b, i in enumerate(ids) if i not in stop_ids]
             if len(stay) < len(rows):           # what has ended leaves the batch
                 rows, ids = [rows[b] for b in stay], [ids[b] for b in stay]
-                stay = pad([stay], 0, self.device)[0]
+                stay = send(stay, self.device)
                 token, positions, mask = token[stay], positions[stay], mask[stay]
                 cache.keep(stay)
             if not rows:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from bitune import Bitune, adapter_sets, nll, pad
+from bitune import Bitune, adapter_sets, nll, send
 from cli.cards import add_up, apart, first, in_turn, least, processes, share, sums
 from cli.memory import tokens_that_fit
 from cli.process import command, signals, work
@@ -56,10 +56,9 @@ def make_optimizer(bitune, lr, eps, weight_decay):
 
 
 def train_step(bitune, optimizer, examples, cut, rate, clip):
-    """One optimizer step on the mean of the examples' losses, each of them a mean over its answer tokens.
-    How `cut` makes micro-batches of the examples does not change the result; rate: the part of the peak
-    learning rate. Returns the loss and the norm of the gradient before clipping; FloatingPointError, with
-    nothing changed, if either is not finite."""
+    """One optimizer step on the mean of the examples' losses, in whatever micro-batches `cut` makes of them.
+    rate: the part of the peak learning rate. Returns the loss and the norm of the gradient before clipping;
+    FloatingPointError, with nothing changed, if either is not finite."""
     optimizer.zero_grad()
     total = torch.zeros((), device=bitune.device)
     for batch in cut(share(examples)):
@@ -88,7 +87,7 @@ def validate(bitune, examples, cut, show=lambda text: None):
     totals, done, mine = [0.0] * 5, 0, share(examples)
     for batch in cut(mine):
         losses, hits = bitune.score(*zip(*batch), measure).unbind(-1)                       # (B, T') each
-        n = pad([[len(e.answer)] for e in batch], 0, bitune.device)[:, 0]
+        n = send([len(e.answer) for e in batch], bitune.device)
         found = [(losses.sum(1) / n).sum(), losses.sum(), hits.sum(), n.sum(), (hits.sum(1) == n).sum()]
         totals = [a + b for a, b in zip(totals, torch.stack(found).tolist())]
         done += len(batch)
