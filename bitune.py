@@ -74,7 +74,7 @@ class Bitune(nn.Module):
                 self.start_mixing()
 
     def twin(self, kind):
-        """This Bitune as one of a subclass, with the same tensors: only what that overrides differs."""
+        """The same Bitune, with the same tensors, as one of a subclass `kind`, which overrides what differs."""
         twin = object.__new__(type(kind.__name__, (kind, type(self)), {}))
         vars(twin).update(vars(self))
         return twin
@@ -154,7 +154,7 @@ class Bitune(nn.Module):
         the answer token that each state should predict, or -100; the indices of those that have one; and the
         Past of context and stream. past: that of the contexts, where they have been read already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
-        before = [len(self.split(p)[1]) - 1 for p in prompts]       # of the opening, those that predict none
+        before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens that open it and predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
         at = tuple(send((labels >= 0).nonzero().T.tolist(), self.device))
         past = past or self.encode(context)
@@ -195,7 +195,7 @@ class Bitune(nn.Module):
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
         generator = torch.Generator(self.device).manual_seed(seed)
 
-        x, _, at, past = self.answer_pass(prompts, [[0]] * len(prompts))        # 0: to be predicted
+        x, _, at, past = self.answer_pass(prompts, [[0]] * len(prompts))        # [0] stands for y[0]
         logits = self.model.head(x[at])                                                       # (B, V)
         cache, rows = KVCache(past, len(past) + max_new_tokens), list(range(len(prompts)))      # not ended
         positions = send([[len(p)] for p in prompts], self.device)                            # (B, 1)
@@ -227,8 +227,8 @@ class Bitune(nn.Module):
 
 
 def blend(a, causal, second):
-    """(1 - α) K_c + α K_b in float32, which PyTorch takes if α has a dimension, and in K's dtype again."""
-    a = a if a.dim() else a[None]
+    """(1 - α) K_c + α K_b in float32, then in K's dtype again."""
+    a = a if a.dim() else a[None]       # without a dimension α would be taken in K's dtype
     return ((1 - a) * causal + a * second).to(causal.dtype)
 
 
@@ -242,7 +242,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     finite = logits.isfinite().all(dim=-1, keepdim=True)
     if temperature == 0:
         return torch.where(finite[:, 0], logits.argmax(dim=-1), -1)
-    logits = torch.where(finite, logits.float() - logits.float().amax(dim=-1, keepdim=True), 0.0)  # most: 0
+    logits = torch.where(finite, logits.float() - logits.float().amax(dim=-1, keepdim=True), 0.0)  # <= 0
     logits, order = (logits / temperature).sort(dim=-1, descending=True)
     if top_k:
         logits[:, top_k:] = -torch.inf

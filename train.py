@@ -104,8 +104,8 @@ def validate(bitune, examples, cut, show=lambda text: None):
 # The loop
 
 def train(run, progress, stop):
-    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand; if that
-    is the last, it only leaves out the validation, which --resume makes up for."""
+    """Draw, step, log; save and validate when due. A request to stop ends the run after the step in hand;
+    after the last step it only leaves out the validation, which --resume makes up for."""
     s, bitune, optimizer, examples = run.settings, run.bitune, run.optimizer, run.examples
     due = lambda every: run.at == s.steps or run.at % every == 0
 
@@ -113,8 +113,7 @@ def train(run, progress, stop):
         model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # untrained: the base
         with stop.at_once():
             result = validate(model, run.val, cut, progress.update)
-        progress.validated(run, result)
-        run.log_validation(result)
+        progress.validated(run, run.log_validation(result))
 
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
     cut = partial(batches, tokens=s.micro_batch_tokens)
@@ -130,7 +129,6 @@ def train(run, progress, stop):
         seconds = time.monotonic() - began
         record = {"loss": loss, "lr": s.lr * rate, "grad_norm": norm, "seconds": round(seconds, 4),
                   "tokens_per_s": round(sum(map(length, batch)) / seconds)}
-        record |= {f"alpha_{name}": sum(a) / len(a) for name, a in run.alphas().items()}
         run.log(record)
         progress.step(run, record)
 

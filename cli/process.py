@@ -106,7 +106,7 @@ def work(what, smaller, stop=None):
             said += ": start again with a lower --lr"           # at the first step it is not to blame
         elif isinstance(problem, KeyboardInterrupt):
             names = [signal.Signals(n).name for n in asked] or ["a signal to another of the processes"]
-            said, status = f"stopped by {' and '.join(names)}", 128 + asked[0] if asked else 1
+            said, status = f"stopped by {' and '.join(names)}", (128 + asked[0]) if asked else 1
         raise Failed(f"{what.where()}: {said}. {what.kept()}", status) from None
 
 

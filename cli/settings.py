@@ -132,7 +132,7 @@ SETTINGS = {
         "max_length": Setting("longest example in tokens, longer ones are dropped (default: 512, or what "
                               "the model can read)", number(int, 2)),
         "val_data": Setting("validation data (default: the last of --data)", text("FILE"), None, True),
-        "val_size": Setting("how many of these, at most a tenth; 0: none", number(int), 1000),
+        "val_size": Setting("how many of the last of --data, at most a tenth; 0: none", number(int), 1000),
     }),
     **group("optimisation", {
         "steps": Setting("optimizer steps", number(int, 1, 10**9), 3000),
@@ -256,7 +256,10 @@ def settings_of(typed):
         below = {}
     else:
         below = DEMO | {"out": free_name("runs/demo")}
-    return join(below, typed)
+    s = join(below, typed)
+    if "val_size" in typed and s.val_data and not s.resume:
+        raise ValueError(f"--val-size: all of --val-data {s.val_data} is validated on, so give one of them")
+    return s
 
 
 def resumed(typed):

@@ -52,21 +52,22 @@ class Progress:
         last, now = run.settings.steps, time.monotonic()
         first, begun = self.begun = self.begun or (run.at - 1, now - record["seconds"])
         eta = (now - begun) / (run.at - first) * (last - run.at)
-        alphas = "".join(f"  α {name.removeprefix('alpha_')} {value:.2f}"
-                         for name, value in record.items() if name.startswith("alpha_"))
         self.update(f"step {run.at}/{last}  ETA {clock(eta)}  loss {record['loss']:.3f}  "
-                    f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}{alphas}  "
+                    f"lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}  "
                     f"{record['tokens_per_s']:,} tokens/s", last=run.at == last and not self.title)
 
     def begins(self, run):
         if not self.title:
             announce(run)
 
-    def validated(self, run, result):
-        self.bars += "▁▂▃▄▅▆▇█"[round(7 * result["exact_match"])]
+    def validated(self, run, record):
+        self.bars += "▁▂▃▄▅▆▇█"[round(7 * record["val_exact_match"])]
+        alphas = "".join(f"  α {name.removeprefix('alphas_')} {sum(by_layer) / len(by_layer):.2f}"
+                         for name, by_layer in record.items() if name.startswith("alphas_"))
         what = f"step {run.at}" if run.at else run.settings.adapter or "base model"
-        self.note(f"{what}: validation loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-                  f"answer-token accuracy {result['accuracy']:.1%}  exact match {result['exact_match']:.1%}")
+        self.note(f"{what}: validation loss {record['val_loss']:.4f}  perplexity "
+                  f"{record['val_perplexity']:.2f}  answer-token accuracy {record['val_accuracy']:.1%}  "
+                  f"exact match {record['val_exact_match']:.1%}{alphas}")
 
     def finished(self, run):
         took = f" after {clock(time.monotonic() - self.begun[1])}" if self.begun else ""

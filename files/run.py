@@ -76,7 +76,7 @@ def fingerprint(bitune):
     what its passes and its mixing leave in the cache, and its logits. These change when an edit changes
     passes, opening, masks, mixing, adapters or the decoder itself."""
     c = bitune.model.config
-    shared = {c.num_attention_heads: 4, 1: 1}           # of 4 heads; 2 key/value heads stand for all others
+    shared = {c.num_attention_heads: 4, 1: 1}           # of its 4 heads; any other number becomes 2
     config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
                      num_attention_heads=4, num_key_value_heads=shared.get(c.num_key_value_heads, 2),
                      rotary_dim=8 if c.rotary_dim == c.head_dim else 4, max_position_embeddings=512,
@@ -327,15 +327,17 @@ class Run:
         print(json.dumps({"step": self.at, **record}), file=self.file)
 
     def log_validation(self, result):
-        """Log it, with α layer by layer; with --keep best, the save that has the lowest loss stays in the
-        folder best/."""
+        """Log it, with α layer by layer; returns what is logged. With --keep best, the save that has the
+        lowest loss stays in the folder best/."""
         if self.at and result["loss"] < self.best:              # at step 0 it is the base's loss
             self.best = result["loss"]
             if self.writes and self.settings.keep == "best":
                 with locked(self.folder / "best"):
                     write_files(self.folder / "best", self.bytes())
-        self.log({f"val_{name}": value for name, value in result.items()} |
-                 {f"alphas_{name}": by_layer for name, by_layer in self.alphas().items()})
+        record = {f"val_{name}": value for name, value in result.items()}
+        record |= {f"alphas_{name}": by_layer for name, by_layer in self.alphas().items()}
+        self.log(record)
+        return record
 
     def bytes(self):
         s = self.settings

@@ -112,8 +112,8 @@ def test_an_edit_goes_through_every_command(edit, flags, tmp_path, monkeypatch, 
         capsys.readouterr()
         call("sample", "--adapter", run, "--prompt", "What is 3?", "--max-new-tokens", 3,
              *["--show-mixing"] * mixes)
-        said, last = capsys.readouterr().err, json.loads((run / "log.jsonl").read_text().splitlines()[-2])
-        shown = [key for key in last if key.startswith("alpha_")]
+        said, last = capsys.readouterr().err, json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+        shown = [key for key in last if key.startswith("alphas_")]
         assert not mixes or len(shown) == said.splitlines()[1].count("α") and "█" in said
         bitune, text = module("files.run").load_run(run)[0], [5, 9, 250, 3, 7, 7, 1, 80]
         for kind in ("recompute", "alternating"):
