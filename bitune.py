@@ -5,7 +5,7 @@ time with every token in sight, and mixes what the two passes leave behind, thei
 cache from which the answer is then written, causally as ever. A prompt x of P tokens and an answer y of A
 tokens are cut like this:
 
-    x[0] ... x[P-2]  |  x[P-1]  y[0]  y[1] ... y[A-1]
+    x[0] ... x[P-2]  |  x[P-1]  y[0]  y[1] ... y[A-2]
         context      |         answer stream               its logits at row i predict y[i]
 
     1  causal pass   context, set "answer",  a token sees itself and earlier ones   ->  K_c, V_c a layer

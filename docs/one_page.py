@@ -2,7 +2,7 @@
     Ann sings now . Bob hides . Kim reads slowly . Tom waits again now now . ? Kim  ->  reads slowly .
 A decoder of two layers and one head is pretrained to answer this, then frozen. LoRA and Bitune are to teach
 it the same where names stand last: `reads slowly Kim .` A causal reader stores `reads` before it comes to
-`Kim`: it cannot know whose it is. LoRA ends with 10.0 % right (after 600 steps, not 150: 41.0 %), Bitune
+`Kim`: it cannot know whose it is. LoRA ends with 10.0 % right (after 600 steps, not 150: 43.0 %), Bitune
 with 95.5 %. Chance is 25. (B batch, S past tokens, T new ones, P of a prompt, A of an answer.)"""
 import copy, math, random
 import torch

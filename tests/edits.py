@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("cli", "files", "text", "experiments", "tests")
+FOLDERS = ("cli", "files", "text", "experiments", "tests", "docs")
 BLOCK = re.compile(r"In\s+`([\w/]+\.py)`(?:,\s+class\s+`(\w+)`)?:\n\n```python\n(.*?)```", re.S)
 
 
@@ -65,7 +65,7 @@ def copy_project(folder, *names, slips=()):
     folder = Path(folder)
     shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=lambda at, names: [
         n for n in names if n.startswith((".", "__pycache__", "runs", "reference")) or
-        Path(at) == ROOT and n not in FOLDERS and not n.endswith(".py")])
+        Path(at) == ROOT and n not in FOLDERS and not n.endswith((".py", ".ini"))])
     for file, scope, block in (block for name in filter(None, names) for block in edits()[name]):
         path = folder / file
         path.write_text(change(path.read_text(encoding="utf-8"), scope, block), encoding="utf-8")

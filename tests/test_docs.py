@@ -8,9 +8,10 @@ import pytest
 
 from edits import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "docs/lesson.ipynb", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = ["train", "sample", *(f"experiments.{name}" for name in (
-    "evaluate", "merge", "cost", "ablate", "benchmark", "demo.__main__", "demo.pretrain", "real.alphas"))]
+    "evaluate", "merge", "cost", "ablate", "benchmark", "demo.__main__", "demo.depth", "demo.pretrain",
+    "real.alphas"))]
 CODE = sorted(f for f in ROOT.rglob("*.py") if not any(p.startswith(".") for p in f.relative_to(ROOT).parts))
 
 
