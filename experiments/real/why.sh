@@ -1,7 +1,7 @@
 #!/bin/bash
 # What docs/real.md tries beside the paper's setting: one run each at the grid's best rate, told apart by validation
 # loss. From the working folder of grid.sh, with this project's folder as the argument. Killed, it goes on when it is
-# started again. docs/real.md has the first three; the others were not run yet.
+# started again.
 set -eu
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 run() {                         # NAME COPY STEPS [flags]: train.py of a copy of the project
@@ -21,6 +21,3 @@ project=$1
 edited "start clip"
 run bitune-longer "$project" 450
 run lora-longer "$project" 450 --method causal
-edited clip
-edited start
-run c-0.1 "$project" 225 --c 0.1
