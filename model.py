@@ -117,8 +117,7 @@ class Past:
 
 
 class KVCache:
-    """A Past for decoding: buffers of `size` tokens, filled from the left without copying. Only where no
-    gradient flows: overwriting would destroy what a backward pass needs."""
+    """A Past for decoding, where no gradient flows: buffers of `size` tokens, filled without copying."""
 
     def __init__(self, past, size):
         self.positions = past.positions[:, :0]
@@ -319,3 +318,8 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        from files.checkpoint import load_model             # which says what is read, and how
+        return load_model(folder, dtype, device)

@@ -104,8 +104,7 @@ def validate(bitune, examples, cut, show=lambda text: None):
 # The loop
 
 def train(run, progress, stop):
-    """Draw, step, log; save and validate when due. A request to stop ends the run after the step in hand;
-    after the last step it only leaves out the validation, which --resume makes up for."""
+    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand."""
     s, bitune, optimizer, examples = run.settings, run.bitune, run.optimizer, run.examples
     due = lambda every: run.at == s.steps or run.at % every == 0
 
@@ -117,7 +116,6 @@ def train(run, progress, stop):
 
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
     cut = partial(batches, tokens=s.micro_batch_tokens)
-    progress.note(f"micro-batches of up to {s.micro_batch_tokens:,} tokens")
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at step 0, or cut short
         validation()
     for step in run.steps_left():
