@@ -268,14 +268,14 @@ def subject_of(args):
 
 def place_of(args, of):
     """The file of a summary: in the run's folder, or in the base's below runs/base. If that name stands for
-    scores on other data, it gets what these are told by."""
+    scores on other data, or of another base, it gets what these are told by."""
     own = args.adapter or read_about(args.model).get("whole") and args.model
     folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
     name = f"{args.task}-{Path(args.data).resolve().stem}" + (f"-first-{args.limit}" if args.limit else "")
     name += ("-forced-causal" if args.forced_causal else "") + ("-twice" if args.twice else "")
-    file = folder / f"{name}.json"
-    if file.exists() and read_json(file).get("of", {}).get("data") != of["data"]:
-        file = folder / f"{name}-{of['data'][:6]}.json"
+    file, told = folder / f"{name}.json", ["data"] if own else ["data", "weights"]
+    if file.exists() and any(read_json(file).get("of", {}).get(key) != of[key] for key in told):
+        file = folder / f"{name}-{'-'.join(of[key][:6] for key in told)}.json"
     return file
 
 

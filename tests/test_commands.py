@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import count
+from itertools import count, product
 from multiprocessing import get_context
 
 import pytest
@@ -564,12 +564,12 @@ def test_a_folder_is_the_same_however_it_is_written(method, peft, flags, tmp_pat
         assert torch.equal(logits(out), want)
 
 
-def test_scores_on_files_of_one_name_stay_apart(tmp_path, capsys):
-    base, rows = write_checkpoint(tmp_path / "base"), []
+def test_scores_on_files_and_of_bases_of_one_name_stay_apart(tmp_path, monkeypatch, capsys):
+    bases, rows = [write_checkpoint(tmp_path / f"{n}/base", seed=n) for n in range(2)], []
     for n in range(2):
-        (tmp_path / f"{n}").mkdir()
         rows.append(tmp_path / f"{n}/q.jsonl")
         rows[n].write_text(json.dumps({"question": "x", "choices": ["a", "b"], "answer": n}) + "\n")
-    for file in (*rows, *rows):                                 # the second time, what is there is shown
-        call(evaluate, "--model", base, "--task", "rows", "--data", file, "--out", tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.json"))) == 2
+    monkeypatch.chdir(tmp_path)
+    for base, file in [*product(bases, rows)] * 2:              # the second time, what is there is shown
+        call(evaluate, "--model", base, "--task", "rows", "--data", file)
+    assert len(list((tmp_path / "runs/base/base").glob("*.json"))) == 4
