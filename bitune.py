@@ -50,13 +50,13 @@ def adapter_sets(method):
 def pad(lists, fill, device):
     """Lists of whole numbers, filled up on the right, as a tensor (B, T)."""
     width = max(map(len, lists))
-    padded = [[*numbers] + [fill] * (width - len(numbers)) for numbers in lists]
-    return send(padded, device).view(len(lists), width)
+    return send([[*numbers] + [fill] * (width - len(numbers)) for numbers in lists], device)
 
 
 def send(numbers, device):
     """Whole numbers as a tensor on a device, without waiting until a GPU is through with its work."""
-    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=torch.device(device).type == "cuda")
+    waits_not = torch.device(device).type == "cuda"
+    return torch.as_tensor(numbers, dtype=torch.long).to(device, non_blocking=waits_not)
 
 
 class Bitune(nn.Module):
@@ -156,7 +156,7 @@ class Bitune(nn.Module):
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens that open it and predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
-        at = tuple(send((labels >= 0).nonzero().T.tolist(), self.device))
+        at = tuple(send((labels >= 0).nonzero().T, self.device))
         past = past or self.encode(context)
         sees = self.sight(stream.positions, past)
         x, new = self.model.states(*stream, sees, past, self.answer_set, slice(min(before), None))
@@ -171,7 +171,7 @@ class Bitune(nn.Module):
         """measure(logits (n, V), labels (n,)) of every answer token, as (B, T', ...), 0 where there is none.
         More logits than LOGITS are made in parts, and made again in the backward pass."""
         x, labels, at, _ = self.answer_pass(prompts, answers, past)
-        x, of = x[at], send(labels[labels >= 0].tolist(), self.device)                  # (N, C), (N,)
+        x, of = x[at], send(labels[labels >= 0], self.device)                           # (N, C), (N,)
         rows = max(1, LOGITS // self.model.config.vocab_size)
         part = lambda x, labels: measure(self.model.head(x), labels)
         part = partial(checkpoint, part, use_reentrant=False) if len(x) > rows else part

@@ -39,7 +39,7 @@ def main(argv=None):
     args.prompt = whole_prompt(args.prompt)
     args.adapter = last_demonstration() if demonstrates else args.adapter
     bitune, tokenizer, n, about = load_run(args.adapter, args.model, args.device, args.dtype)
-    template = about.get("template", "plain") if about else "auto"
+    template = about["template"] if about else "auto"
     template = template_named(args.template or template, tokenizer, otherwise="plain")
     turns = [] if args.system is None else [("system", args.system)]
     encode = lambda text: encode_prompt(tokenizer, template, [*turns, ("user", text)])

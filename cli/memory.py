@@ -19,7 +19,7 @@ def free_bytes(device):
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 2**63)
 
 
-def kept(bitune, loss):
+def bytes_kept(bitune, loss):
     """How many bytes autograd keeps of the forward pass that loss() makes, without parameters."""
     storages = {}                                       # held here, so that none is counted twice
 
@@ -41,7 +41,7 @@ def step_bytes(bitune, examples):
     probabilities."""
     model, c = bitune.model, bitune.model.config
     checkpointing, model.checkpointing = model.checkpointing, False
-    activations = kept(bitune, lambda: bitune.losses(*zip(*examples)).sum())
+    activations = bytes_kept(bitune, lambda: bitune.losses(*zip(*examples)).sum())
     model.checkpointing = checkpointing
     if checkpointing:
         tokens = sum(max(1, len(bitune.passes)) * len(e.prompt) + len(e.answer) for e in examples)

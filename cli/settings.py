@@ -256,10 +256,7 @@ def settings_of(typed):
         below = {}
     else:
         below = DEMO | {"out": free_name("runs/demo")}
-    s = join(below, typed)
-    if "val_size" in typed and s.val_data and not s.resume:
-        raise ValueError(f"--val-size: all of --val-data {s.val_data} is validated on, so give one of them")
-    return s
+    return join(below, typed)
 
 
 def resumed(typed):
@@ -295,7 +292,7 @@ def adapted(typed):
     fixed = ["peft", "targets", *kind_options(), *["c"] * (folder / "mixing.safetensors").exists()]
     if odd := sorted(typed.keys() & {*fixed}):
         raise ValueError(f"{flag(odd[0])}: adapters and mixing are those of {folder}")
-    there = {key: about[key] for key in ("method", "template", "c") if key in about}
+    there = {key: about[key] for key in ("method", "template", "c")} if about else {}
     model = {} if "model" in typed else {"model": str(base_of(folder))}
     return options | {"peft": kind} | model | there
 
@@ -316,6 +313,8 @@ def check(s):
         if file is not None and (not Path(file).exists() or Path(file).is_dir()):
             found = "a folder" if Path(file).is_dir() else "not there"
             raise ValueError(f"{file!r} is {found}: expected a data file")
+    if s.val_data and s.val_size != SETTINGS["val_size"].default:
+        raise ValueError(f"--val-size: all of --val-data {s.val_data} is validated on, so give one of them")
     own = s.adapter and Path(s.model).resolve() == Path(s.adapter).resolve()
     if not own and read_about(s.model).get("method", "causal") != "causal":
         raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "

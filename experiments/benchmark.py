@@ -97,7 +97,7 @@ def training(model, args, device, bare):
             row[f"{name}_computed_MB"] = (parts(bitune) + step_bytes(bitune, examples)) / 1e6
             if bare and not args.checkpointing:             # which is not counted
                 done = cost.step_work(bare(name), examples)
-                row[f"{name}_of_card"] = cost.least(done, args) / seconds[name]
+                row[f"{name}_of_card"] = cost.seconds_on(done, args) / seconds[name]
         yield row
 
 
@@ -149,7 +149,7 @@ def answering(model, args, device, bare):
             if theirs:
                 row["over_generate"] = token["transformers"] / token[name]
             if bare and name in METHODS:
-                first, last = (cost.least(done, args) for done in cost.answer_work(bare(name), P, new))
+                first, last = (cost.seconds_on(done, args) for done in cost.answer_work(bare(name), P, new))
                 row |= {"first_of_card": first / seconds[name, 1], "token_of_card": last / token[name]}
             yield row
 

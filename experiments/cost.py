@@ -108,7 +108,7 @@ def operations(call):
     return counter.get_total_flops()
 
 
-def work(bitune, call):
+def work_of(bitune, call):
     """The operations of call(), the bytes that it reads of weights, and its launches."""
     with Counted(bitune) as counted, Fused():
         call()
@@ -117,7 +117,7 @@ def work(bitune, call):
 
 def step_work(bitune, examples):
     """The same of a step on these examples."""
-    flops, read, launches = work(bitune, lambda: bitune.losses(*zip(*examples)).sum().backward())
+    flops, read, launches = work_of(bitune, lambda: bitune.losses(*zip(*examples)).sum().backward())
     with Fused():
         read += 2 * step_bytes(bitune, examples)
     return flops, read + sum(40 * p.numel() for p in bitune.parameters() if p.requires_grad), launches
@@ -136,10 +136,10 @@ def answer_work(bitune, P, A):
 
     *_, past = bitune.answer_pass([[0] * P], [[0] * A])
     cache, place = KVCache(past, P + A), past.positions[:, -1:]
-    return work(bitune, first), work(bitune, last)
+    return work_of(bitune, first), work_of(bitune, last)
 
 
-def least(done, card):
+def seconds_on(done, card):
     """The seconds that this work takes at least on a card of these rates."""
     flops, read, launches = done
     return max(flops / card.tflops / 1e12, read / card.gbytes / 1e9, launches * card.launch / 1e6)
@@ -181,7 +181,7 @@ def card_table(args):
         bitune, half = without_memory(SHAPES[name], method, args.peft, {}, args.base_bits), tokens // 2
         works = step_work(bitune, [Example([0] * half, [0] * half)]), *answer_work(bitune, half, half)
         print_row(f"{name}, {method}", f"{tokens:,}", *(
-            f"{1e3 * least(done, args):.3g} ({done[0] / 1e12:.3g}, {done[1] / 1e9:.3g}, {done[2]:,})"
+            f"{1e3 * seconds_on(done, args):.3g} ({done[0] / 1e12:.3g}, {done[1] / 1e9:.3g}, {done[2]:,})"
             for done in works))
 
 

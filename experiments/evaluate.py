@@ -227,7 +227,7 @@ class Kept(dict):
         return "The same command goes on there."
 
 
-def in_words(scores):
+def scores_in_words(scores):
     return ", ".join(f"{name} {s['mean']:.2%} ± {s['stderr']:.2%}" for name, s in scores.items())
 
 
@@ -311,7 +311,7 @@ def score(args, progress):
         write_file(file.with_suffix(".jsonl"),
                    "".join(json.dumps(result) + "\n" for result in results).encode())
         if args.samples:
-            title = f"{args.task}, {args.adapter or args.model}: {in_words(summary['scores'])} of "
+            title = f"{args.task}, {args.adapter or args.model}: {scores_in_words(summary['scores'])} of "
             written = page(f"{title}{len(results)}", results[:args.samples])
             write_file(file.with_suffix(".md"), written.encode())
         write_file(file, json_bytes(summary))
@@ -324,13 +324,13 @@ def main(argv=None):
     args = new_parser(__doc__, SCORING).parse_args(argv)
     summary = score(args, Progress())
     for subject, scores in summary.get("subjects", {}).items():
-        print(f"{args.task} {subject}: {in_words(scores)}")
+        print(f"{args.task} {subject}: {scores_in_words(scores)}")
     if "mean_of_subjects" in summary:
         means = ", ".join(f"{key} {mean:.2%}" for key, mean in summary["mean_of_subjects"].items())
         print(f"{args.task}, mean of {len(summary['subjects'])} subjects: {means}")
     out = summary["left_out"]
     beyond = f", {len(out)} too long left out, first: {out[0]}" if out else ""
-    print(f"{args.task}: {in_words(summary['scores'])} ({summary['questions']} questions{beyond}, "
+    print(f"{args.task}: {scores_in_words(summary['scores'])} ({summary['questions']} questions{beyond}, "
           f"{clock(summary['seconds'])})")
     ends = [".json", ".jsonl", *[".md"] * bool(args.samples)]
     print(f"wrote {', '.join(str(Path(summary['file']).with_suffix(end)) for end in ends)}")

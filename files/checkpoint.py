@@ -236,7 +236,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         model = Llama(config)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    if wrong := differences(want, {name: shape(stored, name) for name in stored}):
+    if wrong := differences(want, {name: shape_of(stored, name) for name in stored}):
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed(wrong)}")
 
     state = {}
@@ -249,7 +249,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     return model
 
 
-def shape(stored, name):
+def shape_of(stored, name):
     return tuple(stored[name][1].get_shape())
 
 

@@ -186,7 +186,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
         else:
             source = name if name in there else "answer"
             n += load_adapter(model, name, folder / FOLDERS.get(source, source))
-    c = about["c"] if "c" in about and method in (None, own) else c
+    c = about["c"] if about and method in (None, own) else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
     if about and bitune.method == own:
         check_code(folder, about, bitune)

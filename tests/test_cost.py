@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cli.memory import kept, step_bytes
+from cli.memory import bytes_kept, step_bytes
 from experiments import benchmark, cost
 from pretended import pretended
 from text.examples import Example
@@ -45,7 +45,7 @@ def test_what_autograd_keeps_is_counted_once():
     bitune = tiny_bitune()
     bitune.w = w
     y = lambda: (x @ w @ w).exp().sin()  # keeps x, the first product, exp's result (twice); and w
-    assert kept(bitune, y) == 3 * 10 * 4 * 4
+    assert bytes_kept(bitune, y) == 3 * 10 * 4 * 4
 
     example = Example([5] * 30, [7] * 10)
     with cost.Fused():

@@ -52,7 +52,7 @@ def check_fields(part, where, table, neutral=(), nothing=()):
         raise ValueError(f"{where} lacks {', '.join(lacking)}")
     for name, (form, _) in table.items():
         if name in part and not fits(part[name], form):
-            raise ValueError(f"{where} has the {name} {part[name]!r:.60}, expected {in_words(form)}")
+            raise ValueError(f"{where} has the {name} {part[name]!r:.60}, expected {form_in_words(form)}")
     return {name: part.get(name, default) for name, (_, default) in table.items()}
 
 
@@ -65,9 +65,9 @@ def fits(value, form):
     return form is object or type(value) is form or type(value) is type(form) and value == form
 
 
-def in_words(form):
+def form_in_words(form):
     if isinstance(form, tuple):
-        return " or ".join(map(in_words, form))
+        return " or ".join(map(form_in_words, form))
     if isinstance(form, type):
         return TYPES[form]
     return form.__doc__ if callable(form) else json.dumps(form)

@@ -51,7 +51,7 @@ def halves(group):
     return spread(found, "{:.0f}") + some if found else "-"
 
 
-def verdicts(group):
+def right_answers(group):
     """Of each seed, 1 or 0 for each question of the test data."""
     return [right for record in group for right in record["scores"].values()]
 
@@ -86,10 +86,10 @@ def main(argv=None):
                                                         for base, groups in found.items())])
     print("\nThe bases, on what they were taught (the worst form, the mean) and on the task:\n")
     print(markdown([["base", "parameters", "worst", "mean", "behind"], *taught]))
-    print(f"\nExact match on test data:\n\n{table(lambda group: percent(verdicts(group)))}")
+    print(f"\nExact match on test data:\n\n{table(lambda group: percent(right_answers(group)))}")
     print(f"\nSteps until half of the validation answers are right:\n\n{table(halves)}")
     narrow = sorted((int(base.split("x")[0]), of) for base, of in found.items() if base.endswith("x64"))
-    lines = {name: [(layers, [*map(fmean, verdicts(groups[name]))]) for layers, groups in narrow]
+    lines = {name: [(layers, [*map(fmean, right_answers(groups[name]))]) for layers, groups in narrow]
              for name in models}
     if len(narrow) > 1:
         figure = panel("exact match on test data", lines, colours(lines), 0, 1, "{:.0%}", across="layers")
