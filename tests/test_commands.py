@@ -23,7 +23,7 @@ from experiments import evaluate, merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import finish_saves, locked, write_files
-from files.run import alpha_by_layer, load_bitune, load_run, own_tensors
+from files.run import alpha_by_layer, fingerprint, load_bitune, load_run, own_tensors
 from lora import adapters, add_adapter
 from text.examples import Example, batches, load_examples
 from tiny import (ANSWERS, RAGGED, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data,
@@ -312,10 +312,17 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "no example left; dropped: 40 too long (first: line 1)" in bad("--max-length", 5)
     assert "device 'tpu' cannot be used" in bad("--device", "tpu")
     assert "takes float32" in bad("--peft", "full", "--dtype", "bfloat16")
+    assert "--val-size: all of --val-data" in bad("--val-data", tmp_path / "data.jsonl", "--val-size", 5)
     assert "nowhere has no adapter_config.json" in bad("--adapter", tmp_path / "nowhere")
     (tmp_path / "data.jsonl").write_text('{"question"\n')
     assert "data.jsonl, line 1: not JSON" in bad()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("heads, groups", [(9, 3), (8, 1), (4, 4), (14, 2), (1, 1)])
+def test_a_fingerprint_is_taken_of_any_number_of_heads(heads, groups):
+    config = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
+    assert fingerprint(tiny_bitune(config=config))["logits"]
 
 
 def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):
