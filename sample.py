@@ -8,7 +8,6 @@ into the template the run was trained with, or into a base's own chat markup, if
 """
 
 from cli.chat import conversation
-from cli.explain import explain
 from cli.memory import ready_to_answer
 from cli.process import Failed, command
 from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser, unseen
@@ -46,15 +45,14 @@ def main(argv=None):
     stop_ids = tokenizer.stop_ids | ({stop_id(tokenizer, template)} if template != "plain" else set())
     begin = encode(args.prompt or "")           # which is refused now, if it is
     bitune.model.config.check_length(len(begin) + 1)
-    if args.prompt is None and (args.explain or args.show_mixing):
-        raise ValueError("--explain and --show-mixing show what becomes of a prompt: give --prompt")
+    if args.prompt is None and args.show_mixing:
+        raise ValueError("--show-mixing shows how a prompt is mixed: give --prompt")
     if args.prompt is not None and not begin or "" in args.stop:
         raise ValueError("--prompt or --stop is empty: expected some text")
-    page = explain(bitune, tokenizer, begin, stop_ids) if args.explain else \
-        bars(bitune, begin) if args.show_mixing else ""
+    mixing = bars(bitune, begin) if args.show_mixing else ""
     bitune = conversation(ready_to_answer(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
-    say(page)
+    say(mixing)
     if demonstrates and args.prompt is None:
         say(f"It knows the words of experiments/demo/language.py. Unseen questions:\n\n{unseen()}\n")
     failed = False

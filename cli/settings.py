@@ -184,7 +184,6 @@ PROMPT = {
     "system": Setting("what the system says before the first line", text("TEXT")),
     "stop": Setting("ends an answer, too; may be repeated", text("TEXT", action="append"), []),
     "show_mixing": Setting("how --prompt is mixed, layer by layer", SWITCH),
-    "explain": Setting("what becomes of --prompt, step by step", SWITCH),
 }
 
 # Without --model and --data: the demonstration. Its files come with this repository.

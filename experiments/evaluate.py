@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from bitune import nll
-from cli.explain import causal_only
+from bitune import Bitune, nll
 from cli.memory import ready_to_answer
 from cli.process import command, work
 from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
@@ -81,10 +80,8 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
         if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out.append(place)
             continue
-        shown = {"place": place, "prompt": joined(turns, input), "choices": texts, "answer": answer,
-                 "subject": row.get("subject") if task == "mmlu" else None}
-        shown = {key: value for key, value in shown.items() if value not in (None, [])}
-        questions.append(Question(shown, prompt, choices, template))
+        shown = {"place": place, "prompt": joined(turns, input), "answer": answer}
+        questions.append(Question(shown | ({"choices": texts} if texts else {}), prompt, choices, template))
     if not questions:
         raise ValueError(f"{path}: no question left, {len(left_out)} are longer than {longest} tokens")
     if len({bool(q.choices) for q in questions}) > 1:
@@ -152,28 +149,14 @@ def score_text(question, said):
     return {"exact_match": float(bare(said) == bare(question.shown["answer"]))}
 
 
-def mean_and_error(values):
-    """The mean, and its standard error (0 for a sample of one, which has none)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.fmean(values), error
-
-
 def mean_scores(results):
-    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
-    both = {key: mean_and_error([result[key] for result in results]) for key in metrics}
-    return {key: {"mean": mean, "stderr": error} for key, (mean, error) in both.items()}
-
-
-def all_scores(results):
-    """The scores of all questions and, where there are several subjects, those of each and their means."""
-    scores, groups = mean_scores(results), {}
-    for result in results:
-        groups.setdefault(result.get("subject"), []).append(result)
-    if len(groups) < 2:
-        return {"scores": scores}
-    own = {subject: mean_scores(group) for subject, group in groups.items()}
-    means = {key: statistics.fmean(one[key]["mean"] for one in own.values()) for key in scores}
-    return {"scores": scores, "subjects": own, "mean_of_subjects": means}
+    """Each metric's mean and its standard error (0 for a sample of one, which has none)."""
+    scores = {}
+    for metric in (key for key, value in results[0].items() if isinstance(value, float)):
+        values = [result[metric] for result in results]
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        scores[metric] = {"mean": statistics.fmean(values), "stderr": error}
+    return scores
 
 
 def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
@@ -227,18 +210,18 @@ class Kept(dict):
         return "The same command goes on there."
 
 
-def scores_in_words(scores):
-    return ", ".join(f"{name} {s['mean']:.2%} ± {s['stderr']:.2%}" for name, s in scores.items())
+class CausalOnly(Bitune):
+    """α = 0: the answer reads what the first pass has left, the causal one."""
+
+    def mix(self, read, positions):
+        return read[0]
 
 
-def page(title, results):
-    """Questions, what was said and the verdicts, to be read: Markdown."""
-    parts = [f"# {title}"]
-    for n, result in enumerate(results, 1):
-        verdicts = ", ".join(f"{k} {'✓' if v else '✗'}" for k, v in result.items() if isinstance(v, float))
-        quoted = [f"~~~\n{result[key].strip()}\n~~~" for key in ("prompt", "said", "answer")]
-        parts += [f"## {n}. {verdicts}", quoted[0], "The model:", quoted[1], "The truth:", quoted[2]]
-    return "\n\n".join(parts) + "\n"
+def causal_only(bitune):
+    """The same Bitune with α = 0. ValueError if it mixes nothing."""
+    if not bitune.mixes:
+        raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
+    return bitune.twin(CausalOnly)
 
 
 SCORING = ASKED | {
@@ -249,7 +232,6 @@ SCORING = ASKED | {
     "batch_size": Setting(f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
     "forced_causal": Setting("with α = 0: what does the second reading add?", SWITCH),
     "twice": Setting("each prompt's text twice: what does repeating it add?", SWITCH),
-    "samples": Setting("also a readable page of N written answers", number(int, 1) | text("N")),
     "out": Setting("where results go (default: the run, or runs/base/NAME)", text("FOLDER")),
 }
 
@@ -288,7 +270,7 @@ def score(args, progress):
         check_folder(args.model)
     of = subject_of(args)
     file = place_of(args, of)
-    if file.exists() and not args.samples and (there := read_json(file)).get("of") == of:
+    if file.exists() and (there := read_json(file)).get("of") == of:
         return there | {"file": str(file)}
 
     bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
@@ -297,8 +279,6 @@ def score(args, progress):
     bitune = causal_only(bitune) if args.forced_causal else bitune
     questions, left_out = load_questions(args.data, args.task, tokenizer, template,
                                          bitune.model.config.max_length, args.limit, args.twice)
-    if args.samples and questions[0].choices:
-        raise ValueError(f"--samples: the answers of {args.task} are chosen, not written")
     kept, begun = Kept(file.with_suffix(".part"), of, len(questions)), time.monotonic()
     if kept:
         progress.note(f"{kept.where()} are from an earlier try")
@@ -307,13 +287,9 @@ def score(args, progress):
         results = evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept)
         summary = {"of": of, **vars(args), "method": bitune.method if about else None, "template": template,
                    "questions": len(results), "left_out": left_out,
-                   "seconds": round(time.monotonic() - begun, 1), **all_scores(results)}
+                   "seconds": round(time.monotonic() - begun, 1), "scores": mean_scores(results)}
         write_file(file.with_suffix(".jsonl"),
                    "".join(json.dumps(result) + "\n" for result in results).encode())
-        if args.samples:
-            title = f"{args.task}, {args.adapter or args.model}: {scores_in_words(summary['scores'])} of "
-            written = page(f"{title}{len(results)}", results[:args.samples])
-            write_file(file.with_suffix(".md"), written.encode())
         write_file(file, json_bytes(summary))
         file.with_suffix(".part").unlink()
     return summary | {"file": str(file)}
@@ -323,17 +299,11 @@ def score(args, progress):
 def main(argv=None):
     args = new_parser(__doc__, SCORING).parse_args(argv)
     summary = score(args, Progress())
-    for subject, scores in summary.get("subjects", {}).items():
-        print(f"{args.task} {subject}: {scores_in_words(scores)}")
-    if "mean_of_subjects" in summary:
-        means = ", ".join(f"{key} {mean:.2%}" for key, mean in summary["mean_of_subjects"].items())
-        print(f"{args.task}, mean of {len(summary['subjects'])} subjects: {means}")
     out = summary["left_out"]
     beyond = f", {len(out)} too long left out, first: {out[0]}" if out else ""
-    print(f"{args.task}: {scores_in_words(summary['scores'])} ({summary['questions']} questions{beyond}, "
-          f"{clock(summary['seconds'])})")
-    ends = [".json", ".jsonl", *[".md"] * bool(args.samples)]
-    print(f"wrote {', '.join(str(Path(summary['file']).with_suffix(end)) for end in ends)}")
+    scores = ", ".join(f"{name} {s['mean']:.2%} ± {s['stderr']:.2%}" for name, s in summary["scores"].items())
+    print(f"{args.task}: {scores} ({summary['questions']} questions{beyond}, {clock(summary['seconds'])})")
+    print(f"wrote {summary['file']}, {Path(summary['file']).with_suffix('.jsonl')}")
 
 
 if __name__ == "__main__":

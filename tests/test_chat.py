@@ -14,7 +14,6 @@ import sample
 import train
 from bitune import Bitune
 from cli.chat import conversation
-from cli.explain import causal_only
 from experiments import ablate, evaluate
 from experiments.evaluate import load_questions, score_text
 from files.disk import write_files
@@ -246,7 +245,7 @@ def test_a_first_turn_is_the_same_however_the_rest_is_read(method):
 @pytest.mark.parametrize("method", ["bitune", "only-causal", "anticausal"])
 def test_without_a_second_reading_nothing_is_lost(method):
     """α = 0: all is read causally by one set, so that what stays is what would be read again."""
-    bitune = causal_only(tiny_bitune(method, dtype=torch.float64))
+    bitune = evaluate.causal_only(tiny_bitune(method, dtype=torch.float64))
     goes_on, prompt = alternating(bitune), FIRST
     for _ in range(3):
         (said,) = goes_on.generate([prompt], 3)

@@ -1,19 +1,17 @@
-"""What is shown of runs: pictures, the page of --explain, the best save, and controls of a score."""
+"""What is shown of runs: pictures, the best save, and controls of a score."""
 
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
 
-import sample
 import train
-from cli.explain import causal_only, explain
 from experiments import curves, evaluate
 from experiments.real import alphas
 from files.run import load_run
 from test_commands import call, exits, log
 from test_evaluate import PUBLISHED, write_rows
-from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, write_checkpoint, write_run
+from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, write_checkpoint
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -91,44 +89,10 @@ def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_p
 
 
 @pytest.mark.reference          # of today's method
-@pytest.mark.parametrize("method", ["bitune", "naive-bidir", "causal"])
-def test_a_prompt_is_explained_step_by_step(method, tmp_path, capsys):
-    run = write_run(tmp_path / "run", tiny_bitune(method), write_checkpoint(tmp_path / "model"))
-    argv = ["--adapter", run, "--explain"]
-    call(sample, *argv, "--prompt", "Why?", "--max-new-tokens", 2)
-    said = capsys.readouterr().err
-    assert f"method {method}" in said and "who sees whom" in said and "opening: " in said
-    assert ("α key" in said) == ("with the causal reading alone" in said) == (method == "bitune")
-    assert ("each pass leaves behind, in each of 3 layers, K and V: 2 ×" in said) == (method != "causal")
-    assert "what becomes of a prompt: give --prompt" in exits(2, sample.main, argv, capsys)
-
-
-@pytest.mark.reference          # of today's method
-def test_explained_masks_sizes_and_probabilities_are_the_model_s():
-    class Letters:
-        def decode(self, ids):
-            return "".join(chr(97 + i % 26) for i in ids)
-
-    bitune, prompt = tiny_bitune(), RAGGED[0][:5]
-    (answer,) = bitune.generate([prompt], 2)
-    page = explain(bitune, Letters(), prompt, answer_length=2).splitlines()
-    first = next(i for i, line in enumerate(page) if "pass 1, set answer: causal" in line)
-    rows = [line.split("     ") for line in page[first + 1:first + 5]]
-    assert [[cell.strip() for cell in row if cell.strip()][:2] for row in rows] == [
-        ["■ · · ·", "■ ■ ■ ■"], ["■ ■ · ·", "■ ■ ■ ■"], ["■ ■ ■ ·", "■ ■ ■ ■"], ["■ ■ ■ ■", "■ ■ ■ ■"]]
-    assert any("2 × 4 × 8 (key/value heads × tokens × size)" in line for line in page)
-    assert any(f"{3 * 2 * 2 * 4 * 8 * 4:,} bytes in float32" in line for line in page)
-    with torch.inference_mode():
-        trained, without = (torch.exp(-m.losses([prompt], [answer]) * 2).item()
-                            for m in (bitune, causal_only(bitune)))
-    assert page[-1].strip() == f"all of them together: {without:.3g} → {trained:.3g}"
-
-
-@pytest.mark.reference          # of today's method
 def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, capsys, monkeypatch):
     bitune = tiny_bitune()
     with torch.inference_mode():
-        want, forced = bitune(RAGGED, ANSWERS)[0], causal_only(bitune)(RAGGED, ANSWERS)[0]
+        want, forced = bitune(RAGGED, ANSWERS)[0], evaluate.causal_only(bitune)(RAGGED, ANSWERS)[0]
         assert not torch.allclose(forced, want) and torch.equal(bitune(RAGGED, ANSWERS)[0], want)
         bitune.theta_key.zero_(), bitune.theta_value.zero_()
         torch.testing.assert_close(bitune(RAGGED, ANSWERS)[0], forced)
