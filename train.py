@@ -110,8 +110,7 @@ def train(run, progress, stop):
 
     def validation():
         model = bitune if run.at or s.adapter else Bitune(bitune.model, "causal")   # untrained: the base
-        with stop.at_once():
-            result = validate(model, run.val, cut, progress.update)
+        result = validate(model, run.val, cut, progress.update)
         progress.validated(run, run.log_validation(result))
 
     run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))

@@ -62,26 +62,15 @@ def command(main):
 
 class Stop:
     """Whether somebody wants the work to end: a first SIGINT or SIGTERM is a request, which the work looks
-    at when it has come to a good place; a second one, or one within `at_once`, raises KeyboardInterrupt."""
+    at when it has come to a good place; a second one raises KeyboardInterrupt."""
 
     def __init__(self):
-        self.asked, self.now = [], False
+        self.asked = []
 
     def __call__(self, number, frame):
         self.asked.append(number)
-        if self.now or len(self.asked) > 1:
+        if len(self.asked) > 1:
             raise KeyboardInterrupt
-
-    @contextmanager
-    def at_once(self):
-        """Nothing would be lost by stopping in here."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.now = True
-        try:
-            yield
-        finally:
-            self.now = False
 
 
 @contextmanager
@@ -105,7 +94,7 @@ def work(what, smaller, stop=None):
         elif isinstance(problem, FloatingPointError) and getattr(what, "at", 0) > 1:
             said += ": start again with a lower --lr"           # at the first step it is not to blame
         elif isinstance(problem, KeyboardInterrupt):
-            names = [signal.Signals(n).name for n in asked] or ["a signal to another of the processes"]
+            names = [signal.Signals(n).name for n in dict.fromkeys(asked)] or ["a signal to another of the processes"]
             said, status = f"stopped by {' and '.join(names)}", (128 + asked[0]) if asked else 1
         raise Failed(f"{what.where()}: {said}. {what.kept()}", status) from None
 

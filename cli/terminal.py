@@ -81,30 +81,20 @@ class Progress:
 # Once
 
 def announce(run):
-    """Before the first step: every setting and derived number, the memory it takes, the first example."""
+    """Before the first step: every setting and derived number, what was dropped, the first example."""
     dropped, counts = run.derived["dropped"], Counter()
     for reasons in dropped.values():
         counts.update({reason: n for reason, (n, _) in reasons.items()})
     shown = lambda values: ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
     derived = run.derived | {"dropped": dict(counts)}
     for text in (f"settings: {shown(vars(run.settings))}", f"derived: {shown(derived)}",
-                 *(f"dropped of {file}: {dropped_in_words(rows)}" for file, rows in dropped.items() if rows),
-                 f"memory: {memory(run.derived)}"):
+                 *(f"dropped of {file}: {dropped_in_words(rows)}" for file, rows in dropped.items() if rows)):
         print(textwrap.fill(text, 110, subsequent_indent="  "))
     print(template_in_words(run.settings.template, run.tokenizer))
     prompt, answer = run.examples[0]
     first = run.tokenizer.decode(prompt)
     print(f"first example, the answer it learns in [[ ]]:\n"
           f"{first}[[{run.tokenizer.decode(prompt + answer)[len(first):]}]]", flush=True)
-
-
-def memory(derived):
-    """What a run needs before any activations, in words."""
-    frozen, trained = derived["frozen_parameters"], derived["trainable_parameters"]
-    size = derived["frozen_bytes"] + 16 * trained
-    size = f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB"
-    return (f"{size} for {frozen:,} frozen parameters and {trained:,} that train, these 16 bytes each "
-            "(float32, gradient, AdamW's moments); activations come on top")
 
 
 def bars(bitune, prompt):

@@ -1,6 +1,6 @@
 """A run's folder, everything that training leaves:
 
-    bitune.json                 method, c, template, steps done, α, the base's name and config, what the code
+    bitune.json                 method, c, template, steps done, the base's name and config, what the code
                                 computes
     mixing.safetensors          Bitune's own parameters
     adapter_config.json,
@@ -40,7 +40,7 @@ FOLDERS = {"answer": ".", "prompt": "bidirectional"}
 # What a run is, beside its tensors
 
 ABOUT = {"method": (tuple(METHODS), ...), "c": ((int, float), ...), "template": (tuple(TEMPLATES), "plain"),
-         "step": (int, None), "alpha": (dict, None), "whole": (bool, False), "base": (str, ...),
+         "step": (int, None), "whole": (bool, False), "base": (str, ...),
          "base_config": (dict, ...), "fingerprint": (dict, ...)}
 
 
@@ -341,7 +341,7 @@ class Run:
 
     def bytes(self):
         s = self.settings
-        return run_bytes(self.bitune, s.model, template=s.template, step=self.at, alpha=self.alphas())
+        return run_bytes(self.bitune, s.model, template=s.template, step=self.at)
 
     def save(self):
         if self.writes:

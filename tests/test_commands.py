@@ -183,11 +183,12 @@ def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
         argv, before = ["--resume", str(run)], len(log(run))
 
 
-def test_a_signal_during_validation_ends_it_there_and_nothing_is_lost(flags, tmp_path, monkeypatch, capsys):
+def test_a_second_signal_ends_a_validation_and_nothing_is_lost(flags, tmp_path, monkeypatch, capsys):
     run, validate = tmp_path / "run", train.validate
 
     def interrupted(bitune, *args):
         if len(log(run)) == 3 and len(args) == 3:               # not the look at a step before its save
+            signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
             raise AssertionError("validation went on")
         return validate(bitune, *args)
@@ -526,10 +527,7 @@ def test_a_fully_finetuned_run_is_a_checkpoint(flags, tmp_path, capsys):
     change(model / "config.json", torch_dtype="bfloat16")
     train.main(flags("--peft", "full"))
     assert json.loads((run / "config.json").read_text())["torch_dtype"] == "float32"    # as its weights are
-    said = capsys.readouterr().out.replace("\n  ", " ")
     bitune, _, _, _ = load_run(run)
-    n = sum(p.numel() for p in bitune.parameters())
-    assert f"memory: {16 * n / 1e6:.1f} MB for 0 frozen parameters and {n:,} that train" in said
     for way in ("--adapter", "--model"):                        # also then not its answering half alone
         call(sample, way, run, *ASK)
         assert f"loaded {run}: " in capsys.readouterr().err
