@@ -12,7 +12,7 @@ import torch.nn.functional as F
 NAMES, ADVERBS = "Ann Bob Kim Tom".split(), "now again slowly".split()
 VERBS = "sings reads hides jumps paints dreams cooks waits".split()
 WORDS, SETS = [*NAMES, *VERBS, *ADVERBS, ".", "?"], ("answer", "prompt")
-LAYERS, C, WIDE, RANK, THETA, c = 2, 48, 96, 8, 100.0, 0.01
+LAYERS, C, WIDE, RANK, TURN, c = 2, 48, 96, 8, 100.0, 0.01
 
 class Linear(nn.Module):            # y = W x + B A x, with the set that is named: A (r, in), B (out, r)
     def __init__(self, i, o):
@@ -25,7 +25,7 @@ class Linear(nn.Module):            # y = W x + B A x, with the set that is name
         return x @ self.W.T + (x @ self.A[name].T @ self.B[name].T if name else 0)
 
 def turn(x, at):                    # RoPE: each pair (a, b) of x (B, T, C) by its position's angle
-    angle = at[:, None] * THETA ** -(torch.arange(0, C, 2) / C)                             # (T, C/2)
+    angle = at[:, None] * TURN ** -(torch.arange(0, C, 2) / C)                             # (T, C/2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), dim=-1)
 

@@ -26,7 +26,7 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 @torch.no_grad()
 def copied(page, small, method):
     """The page's decoder with all that it holds, as the project's classes."""
-    rope = {"rope_type": "default", "rope_theta": page.THETA}
+    rope = {"rope_type": "default", "rope_theta": page.TURN}
     model = Llama(Config("llama", len(page.WORDS), page.C, page.WIDE, page.LAYERS, 1, 1, page.C, 64, rope,
                          page.C, "silu", "rms", 1e-5, tie_word_embeddings=True))
     model.model.embed_tokens.weight.copy_(small.embed)
