@@ -74,7 +74,7 @@ class Bitune(nn.Module):
                 self.start_mixing()
 
     def twin(self, kind):
-        """The same Bitune, with the same tensors, as one of a subclass `kind`, which overrides what differs."""
+        """The same Bitune, with the same tensors, as one of a subclass, which overrides what differs."""
         twin = object.__new__(type(kind.__name__, (kind, type(self)), {}))
         vars(twin).update(vars(self))
         return twin

@@ -103,8 +103,8 @@ def validate(bitune, examples, cut, show=lambda text: None):
 # ----------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(run, progress, stop):
-    """Draw, step, log; save and validate when due. A request to stop ends it after the step in hand."""
+def train(run, progress, heard=()):
+    """Draw, step, log; save and validate when due. A signal that is heard ends it after the step in hand."""
     s, bitune, optimizer, examples = run.settings, run.bitune, run.optimizer, run.examples
     due = lambda every: run.at == s.steps or run.at % every == 0
 
@@ -113,7 +113,7 @@ def train(run, progress, stop):
         result = validate(model, run.val, cut, progress.update)
         progress.validated(run, run.log_validation(result))
 
-    run.begin(tokens=least(tokens_that_fit(bitune, examples, s)))
+    run.write_settings(tokens=least(tokens_that_fit(bitune, examples, s)))
     cut = partial(batches, tokens=s.micro_batch_tokens)
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at step 0, or cut short
         validation()
@@ -129,7 +129,7 @@ def train(run, progress, stop):
         run.log(record)
         progress.step(run, record)
 
-        validates, asked = bool(run.val) and due(s.eval_every), any(sums(bool(stop.asked)))
+        validates, asked = bool(run.val) and due(s.eval_every), any(sums(bool(heard)))
         if validates or due(s.save_every) or asked:
             validate(bitune, [max(batch, key=length)], cut)     # raises if this step has ruined the model
             run.save()
@@ -174,9 +174,9 @@ def finetune(s, progress):
             run = prepare(s)
         apart()
         progress.begins(run)
-        stop = held.enter_context(signals())
-        with work(run, "--micro-batch-tokens", stop):
-            train(run, progress, stop)
+        heard = held.enter_context(signals())
+        with work(run, "--micro-batch-tokens", heard):
+            train(run, progress, heard)
 
 
 @command

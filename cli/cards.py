@@ -67,8 +67,8 @@ def processes():
 
 @contextmanager
 def in_turn():
-    """What stands in here the first process does alone, and says what is wrong with the input; when it is
-    through, the others do."""
+    """The first process does alone what stands in here, and says what is wrong with the input. When it is
+    through, the others do the same."""
     if not first():
         sums(0)
     yield

@@ -18,16 +18,16 @@ def conversation(bitune, template, kind):
     if not bitune.passes:
         raise ValueError(f"--chat alternating: method {bitune.method} has no prompt passes")
     alternating = bitune.twin(Alternating)
-    alternating.kept, alternating.read_ids, alternating.written = None, [], []
+    alternating.past, alternating.read_ids, alternating.written = None, [], []
     return alternating
 
 
 class Alternating(Bitune):
-    """A conversation: where a prompt goes on from the last one and its answer, the keys and values of both
-    stay, and only what is new goes through the prompt passes, with all before it in sight. Where it goes on
-    otherwise, it is new from there on. (Those of an answer are its reading by the set "answer", made again
-    in one pass when the next prompt comes.) It keeps `kept`, the Past of the context that it has read, that
-    one's ids, and those that came after them."""
+    """A conversation whose earlier turns stay read: only the tokens that a prompt adds to the last one and
+    its answer go through the prompt passes, with all before them in sight. From the first token that is
+    another than before, all is new. An answer is read by the set "answer", in one pass, when the next prompt
+    comes. `past` is of the context read so far, whose ids are `read_ids`; `written` are those that came
+    after."""
 
     def answer(self, prompts, *limits):
         """As Bitune.answer, for one prompt."""
@@ -46,14 +46,14 @@ class Alternating(Bitune):
         known = len(commonprefix([ids, self.read_ids + self.written]))
         stays = min(known, len(self.read_ids))
         part = lambda start, end: Tokens(*(t[:, start:end] for t in context))
-        past = first_tokens(self.kept, stays) if stays else None
+        past = first_tokens(self.past, stays) if stays else None
         if known > stays:
             said = part(stays, known)
             mask = self.sight(said.positions, past)
             _, new = self.model.states(*said, mask, past, self.answer_set, NONE)
             past = past.extended(new, said.positions) if past else Past(new, said.positions)
-        self.kept, self.read_ids = super().encode(part(known, None), past), ids
-        return self.kept
+        self.past, self.read_ids = super().encode(part(known, None), past), ids
+        return self.past
 
 
 def first_tokens(past, n):

@@ -36,9 +36,9 @@ def bytes_kept(bitune, loss):
 
 
 def step_bytes(bitune, examples):
-    """What a step on these examples at once takes beside the weights: what autograd keeps, or with
-    checkpointing each block's input and one block, and the logits that are there at a time with their
-    probabilities."""
+    """The bytes that a step on these examples at once takes beside the weights: what autograd keeps of the
+    forward pass (with checkpointing: each block's input, and all that one block keeps), and two times the
+    logits that are there at a time, since their probabilities are, too."""
     model, c = bitune.model, bitune.model.config
     checkpointing, model.checkpointing = model.checkpointing, False
     activations = bytes_kept(bitune, lambda: bitune.losses(*zip(*examples)).sum())

@@ -60,24 +60,11 @@ def command(main):
     return ends
 
 
-class Stop:
-    """Whether somebody wants the work to end: a first SIGINT or SIGTERM is a request, which the work looks
-    at when it has come to a good place; a second one raises KeyboardInterrupt."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, number, frame):
-        self.asked.append(number)
-        if len(self.asked) > 1:
-            raise KeyboardInterrupt
-
-
 @contextmanager
-def work(what, smaller, stop=None):
+def work(what, smaller, heard=(signal.SIGINT,)):
     """What goes wrong in here is not the input's fault: it becomes a Failed that says `what.where()` it was
-    and what of the work is kept, `what.kept()`. smaller: the flag that takes less memory."""
-    asked = stop.asked if stop else [signal.SIGINT]
+    and how it goes on, `what.how_to_go_on()`. smaller: the flag that takes less memory; heard: the
+    `signals`."""
     try:
         yield
     except BrokenPipeError:
@@ -94,18 +81,25 @@ def work(what, smaller, stop=None):
         elif isinstance(problem, FloatingPointError) and getattr(what, "at", 0) > 1:
             said += ": start again with a lower --lr"           # at the first step it is not to blame
         elif isinstance(problem, KeyboardInterrupt):
-            names = [signal.Signals(n).name for n in dict.fromkeys(asked)] or ["a signal to another of the processes"]
-            said, status = f"stopped by {' and '.join(names)}", (128 + asked[0]) if asked else 1
-        raise Failed(f"{what.where()}: {said}. {what.kept()}", status) from None
+            by = heard[0].name if heard else "a signal to another of the processes"
+            said, status = f"stopped by {by}", 128 + heard[0] if heard else 1
+        raise Failed(f"{what.where()}: {said}. {what.how_to_go_on()}", status) from None
 
 
 @contextmanager
 def signals():
-    """A Stop that hears SIGINT and SIGTERM."""
-    stop = Stop()
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    """The list of the SIGINTs and SIGTERMs that are heard in here. The first is a request, at which the work
+    looks when it has come to a good place; a second one raises KeyboardInterrupt."""
+    heard = []
+
+    def hear(number, frame):
+        heard.append(signal.Signals(number))
+        if len(heard) > 1:
+            raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, hear) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield heard
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -20,7 +20,7 @@ from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
 from text.rows import TASKS, read_rows
-from text.words import check_fields, read_json
+from text.words import check_fields, number_within, read_json
 
 
 def default(function, name):
@@ -31,27 +31,19 @@ def default(function, name):
 # ----------------------------------------------------------------------------------------------------------
 # Forms: what a value may be, as keywords for argparse; `could_be_typed` checks values in files by the same
 
-class Number:
-    """Makes a number of a kind, int or float, within [low, high], of a text; else an error."""
+def number(kind, low=0, high=sys.float_info.max):          # nan and inf are out of range, too
+    """A number of a kind, int or float, from low to high, made of a text; else an error."""
+    fits = number_within(kind, low, high)
 
-    def __init__(self, kind, low, high):
-        self.kind, self.low, self.high = kind, low, high
-        self.__name__ = {int: "whole number", float: "number"}[kind]    # argparse puts it into its message
-
-    def fits(self, value):
-        """a number in its range"""
-        return type(value) in (int, self.kind) and self.low <= value <= self.high
-
-    def __call__(self, text):
-        value = self.kind(text)
-        if not self.fits(value):
-            limit = f" and at most {self.high}" if self.high < sys.float_info.max else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: expected at least {self.low}{limit}")
+    def read(text):
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: expected {fits.__doc__}")
         return value
 
-
-def number(kind, low=0, high=sys.float_info.max):          # nan and inf are out of range, too
-    return {"type": Number(kind, low, high)}
+    read.__name__ = "whole number" if kind is int else "number"         # argparse puts it into its message
+    read.fits = fits
+    return {"type": read}
 
 
 def words(*choices):

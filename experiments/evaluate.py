@@ -206,7 +206,7 @@ class Kept(dict):
     def where(self):
         return f"{len(self)} of {self.questions} questions"
 
-    def kept(self):
+    def how_to_go_on(self):
         return "The same command goes on there."
 
 

@@ -11,7 +11,7 @@ import torch
 
 from files.disk import fill, json_bytes, read_tensors, tensor_bytes
 from lora import KINDS, adapters, add_adapter, linears
-from text.words import check_fields, listed, read_json
+from text.words import check_fields, listed, number_within, read_json
 
 PREFIX = "base_model."          # PEFT's model around the base
 
@@ -136,12 +136,7 @@ def form_of(option):
     """What a value of an option must be: a form of `words.check_fields`."""
     if isinstance(option.default, tuple):
         return list_of_names
-    kinds = (int, type(option.default))
-
-    def within(value):
-        return type(value) in kinds and option.low <= value <= option.high
-    within.__doc__ = f"{'a whole' if kinds[1] is int else 'a'} number from {option.low} to {option.high}"
-    return within
+    return number_within(type(option.default), option.low, option.high)
 
 
 def load_adapter(model, name, folder):

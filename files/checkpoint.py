@@ -44,7 +44,8 @@ FIELDS = {
                     ((bool, None), False)),
     **dict.fromkeys(("qk_layernorm", "use_bidirectional_attention"), ((False, None), False)),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), ((dict, None), None)),
-    "model_type": (str, ...), "max_position_embeddings": (whole, 2048), "hidden_act": (tuple(ACTIVATIONS), "silu"),
+    "model_type": (str, ...), "hidden_act": (tuple(ACTIVATIONS), "silu"),
+    "max_position_embeddings": (whole, 2048),
     "rms_norm_eps": (above_0, 1e-6), "layer_norm_eps": (above_0, 1e-5), "rope_theta": (above_0, 10000.0),
     "partial_rotary_factor": (above_0, 0.5), "original_max_position_embeddings": (above_0, None),
 }

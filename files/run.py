@@ -1,14 +1,4 @@
-"""A run's folder, everything that training leaves:
-
-    bitune.json                 method, c, template, steps done, the base's name and config, what the code
-                                computes
-    mixing.safetensors          Bitune's own parameters
-    adapter_config.json,
-    adapter_model.safetensors   the set "answer", a PEFT adapter (in full finetuning a whole checkpoint)
-    bidirectional/              the set "prompt", in the same form; any further set in a folder of its name
-    settings.json, log.jsonl    every setting and derived number; a line a step
-    state.safetensors           what `--resume` needs
-    best/                       with --keep best: the adapters and mixing of the lowest validation loss
+"""A run's folder, everything that training leaves; docs/data.md lists its files ("What a run is").
 
 settings.json is written at the start, log.jsonl as it goes, all the others by each save.
 """
@@ -33,7 +23,6 @@ from text.examples import TEMPLATES
 from text.words import check_fields, listed, read_json, to_type
 
 FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
-FOLDERS = {"answer": ".", "prompt": "bidirectional"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -49,7 +38,7 @@ def read_about(folder):
     file = Path(folder) / "bitune.json"
     finish_saves(folder)
     if not file.exists():
-        if (file.parent / "mixing.safetensors").exists() or (file.parent / FOLDERS["prompt"]).exists():
+        if (file.parent / "mixing.safetensors").exists() or (file.parent / "prompt").exists():
             raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
         return {}
     return check_fields(read_json(file), file, ABOUT)
@@ -143,6 +132,11 @@ def alpha_by_layer(bitune, prompt):
 # ----------------------------------------------------------------------------------------------------------
 # A trained model: to files, and back
 
+def folder_of(name):
+    """Where the set `name` lies in a run's folder: each in one of its own name, but for "answer"."""
+    return Path("." if name == "answer" else name)
+
+
 def own_tensors(bitune):
     """What Bitune holds beside the model: the mixing's parameters, and whatever an edit adds."""
     own = [*bitune.named_parameters(), *bitune.named_buffers()]
@@ -163,7 +157,7 @@ def run_bytes(bitune, base, **about):
             one = checkpoint_bytes(merged_tensors(bitune.model, name), base)
         else:
             one = adapter_bytes(bitune.model, name, base)
-        files |= {str(Path(FOLDERS.get(name, name), f)): data for f, data in one.items()}
+        files |= {str(folder_of(name) / f): data for f, data in one.items()}
     return files
 
 
@@ -185,7 +179,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
             add_adapter(model, name, FULL)
         else:
             source = name if name in there else "answer"
-            n += load_adapter(model, name, folder / FOLDERS.get(source, source))
+            n += load_adapter(model, name, folder / folder_of(source))
     c = about["c"] if about and method in (None, own) else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
     if about and bitune.method == own:
@@ -274,7 +268,7 @@ class Run:
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
                              "or choose another --out")
         prompts = [e.prompt for e in examples + val]
-        self.asked = next((p for p in prompts if bitune.split(p)[0]), prompts[0])
+        self.shown = next((p for p in prompts if bitune.split(p)[0]), prompts[0])
         self.alphas(), fingerprint(bitune)              # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
@@ -287,11 +281,11 @@ class Run:
     def where(self):
         return f"step {self.at}"
 
-    def kept(self):
+    def how_to_go_on(self):
         whole = f"The save of step {self.saved} is whole: {to_type('train.py', '--resume', self.folder)}"
         return whole if self.saved else "Nothing was saved yet."
 
-    def begin(self, tokens):
+    def write_settings(self, tokens):
         """Write down the settings, now that it is known how many tokens go at a time."""
         self.settings.micro_batch_tokens = tokens
         if self.writes:
@@ -317,7 +311,7 @@ class Run:
 
     def alphas(self):
         """The mixing's α by layer, name -> numbers, as it takes the first prompt that there is to read."""
-        return alpha_by_layer(self.bitune, self.asked)
+        return alpha_by_layer(self.bitune, self.shown)
 
     def steps_left(self):
         for self.at in range(self.saved + 1, self.settings.steps + 1):

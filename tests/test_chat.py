@@ -251,7 +251,7 @@ def test_without_a_second_reading_nothing_is_lost(method):
         (said,) = goes_on.generate([prompt], 3)
         assert [said] == bitune.generate([prompt], 3)
         prompt = prompt + said + NEXT
-        assert_same(goes_on.kept.layers, read(bitune, goes_on.read_ids + [0]))
+        assert_same(goes_on.past.layers, read(bitune, goes_on.read_ids + [0]))
 
 
 @pytest.mark.reference          # of today's method
@@ -259,7 +259,7 @@ def test_what_was_read_and_answered_stays():
     bitune = tiny_bitune(dtype=torch.float64)
     goes_on = alternating(bitune)
     (said,) = goes_on.generate([FIRST], 3)
-    before, whole = goes_on.kept.layers, FIRST + said + NEXT
+    before, whole = goes_on.past.layers, FIRST + said + NEXT
     again, fresh = read(goes_on, whole), read(bitune, whole)
     n, m = len(FIRST) - 1, len(FIRST) + len(said)
     assert_same(first(again, n), before)

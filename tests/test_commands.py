@@ -108,7 +108,7 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
     train.main(flags("--method", method, "--dropout", 0.1))
     said, run = capsys.readouterr().out, tmp_path / "run"
     assert "[[ It is 0.</s>]]" in said and "base model: validation loss" in said and "step 6/6" in said
-    assert (run / "bidirectional/adapter_model.safetensors").exists() == ("prompt" in adapter_sets(method))
+    assert (run / "prompt/adapter_model.safetensors").exists() == ("prompt" in adapter_sets(method))
     assert len(log(run)) == 6 and len(log(run, "val_loss")) == 3
     assert log(run, "val_loss")[-1] < log(run, "val_loss")[0]
 
@@ -271,7 +271,7 @@ def test_a_first_save_killed_between_two_renames_is_not_overwritten(flags, tmp_p
     replace, run = os.replace, tmp_path / "run"
 
     def dying(source, target):
-        if str(target).endswith("bidirectional/adapter_model.safetensors"):
+        if str(target).endswith("prompt/adapter_model.safetensors"):
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -306,7 +306,7 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "--model, --out not given" in exits(2, train.main, ["--data", "x"], capsys)
     assert "nowhere is not a folder" in bad("--model", "nowhere")
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
-    assert "argument --rank: 0 is out of range: expected at least 1" in bad("--rank", 0)
+    assert "argument --rank: 0 is out of range: expected a whole number from 1 to 65536" in bad("--rank", 0)
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")
     assert "no linear is named fc1" in bad("--targets", "fc1")
     assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 
 OTHER_FILES = {         # by what they begin with
     b"PAR1": "a parquet file", b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "compressed by gzip",
@@ -38,11 +39,12 @@ def read_json(path, *needs, kind=dict, absent=None):
 
 
 def check_fields(part, where, table, neutral=(), nothing=()):
-    """The fields of a JSON object from outside, by a table: name -> (form, default). The form is a type, a
+    """The fields of a JSON object from outside, by a table: name -> (form, default). A form is a type, a
     value, a function that says whether a value fits (its docstring: what it expects), or a tuple of these,
-    of which one must fit (true is no 1); the default stands for what is left out, and is ... for what may
-    not be. ValueError for another form, and for a field that is neither in the table nor `neutral` (it may
-    hold anything), unless it is of the form `nothing`: so nothing is overlooked."""
+    of which one must fit. (true is no 1.) The default stands for a field that is left out; where it is ..., the field
+    must be there. A field that is not in the table is refused, unless it is `neutral`, which may hold
+    anything, or holds what is of the form `nothing`. ValueError for what is refused, lacking or of another
+    form."""
     if not isinstance(part, dict):
         raise ValueError(f"{where} is {part!r:.60}, expected an object")
     others = part.keys() - table.keys() - set(neutral)
@@ -54,6 +56,16 @@ def check_fields(part, where, table, neutral=(), nothing=()):
         if name in part and not fits(part[name], form):
             raise ValueError(f"{where} has the {name} {part[name]!r:.60}, expected {form_in_words(form)}")
     return {name: part.get(name, default) for name, (_, default) in table.items()}
+
+
+def number_within(kind, low, high):
+    """A form of `check_fields`: a number of a kind, int or float, from low to high."""
+    def fits(value):
+        return type(value) in (int, kind) and low <= value <= high
+
+    limit = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
+    fits.__doc__ = f"{'a whole' if kind is int else 'a'} number {limit}"
+    return fits
 
 
 def fits(value, form):
