@@ -7,7 +7,6 @@ TASKS puts the paper's words around a row's question and choices. (The template 
 import csv
 import io
 import json
-import re
 from pathlib import Path
 
 from text.words import check_kind, listed
@@ -48,8 +47,8 @@ def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-l
     return numbered(question, [row[f"answer{letter}"] for letter in "ABC"], answer)
 
 
-def mmlu(row):              # question, choices, answer, subject; in the CSV files the answer is a letter
-    return numbered(row["question"], row["choices"], row["answer"], ".") | {"subject": row.get("subject")}
+def mmlu(row):              # question, choices, answer; in the CSV files the answer is a letter
+    return numbered(row["question"], row["choices"], row["answer"], ".")
 
 
 def ultrafeedback(row):     # up to four models' completions, and what GPT-4 wrote is learned: many rows have
@@ -110,14 +109,13 @@ def json_rows(path):
 
 
 def csv_rows(path):
-    """MMLU's, SUBJECT_test.csv: a question, its four choices and the right one's letter; no titles."""
-    subject = re.sub("_(test|val|dev)$", "", path.stem)
+    """MMLU's: a question, its four choices and the right one's letter; no titles."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         for n, fields in enumerate(filter(None, csv.reader(file)), 1):
             if len(fields) != 6 or fields[5] not in list("ABCD"):
                 raise ValueError(f"{path}, row {n}: expected a question, four choices and a letter A to D")
-            yield f"row {n}", {"question": fields[0], "choices": fields[1:5],
-                               "answer": "ABCD".index(fields[5]), "subject": subject}
+            answer = "ABCD".index(fields[5])
+            yield f"row {n}", {"question": fields[0], "choices": fields[1:5], "answer": answer}
 
 
 def zip_labels(path, rows):
