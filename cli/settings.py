@@ -187,13 +187,19 @@ DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data":
 # ----------------------------------------------------------------------------------------------------------
 # Flags
 
+class Parser(argparse.ArgumentParser):
+    """Its errors are ValueErrors."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def new_parser(description, *tables, typed_only=False):
-    """An argument parser with the flags of tables, name -> Setting; errors are ValueErrors. typed_only: it
-    gives what was typed, without defaults."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS if typed_only else None)
-    parser.error = refuse
+    """A Parser with the flags of tables, name -> Setting. typed_only: it gives what was typed, without
+    defaults."""
+    parser = Parser(description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS if typed_only else None)
     groups = {}
     for name, s in (pair for table in tables for pair in table.items()):
         group = groups.setdefault(s.group, parser.add_argument_group(s.group))
@@ -206,10 +212,6 @@ def new_parser(description, *tables, typed_only=False):
 
 def flag(name):
     return f"--{name.replace('_', '-')}"
-
-
-def refuse(message):
-    raise ValueError(message)
 
 
 def typed(argv, description=None):
