@@ -13,8 +13,10 @@ from text.examples import encode_answer, encode_prompt
 QUESTION = "red foxes sing, says Ann; old owls read, says Tom. What did Tom say?"
 FULL, LEFT, RIGHT, TALL, STEP = (20, 700), (20, 340), (380, 340), 58, 84    # x and width; heights
 GREY, BLUE, RED, MIXED = "#999999", "#4499cc", "#cc6677", "#aa66cc"
-DOWN, BOTH = ["M370,62v18"], ["M190,62v18", "M550,62v18"]
-WAYS = [DOWN, BOTH, ["M190,62v18", "M330,62l80,18", "M722,30h8v252h-8"], BOTH, DOWN, DOWN, DOWN, []]
+DOWN, BOTH = ["M370,62v18"], ["M190,62v18", "M550,62v18"]       # from a row to the next; ends are arrows
+WAYS = [DOWN, BOTH, ["M190,62v18", "M330,60v9h220v11", "M722,30h8v252h-8"], BOTH, DOWN, DOWN, DOWN, []]
+ARROW = ('<marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+         f'<path d="M0,0l8,4l-8,4" fill="{GREY}"/></marker>')
 
 
 @torch.inference_mode()
@@ -55,6 +57,7 @@ if __name__ == "__main__":
             svg += [f'<rect x="{x}" y="{y}" width="{width}" height="{TALL}" rx="6" fill="{colour}" '
                     f'fill-opacity="0.18" stroke="{colour}"/>',
                     label(x + 12, y + 23, title), label(x + 12, y + 44, text)]
-        svg += [f'<path transform="translate(0 {y})" d="{d}" stroke="{GREY}" fill="none"/>' for d in to]
+        svg += [f'<path transform="translate(0 {y})" d="{d}" stroke="{GREY}" fill="none" '
+                'marker-end="url(#arrow)"/>' for d in to]
     head = f'<svg class="drawn" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {STEP * len(rows) + 6}">'
-    Path("docs/trace.svg").write_text("\n".join([head, STYLE, *svg, "</svg>"]) + "\n", encoding="utf-8")
+    Path("docs/trace.svg").write_text("\n".join([head, STYLE, ARROW, *svg, "</svg>"]) + "\n", encoding="utf-8")
