@@ -27,8 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model import NONE, KVCache, Past, may_attend
 
-# A method is how the prompt is read: each of its passes is (what a token sees, adapter set). Two passes are
-# mixed; a single one is taken as it is; without any, the prompt is read with the answer, causally.
+# A method is how the prompt is read: each of its passes is (what a token sees, adapter set). What two passes
+# leave is mixed, what one leaves is not; without any, the prompt is read with the answer, causally.
 METHODS = {
     "bitune":         [("causal", "answer"), ("bidirectional", "prompt")],
     "naive-bidir":    [("bidirectional", "answer")],
@@ -123,8 +123,8 @@ class Bitune(nn.Module):
     def encode(self, context, past=None):
         """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
         of an earlier past if there is one (None if there is neither). No gradient reaches q, o and MLP of
-        the last layer in the set "prompt": only K and V go on from here. As long as LoRA's B is zero, its A
-        and θ[0] have a gradient of zero: both passes give layer 0 the same K and V."""
+        the last layer in the set "prompt": only K and V go on from here. As long as LoRA's B is zero, the
+        gradients of its A and of θ[0] are zero: both passes give layer 0 the same K and V."""
         if context.ids.shape[1] == 0:
             return past
         read = self.read(context, past)
@@ -154,7 +154,7 @@ class Bitune(nn.Module):
         the answer token that each state should predict, or -100; the indices of those that have one; and the
         Past of context and stream. past: that of the contexts, where they have been read already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
-        before = [len(self.split(p)[1]) - 1 for p in prompts]       # tokens that open it and predict none
+        before = [len(self.split(p)[1]) - 1 for p in prompts]       # opening tokens that predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
         at = tuple(send((labels >= 0).nonzero().T, self.device))
         past = past or self.encode(context)
@@ -228,7 +228,7 @@ class Bitune(nn.Module):
 
 def blend(a, causal, second):
     """(1 - α) K_c + α K_b in float32, then in K's dtype again."""
-    a = a if a.dim() else a[None]       # without a dimension α would be taken in K's dtype
+    a = a if a.dim() else a[None]       # a number without dimensions would be taken in K's dtype
     return ((1 - a) * causal + a * second).to(causal.dtype)
 
 

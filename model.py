@@ -89,7 +89,7 @@ def rotate(x, cos, sin):
 
 def may_attend(query_pos, key_pos, sees="causal"):
     """The attention mask from positions alone: (B, T) and (B, S) to (B, 1, T, S), True = may attend.
-    Padding stands at -1: no other token sees it, and it sees itself, as no softmax may be empty."""
+    Padding stands at -1: no token sees it but padding itself, as no softmax may be empty."""
     q, k = query_pos[:, None, :, None], key_pos[:, None, None, :]
     sight = {"causal": k <= q, "anticausal": k >= q, "bidirectional": torch.ones_like(k <= q)}[sees]
     return sight & ((q >= 0) == (k >= 0))

@@ -51,17 +51,20 @@ def step_bytes(bitune, examples):
 
 
 def tokens_that_fit(bitune, examples, s):
-    """How many tokens, with padding, a micro-batch may have. Where the settings do not say it: a whole step
-    of the longest example, halved until it fits, as measured, into the memory that gradients and moments
-    leave. Then such a micro-batch runs forward and backward, for nothing: if memory is short all the same,
-    it shows now and not some night."""
+    """How many tokens, with padding, a micro-batch may have: as many as n of the longest example. n is at
+    most the batch size, and what --micro-batch-tokens has room for; without that flag it is halved until n
+    times what one example takes, as measured, fits into the memory that gradients and moments leave. Then
+    such a micro-batch runs forward and backward, for nothing: if memory is short all the same, it shows now
+    and not some night."""
     longest = max(examples, key=length)
     with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
-        n = max(1, (s.micro_batch_tokens or 0) // length(longest))
-        if not s.micro_batch_tokens:
+        n = s.batch_size
+        if s.micro_batch_tokens:
+            n = min(n, max(1, s.micro_batch_tokens // length(longest)))
+        else:
             trained = sum(p.numel() * p.element_size() for p in bitune.parameters() if p.requires_grad)
             room = 0.8 * free_bytes(bitune.device) - 3 * trained
-            n, one = s.batch_size, step_bytes(bitune, [longest])
+            one = step_bytes(bitune, [longest])
             while n > 1 and n * one > room:
                 n = -(-n // 2)
         while True:

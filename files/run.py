@@ -305,12 +305,12 @@ class Run:
             "train_examples": len(examples), "val_examples": len(self.val), "dropped": dropped,
             "prompt_tokens": sum(len(e.prompt) for e in examples),
             "answer_tokens": sum(len(e.answer) for e in examples),
-            "data_hash": hashlib.sha256(repr(examples + self.val).encode()).hexdigest()[:16],
+            "data_hash": hashlib.sha256(repr((examples, self.val)).encode()).hexdigest()[:16],
             "epochs": round(s.steps * s.batch_size / len(examples), 2),
         }
 
     def alphas(self):
-        """The mixing's α by layer, name -> numbers, as it takes the first prompt that there is to read."""
+        """The mixing's α by layer, name -> numbers, with the first prompt that has a context."""
         return alpha_by_layer(self.bitune, self.shown)
 
     def steps_left(self):

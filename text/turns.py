@@ -1,8 +1,8 @@
 """What a row of a data file says: who says what, and which answers are learned.
 
-Every key of a row, of a message and of a part of a text is read, or is neutral: it says where a row is from.
-Any other turns the row away, unless it is an empty text: what it asks for (tools, images) is not done here.
-Null, an empty list and an empty object are absent.
+Every key of a row, of a message and of a part of a text is read, or it is neutral, such as one that says
+where a row is from, and ignored. Any other turns the row away, unless it is an empty text: what it asks for
+(tools, images) is not done here. Null, an empty list and an empty object are absent.
 """
 
 from typing import NamedTuple
@@ -55,7 +55,7 @@ def parse_row(row):
     columns = {name: one_of(row, keys) for name, keys in KEYS.items()}
     said = lambda name: of_type(str, repr(columns[name]), row.get(columns[name], ""))
     prompt, answer = columns["prompt"], columns["answer"]
-    read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text says all once more
+    read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text repeats the rest
     if columns["turns"]:
         parsed = Row(read_turns(columns["turns"], row))
         texts = [turn.text for turn in parsed.turns]

@@ -60,12 +60,12 @@ def check_fields(part, where, table, neutral=(), nothing=()):
 
 def number_within(kind, low, high):
     """A form of `check_fields`: a number of a kind, int or float, from low to high."""
-    def fits(value):
+    def within(value):
         return type(value) in (int, kind) and low <= value <= high
 
     limit = f"of at least {low}" if high == sys.float_info.max else f"from {low} to {high}"
-    fits.__doc__ = f"{'a whole' if kind is int else 'a'} number {limit}"
-    return fits
+    within.__doc__ = f"{'a whole' if kind is int else 'a'} number {limit}"
+    return within
 
 
 def fits(value, form):
