@@ -30,7 +30,7 @@ FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 
 ABOUT = {"method": (tuple(METHODS), ...), "c": ((int, float), ...), "template": (tuple(TEMPLATES), "plain"),
          "step": (int, None), "whole": (bool, False), "base": (str, ...),
-         "base_config": (dict, ...), "fingerprint": (dict, ...)}
+         "base_config": (dict, ...), "base_digest": (str, ...), "fingerprint": (dict, ...)}
 
 
 def read_about(folder):
@@ -90,12 +90,22 @@ def fingerprint(bitune):
             "logits": [(row * wave(row)).sum().item() for row in logits[labels >= 0]]}
 
 
+def base_digest(model):
+    """Tells a base from others of its shape, whatever the dtype it is loaded in: a digest of some numbers,
+    as bfloat16, of the weights that 8 bits leave as they are."""
+    own = [t for name, t in model.state_dict().items() if "layernorm" in name or "embed_tokens" in name]
+    numbers = torch.cat([t.flatten()[::max(1, t.numel() // 16)].bfloat16() for t in own])
+    return hashlib.sha256(repr(numbers.tolist()).encode()).hexdigest()[:16]
+
+
 def check_base(folder, about, model, base):
     """ValueError if a run was finetuned from a base that computes otherwise than `model`."""
     here, there = asdict(model.config), about["base_config"]
     if differ := [key for key in here if key in there and there[key] != here[key]]:
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
                          listed([f"{key} is {there[key]} there and {here[key]} here" for key in differ]))
+    if not about["whole"] and about["base_digest"] != base_digest(model):
+        raise ValueError(f"{folder} was finetuned from {about['base']}: {base} has its shape, but other weights")
 
 
 def check_code(folder, about, bitune):
@@ -149,7 +159,8 @@ def run_bytes(bitune, base, **about):
     whole = KINDS[kind].trains_base
     files = {"bitune.json": json_bytes({
         "method": bitune.method, "c": bitune.c, **about, "whole": whole, "base": base,
-        "base_config": asdict(bitune.model.config), "fingerprint": fingerprint(bitune)})}
+        "base_config": asdict(bitune.model.config), "base_digest": base_digest(bitune.model),
+        "fingerprint": fingerprint(bitune)})}
     if own := own_tensors(bitune):
         files["mixing.safetensors"] = tensor_bytes(own)
     for name in reversed(adapter_sets(bitune.method)):
