@@ -105,7 +105,8 @@ def check_base(folder, about, model, base):
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
                          listed([f"{key} is {there[key]} there and {here[key]} here" for key in differ]))
     if not about["whole"] and about["base_digest"] != base_digest(model):
-        raise ValueError(f"{folder} was finetuned from {about['base']}: {base} has its shape, but other weights")
+        raise ValueError(f"{folder} was finetuned from {about['base']}, of which {base} has the shape, but "
+                         "not the weights")
 
 
 def check_code(folder, about, bitune):
