@@ -74,17 +74,6 @@ def cached_is_uncached(bitune, make, folder):
 
 
 @identity
-def padding_and_its_contents_change_nothing(bitune, make, folder):
-    context, _ = bitune.lay_out(RAGGED, ANSWERS)
-    if past := bitune.encode(context):
-        context.ids[context.positions < 0] = 299
-        for pair, other in zip(past.layers, bitune.encode(context).layers):
-            for t, t2 in zip(pair, other):
-                real = (past.positions >= 0)[:, None, :, None].expand_as(t)
-                assert torch.equal(t[real], t2[real]) and t.isfinite().all()
-
-
-@identity
 def the_passes_are_what_is_mixed(bitune, make, folder):
     """If every pass reads alike, what is mixed of them is what each of them has read."""
     if alpha_by_layer(bitune, RAGGED[3]):

@@ -3,12 +3,15 @@ leaves."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from itertools import count, product
 from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ from experiments import evaluate, merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import finish_saves, locked, write_files
-from files.run import alpha_by_layer, fingerprint, load_bitune, load_run, own_tensors
+from files.run import alpha_by_layer, fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
 from text.examples import Example, batches, load_examples
 from tiny import (ANSWERS, RAGGED, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data,
@@ -54,17 +57,13 @@ def log(folder, key="loss"):
     return [r[key] for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in r]
 
 
-def settings(folder):
-    return json.loads((folder / "settings.json").read_text())["settings"]
-
-
 def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def logits(run):
+def logits(run=None, model=None):
     with torch.inference_mode():
-        return load_run(run)[0](RAGGED, ANSWERS)[0]
+        return load_run(run, model)[0](RAGGED, ANSWERS)[0]
 
 
 def call(command, *argv):
@@ -97,10 +96,6 @@ def stop():
     signal.raise_signal(signal.SIGTERM)
 
 
-def fail(problem):
-    raise problem
-
-
 # ---- train and ask ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("method", ["bitune", "shared-weights", "naive-bidir", "causal"])
@@ -125,8 +120,8 @@ def test_train_then_ask(method, flags, tmp_path, capsys):
 @pytest.mark.reference          # of today's method
 def test_settings_and_derived_numbers_are_saved(flags, tmp_path):
     train.main(flags("--rank", 3, "--steps", 1))
-    derived = json.loads((tmp_path / "run/settings.json").read_text())["derived"]
-    assert settings(tmp_path / "run")["rank"] == 3 and settings(tmp_path / "run")["eps"] == 1e-6
+    settings, derived = read_settings(tmp_path / "run")
+    assert settings["rank"] == 3 and settings["eps"] == 1e-6
     assert (derived["train_examples"], derived["val_examples"]) == (36, 4)
     assert derived["trainable_parameters"] == 2 * 3 * 3 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3) + 6
     assert derived["answer_tokens"] == sum(len(f" It is {i + i % 7}.") + 1 for i in range(36))
@@ -134,7 +129,7 @@ def test_settings_and_derived_numbers_are_saved(flags, tmp_path):
 
 def test_validation_numbers():
     """Without dropout, with which training then goes on."""
-    bitune = tiny_bitune(adapters={"dropout": 0.5})
+    bitune = tiny_bitune(adapters={"dropout": 0.5}).train()
     examples, n = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)], [len(a) for a in ANSWERS]
     result = train.validate(bitune, examples, batches)
     assert all(module.training for module in bitune.modules())
@@ -149,38 +144,54 @@ def test_validation_numbers():
 
 # ---- interrupted -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("peft", ["lora", "full"])
-def test_resumed_is_uninterrupted(peft, flags, tmp_path, monkeypatch, capsys):
-    """Bit for bit, with dropout drawing random numbers on the way: saves draw none. SIGTERM in step 3."""
-    run, argv = tmp_path / "run", flags("--peft", peft, "--dropout", 0.2, "--save-every", 1)
-    call(train, *argv, "--out", tmp_path / "whole")
-    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 3, stop))
-    assert "step 3: stopped by SIGTERM" in exits(128 + signal.SIGTERM, train.main, argv, capsys)
-    assert len(log(run)) == 3
-    with open(run / "log.jsonl", "a") as f:
-        f.write('{"step": 4, "lo')                              # what a kill may leave of a line
-    torch.manual_seed(999)
+@pytest.mark.parametrize("method, peft", [("bitune", "lora"), ("causal", "full")])
+def test_resumed_is_uninterrupted(method, peft, flags, tmp_path, monkeypatch, capsys):
+    """Bit for bit, with dropout drawing random numbers on the way: saves draw none. SIGTERM in step 3 of a
+    run, and of a second stage, which starts where the first ended."""
+    first, second, step = tmp_path / "first", tmp_path / "second", train.train_step
+    more = f"--adapter {first} --data {tmp_path}/data.jsonl --batch-size 4 --steps 4 --lr 0.01".split()
+    for run, argv in (
+        (first, flags("--method", method, "--peft", peft, "--dropout", 0.2, "--template", "plain")),
+        (second, more),
+    ):
+        killed = tmp_path / "killed" / run.name
+        monkeypatch.setattr(train, "train_step", step)
+        call(train, *argv, "--out", run)
+        said = capsys.readouterr().out
+        monkeypatch.setattr(train, "train_step", at_step(step, 3, stop))
+        line = exits(128 + signal.SIGTERM, train.main, [*argv, "--out", killed], capsys)
+        assert "step 3: stopped by SIGTERM" in line and len(log(killed)) == 3
+        with open(killed / "log.jsonl", "a") as f:
+            f.write('{"step": 4, "loss": 0}\n{"step": 5, "lo')  # what a kill may leave behind the save
+        torch.manual_seed(999)
+        call(train, "--resume", killed)
+        assert_same_run(run, killed)
+        assert log(run) == log(killed)
+    assert f"{first}: validation loss" in said
+    assert log(second, "val_loss")[0] == log(first, "val_loss")[-1] != log(second, "val_loss")[-1]
+    about = json.loads((second / "bitune.json").read_text())
+    assert (about["method"], about["template"], about["step"]) == (method, "plain", 4)
+
+
+def test_a_first_save_killed_between_two_renames_is_whole_and_not_overwritten(flags, tmp_path, capsys):
+    """By SIGKILL: also its lock has died with the process."""
+    replace, run = os.replace, tmp_path / "run"
+
+    def dying(source, target):
+        if str(target).endswith("bidirectional/adapter_model.safetensors"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    with patch("os.replace", dying):
+        child = get_context("fork").Process(target=train.main, args=(flags(),))
+        child.start(), child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert (run / "renaming.json").exists() and not (run / "adapter_config.json").exists()
+    assert load_run(shutil.copytree(run, tmp_path / "copy"))[3]["step"] == 3        # to read it is to finish it
+    assert "already holds a run: continue it with --resume" in exits(2, train.main, flags(), capsys)
     call(train, "--resume", run)
-    assert_same_run(tmp_path / "whole", run)
-    assert log(tmp_path / "whole") == log(run)
-
-
-def test_killed_at_any_moment_the_last_save_loads(flags, tmp_path):
-    """SIGKILL twice over, at moments that move through the save; each time the run loads and goes on: also
-    its lock has died with the process."""
-    argv = flags("--steps", 5000, "--save-every", 1, "--batch-size", 1, "--val-size", 0)
-    run, state, before = tmp_path / "run", tmp_path / "run/state.safetensors", 0
-    for i in range(2):
-        child = get_context("fork").Process(target=train.main, args=(argv,))
-        child.start()
-        while not state.exists() or len(log(run)) < before + 3:
-            assert child.is_alive()
-            time.sleep(0.01)
-        time.sleep(0.013 * i)
-        child.kill(), child.join()
-        load_bitune(tiny_model(), run)
-        assert load_file(state)["step"] >= len(log(run)) - 1
-        argv, before = ["--resume", str(run)], len(log(run))
+    train.main(flags("--out", tmp_path / "whole"))
+    assert_same_run(run, tmp_path / "whole")
 
 
 def test_a_second_signal_ends_a_validation_and_nothing_is_lost(flags, tmp_path, monkeypatch, capsys):
@@ -221,7 +232,7 @@ def test_as_many_tokens_go_at_a_time_as_fit(flags, tmp_path, monkeypatch, capsys
             if free:
                 patch.setattr(memory, "free_bytes", lambda device: free)
             train.main(flags("--out", tmp_path / out, "--steps", 2))
-        assert settings(tmp_path / out)["micro_batch_tokens"] == examples * longest
+        assert read_settings(tmp_path / out)[0]["micro_batch_tokens"] == examples * longest
         assert sizes[:len(tried)] == tried
     limit = 0
     line = exits(1, train.main, flags("--out", tmp_path / "none"), capsys)
@@ -234,7 +245,7 @@ def test_as_many_tokens_go_at_a_time_as_fit(flags, tmp_path, monkeypatch, capsys
     (torch.OutOfMemoryError("out of memory"), "try a smaller --micro-batch-tokens"),
 ])
 def test_what_goes_wrong_later_loses_no_save(fault, advice, flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 4, lambda: fail(fault)))
+    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 4, Mock(side_effect=fault)))
     line = exits(1, train.main, flags(), capsys)
     assert "step 4" in line and advice in line
     assert "The save of step 3 is whole: python train.py --resume" in line
@@ -265,24 +276,6 @@ def test_a_model_that_a_step_has_ruined_is_not_saved(flags, tmp_path, monkeypatc
     line = exits(1, train.main, flags("--save-every", 2), capsys)
     assert "step 4: the validation loss is nan: start again with a lower --lr. The save of step 3 is" in line
     assert all(t.isfinite().all() for t in files(tmp_path / "run").values() if torch.is_tensor(t))
-
-
-def test_a_first_save_killed_between_two_renames_is_not_overwritten(flags, tmp_path, monkeypatch, capsys):
-    replace, run = os.replace, tmp_path / "run"
-
-    def dying(source, target):
-        if str(target).endswith("prompt/adapter_model.safetensors"):
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", dying)
-        with pytest.raises(SystemExit):
-            train.main(flags())
-    assert (run / "renaming.json").exists() and not (run / "adapter_config.json").exists()
-    assert "already holds a run: continue it with --resume" in exits(2, train.main, flags(), capsys)
-    call(train, "--resume", run)
-    assert len(log(run)) == 6
 
 
 def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, capsys):
@@ -369,52 +362,26 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("file, damage, message", [
-    ("bitune.json", None, "has no bitune.json, which says how its two sets are used"),
-    ("bitune.json", "[]", "bitune.json is not what it should be: expected an object"),
-    ("bitune.json", {"method": None}, "bitune.json lacks method"),
-    ("bitune.json", {"method": "bituna"}, "has the method 'bituna', expected"),
-    ("bitune.json", {"c": "x"}, "has the c 'x', expected a whole number or a number"),
-    ("bitune.json", {"template": "x"}, "has the template 'x', expected"),
-    ("adapter_config.json", {"r": None}, "adapter_config.json lacks r"),
-    ("adapter_model.safetensors", "x", "adapter_model.safetensors cannot be read"),
-    pytest.param("mixing.safetensors", None, "has no mixing.safetensors", marks=pytest.mark.reference),
-    pytest.param("mixing.safetensors", torch.ones(2), "missing theta_value (3,); theta_key is (2,), expected",
-                 marks=pytest.mark.reference),
+    ("bitune.json", Path.unlink, "has no bitune.json, which says how its two sets are used"),
+    ("bitune.json", partial(Path.write_text, data="[]"), "is not what it should be: expected an object"),
+    ("bitune.json", partial(change, method=None), "bitune.json lacks method"),
+    ("bitune.json", partial(change, method="bituna"), "has the method 'bituna', expected"),
+    ("bitune.json", partial(change, c="x"), "has the c 'x', expected a whole number or a number"),
+    ("bitune.json", partial(change, template="x"), "has the template 'x', expected"),
+    ("adapter_config.json", partial(change, r=None), "adapter_config.json lacks r"),
+    ("adapter_model.safetensors", partial(Path.write_text, data="x"), "safetensors cannot be read"),
+    pytest.param("mixing.safetensors", Path.unlink, "has no mixing.safetensors", marks=pytest.mark.reference),
+    pytest.param("mixing.safetensors", partial(save_file, {"theta_key": torch.ones(2)}),
+                 "missing theta_value (3,); theta_key is (2,), expected", marks=pytest.mark.reference),
 ])
 def test_a_damaged_run_is_refused_in_one_line(file, damage, message, tmp_path, capsys):
     run = write_run(tmp_path / "run", tiny_bitune(), write_checkpoint(tmp_path / "model"))
-    if damage is None:
-        (run / file).unlink()
-    elif isinstance(damage, dict):
-        change(run / file, **damage)
-    elif isinstance(damage, str):
-        (run / file).write_text(damage)
-    else:
-        save_file({"theta_key": damage}, run / file)
+    damage(run / file)
     argv = ["--model", tmp_path / "model", "--adapter", run, *ASK]
     assert message in exits(2, sample.main, argv, capsys)
 
 
 # ---- going on --------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("method, peft", [("bitune", "lora"), ("causal", "full")])
-def test_a_second_stage_starts_where_the_first_ended(method, peft, flags, tmp_path, monkeypatch, capsys):
-    """And killed and resumed, it ends in the same bytes."""
-    first, whole, killed = (tmp_path / name for name in ("run", "whole", "killed"))
-    train.main(flags("--method", method, "--peft", peft, "--template", "plain"))
-    second = ["--adapter", first, "--data", tmp_path / "data.jsonl", "--batch-size", 4, "--steps", 4,
-              "--lr", 0.01, "--save-every", 2]
-    call(train, *second, "--out", whole)
-    assert f"{first}: validation loss" in capsys.readouterr().out
-    assert log(whole, "val_loss")[0] == log(first, "val_loss")[-1] != log(whole, "val_loss")[-1]
-    about = json.loads((whole / "bitune.json").read_text())
-    assert (about["method"], about["template"], about["step"]) == (method, "plain", 4)
-    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 3, stop))
-    with pytest.raises(SystemExit):
-        call(train, *second, "--out", killed)
-    call(train, "--resume", killed)
-    assert_same_run(whole, killed)
-
 
 @pytest.mark.parametrize("method", ["anticausal", "shared-weights"])
 def test_another_method_that_mixes_goes_on_with_the_mixing(method, flags, tmp_path):
@@ -432,12 +399,12 @@ def test_bitune_starts_from_a_peft_adapter_whose_ranks_differ(flags, tmp_path, c
     scatter(model)
     write_files(adapter, adapter_bytes(model, "answer", str(tmp_path / "model")))
     train.main(flags("--adapter", adapter, "--lr", 0, "--steps", 2)[2:])       # the adapter names its base
-    bitune, _, _, about = load_run(run)
+    (bitune, _, _, about), (settings, _) = load_run(run), read_settings(run)
     given, prompt = adapters(model, "answer"), adapters(bitune.model, "prompt")
     for path, one in adapters(bitune.model, "answer").items():
         assert torch.equal(one.lora_A, given[path].lora_A) and torch.equal(one.lora_A, prompt[path].lora_A)
-    assert (about["method"], settings(run)["peft"], settings(run)["rank"]) == ("bitune", "lora", 3)
-    assert settings(run)["model"] == str(tmp_path / "model")
+    assert (about["method"], settings["peft"], settings["rank"]) == ("bitune", "lora", 3)
+    assert settings["model"] == str(tmp_path / "model")
     assert {a.made_with["rank"] for a in given.values()} == {2, 3}
 
 
@@ -500,10 +467,9 @@ def test_a_merged_checkpoint_answers_as_base_and_adapter_do(model_type, peft, tm
     bitune, model = tiny_bitune("causal", peft, config), write_checkpoint(tmp_path / "model", **config)
     argv = ["--adapter", write_run(tmp_path / "run", bitune, model), "--out", merged]
     call(merge, *argv)
-    before, after = (Bitune(load_base(at)[0], "causal")(RAGGED, ANSWERS)[0] for at in (model, merged))
     adapted, _ = bitune(RAGGED, ANSWERS)
-    assert (adapted - before).abs().max() > 0.1
-    torch.testing.assert_close(after, adapted, atol=1e-4, rtol=1e-4)
+    assert (adapted - logits(model=model)).abs().max() > 0.1
+    torch.testing.assert_close(logits(model=merged), adapted, atol=1e-4, rtol=1e-4)
     assert "merged exists: choose another name" in exits(2, merge.main, argv, capsys)
 
 
@@ -539,15 +505,13 @@ def test_a_fully_finetuned_run_is_a_checkpoint(flags, tmp_path, capsys):
 
 
 def test_what_cannot_be_merged_says_why(tmp_path, capsys):
-    model, out = write_checkpoint(tmp_path / "model"), ["--out", tmp_path / "merged"]
-    mixed = write_run(tmp_path / "mixed", tiny_bitune(), model)
-    full = write_run(tmp_path / "full", tiny_bitune("causal", "full"), model)
-    for main, run, more, message in (
-        (merge.main, mixed, out, "is of method bitune, whose prompt passes need"),
-        (merge.main, full, out, "full is a whole checkpoint, not an adapter of"),
-        (sample.main, full, ASK, "full is a whole checkpoint, not an adapter of"),
+    argv = ["--model", write_checkpoint(tmp_path / "model"), "--out", tmp_path / "merged", "--adapter"]
+    for method, peft, message in (
+        ("bitune", "lora", "is of method bitune, whose prompt passes need"),
+        ("causal", "full", "causal is a whole checkpoint, not an adapter of"),
     ):
-        assert message in exits(2, main, ["--model", model, "--adapter", run, *more], capsys)
+        run = write_run(tmp_path / method, tiny_bitune(method, peft), argv[1])
+        assert message in exits(2, merge.main, [*argv, run], capsys)
     assert not (tmp_path / "merged").exists()
 
 

@@ -206,11 +206,13 @@ def test_a_new_kind_of_adapters_is_known_to_every_command(tmp_path, monkeypatch,
     assert config["peft_type"] == "VERA" and config["r"] == 4 and config["projection_prng_key"] == 0
 
 
-def test_peft_reads_vera(tmp_path):
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "vera"])
+def test_peft_reads_our_adapters(kind, tmp_path):
+    """(How we read PEFT's, tests/test_cases.py has recorded.)"""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base, ids = write_checkpoint(tmp_path / "base"), [256, 5, 9, 250, 3]
     with edited(tmp_path, "vera") as (module, _), torch.inference_mode():
-        bitune = module("tiny").tiny_bitune("causal", "vera")
+        bitune = module("tiny").tiny_bitune("causal", kind)
         module("files.disk").write_files(tmp_path / "run", module("files.run").run_bytes(bitune, str(base)))
         ours, _ = bitune([ids[:1]], [[*ids[1:], 0]])
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")

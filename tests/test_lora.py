@@ -12,9 +12,8 @@ from safetensors.torch import load_file, save_file
 from bitune import Bitune
 from files.adapters import adapter_bytes, load_adapter
 from files.disk import finish_saves, json_bytes, write_files
-from files.run import alpha_by_layer, load_bitune
 from lora import adapters, add_adapter
-from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint, write_run
+from tiny import ANSWERS, RAGGED, scatter, tiny_bitune, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
@@ -45,34 +44,6 @@ def test_targets_and_sets_are_independent():
     Bitune(model)(RAGGED, ANSWERS)
     with pytest.raises(ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"):
         add_adapter(tiny_model(), "answer", targets=("fc1", "q_proj"))
-
-
-def test_full_finetuning_trains_the_base_and_a_copy_of_its_linears(tmp_path):
-    model, again = tiny_model(model_type="qwen2"), tiny_model(model_type="qwen2")
-    for name in ("answer", "prompt"):
-        add_adapter(model, name, "full", ["down_proj", "v_proj"])
-    copies, path = adapters(model, "prompt"), "model.layers.1.self_attn.v_proj"
-    assert all(p.requires_grad for p in model.parameters())
-    assert not adapters(model, "answer")
-    assert torch.equal(copies[path].bias, model.get_submodule(path).bias)
-    with torch.no_grad():
-        copies[path].weight.mul_(2), copies[path].bias.add_(1)
-    write_files(tmp_path, adapter_bytes(model, "prompt"))
-    assert not add_adapter(again, "answer", "full")
-    assert load_adapter(again, "prompt", tmp_path) == 3 * 3         # two weights and a bias a layer
-    assert torch.equal(Bitune(again)(RAGGED, ANSWERS)[0], Bitune(model)(RAGGED, ANSWERS)[0])
-
-
-def test_dropout_acts_in_training_only_and_showing_alpha_draws_no_random_numbers():
-    """Otherwise a run killed after its validation would go on with other dropout masks."""
-    bitune = tiny_bitune(adapters={"dropout": 0.5})
-    run = lambda: bitune(RAGGED, ANSWERS)[0]
-    assert torch.equal(run(), run())
-    bitune.train()
-    assert not torch.equal(run(), run())
-    before = torch.get_rng_state()
-    alpha_by_layer(bitune, RAGGED[3])
-    assert bitune.training and torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.reference
@@ -144,32 +115,3 @@ def test_bytes_are_on_the_disk_before_a_name_changes(tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", lambda old, new: (done.append(new.name), replace(old, new)))
     write_files(tmp_path, {"a": b"12", "b": b"345"})
     assert done == [2, 3, len(json_bytes(["a", "b"])), "renaming.json", "a", "b"]
-
-
-# ---- PEFT ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind, tensors", [("lora", 2), ("dora", 3), ("ia3", 1)])
-def test_peft_reads_our_adapters_and_we_read_peft_s(kind, tensors, tmp_path):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    folder, ours = write_checkpoint(tmp_path / "base"), tiny_bitune("causal", kind=kind)
-    theirs = lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-
-    @torch.inference_mode()
-    def assert_alike(bitune, model):
-        logits, _ = bitune([RAGGED[3][:1]], [RAGGED[3][1:] + [0]])
-        torch.testing.assert_close(logits, model(torch.tensor([RAGGED[3]])).logits, atol=1e-4, rtol=0)
-
-    assert_alike(ours, peft.PeftModel.from_pretrained(theirs(), write_run(tmp_path / "run", ours, folder)))
-    targets = ["q_proj", "down_proj"]
-    config = peft.LoraConfig(r=3, lora_alpha=6, use_dora=kind == "dora", target_modules=targets)
-    if kind == "ia3":
-        config = peft.IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
-    made = peft.get_peft_model(theirs(), config)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if p.requires_grad:
-                p.add_(torch.empty_like(p).normal_(0, 0.3))
-    made.save_pretrained(tmp_path / "peft")
-    loaded, n, _ = load_bitune(tiny_model(), tmp_path / "peft")
-    assert_alike(loaded, made)
-    assert n == tensors * 2 * 3

@@ -42,16 +42,17 @@ def test_alpha_1_with_equal_adapters_is_one_forward_under_a_prefix_mask():
 def test_full_finetuning_of_two_equal_sets_splits_the_gradient_of_one():
     """By the chain rule: what a weight gets that both passes use is the sum of what its two copies get."""
     def gradients(method):
-        model = tiny_model(F64)
+        model = tiny_model(F64, model_type="qwen2")             # whose keys have a bias
         for name in adapter_sets(method):
             add_adapter(model, name, "full")
         Bitune(model, method).losses(RAGGED, ANSWERS).sum().backward()
         return {n: p.grad for n, p in model.named_parameters()}
 
     one, two, k_proj = gradients("shared-weights"), gradients("bitune"), "model.layers.1.self_attn.k_proj."
-    base, copy = two[k_proj + "weight"], two[k_proj + "sets.prompt.weight"]
-    assert_same([base + copy], [one[k_proj + "weight"]])
-    assert copy.abs().max() > 1e-3 and base.abs().max() > 1e-3
+    for part in ("weight", "bias"):
+        base, copy = two[k_proj + part], two[f"{k_proj}sets.prompt.{part}"]
+        assert_same([base + copy], [one[k_proj + part]])
+        assert copy.abs().max() > 1e-3 and base.abs().max() > 1e-3
     assert_same([two["model.embed_tokens.weight"]], [one["model.embed_tokens.weight"]])
 
 
