@@ -1,10 +1,17 @@
 """On a card, what is computed on the CPU: the same numbers, no tensor left behind, and one wait for the card
 for a step, a micro-batch of a validation, a written token. Each check is made on a card that is not there
-(pretended.py) and, where there is one, on a real card, whose waits are not counted."""
+(pretended.py) and, where there is one, on a real card, whose waits are not counted. And several processes at
+one run, and at one grid, make what one makes."""
 
 import json
+import os
+import signal
+import socket
+import time
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -13,30 +20,27 @@ import bitune as bitune_py
 import sample
 import train
 from bitune import METHODS, Bitune
+from cli.cards import apart
 from cli.chat import conversation
-from cli.memory import ready_to_answer
-from experiments import evaluate
-from files.disk import write_files
-from files.int8 import eight_bits
-from files.run import load_bitune, load_state, run_bytes, state_bytes
+from experiments import ablate, evaluate
+from files.disk import locked, write_files
+from files.run import load_bitune, load_state, state_bytes
 from lora import KINDS
 from model import KVCache
-from pretended import each, pretended
-from test_cards import torchrun
-from test_commands import files
+from pretended import each, pretended, waits
+from test_commands import call, files, log
 from text.examples import Example, batches
-from tiny import ANSWERS, RAGGED, tiny_bitune, tiny_model, write_checkpoint, write_data
+from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, tiny_model, write_run
 
 EXAMPLES = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
 SMALL = {"num_hidden_layers": 2}
 same = partial(pytest.approx, rel=2e-4, abs=2e-5)
 make_optimizer = partial(train.make_optimizer, lr=1e-3, eps=1e-6, weight_decay=0.0)
-real = partial(nullcontext, [])
 
 
-@pytest.fixture(params=[pretended, real])
+@pytest.fixture(params=[pretended, nullcontext])
 def card(request):
-    if request.param is real and not torch.cuda.is_available():
+    if request.param is nullcontext and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
 
@@ -44,7 +48,7 @@ def card(request):
 def on_both(card, make, call):
     """What call(bitune) gives on the CPU and on the card, and how often the card was waited for."""
     want = call(make())
-    with card() as waits:
+    with card():
         bitune = make().to("cuda")
         waits.clear()
         return want, call(bitune), len(waits)
@@ -61,43 +65,23 @@ def one_step(bitune, optimizer=None):
 def test_a_step_a_validation_and_answers(method, kind, family, card):
     def call(bitune):
         valid = train.validate(bitune, EXAMPLES, batches)
-        return [*one_step(bitune), *valid.values(), *sum(bitune.generate(RAGGED, 4), [])]
+        said = bitune.generate(RAGGED, 4) + bitune.generate(RAGGED, 4, temperature=1e-3, top_k=50, top_p=0.9)
+        return [*one_step(bitune), *valid.values(), *sum(said, [])]
 
     make = partial(tiny_bitune, method, kind, SMALL | {"model_type": family, "head_dim": 8})
     want, got, waits = on_both(card, make, call)
     assert got == same(want)
-    assert waits <= 1 + len(batches(EXAMPLES)) + 4
+    assert waits <= 1 + len(batches(EXAMPLES)) + 4 + 4
 
 
-@pytest.mark.parametrize("how", ["sampled", "merged", "8 bits", "checkpointing", "alternating", "choices"])
-def test_everything_else(how, card, monkeypatch):
-    def make():
-        bitune = tiny_bitune(config=SMALL)
-        if how == "8 bits":
-            eight_bits(bitune.model)
-        return bitune
-
+def test_a_conversation_that_goes_on(card):
     def call(bitune):
-        bitune.model.checkpointing = how == "checkpointing"
-        if how == "merged":
-            monkeypatch.setattr("cli.memory.free_bytes", lambda device: 2**40)
-            bitune = ready_to_answer(bitune)                        # which waits for each layer
-        if how == "alternating":
-            bitune = conversation(bitune, "chat-chatml", "alternating")
-            said = bitune.generate(RAGGED[:1], 4)[0]
-            return said + bitune.generate([RAGGED[0] + said + RAGGED[3]], 4)[0]
-        if how == "choices":
-            return sum(evaluate.log_probs(bitune, RAGGED, [[[5, 6], [7]]] * 4), [])
-        if how == "sampled":
-            temperature = 1.0 if card is pretended else 1e-3        # a real one draws other numbers
-            return sum(bitune.generate(RAGGED, 4, temperature=temperature, top_k=50, top_p=0.9), [])
-        loss = bitune.losses(RAGGED, ANSWERS).sum()
-        loss.backward()
-        return [loss.tolist(), *sum(bitune.generate(RAGGED, 4), [])]
+        chat = conversation(bitune, "chat-chatml", "alternating")
+        said = chat.generate(RAGGED[:1], 4)[0]
+        return said + chat.generate([RAGGED[0] + said + RAGGED[3]], 4)[0]
 
-    want, got, waits = on_both(card, make, call)
-    assert got == same(want)
-    assert waits <= 1 + 4 or how in ("merged", "alternating", "choices")
+    want, got, _ = on_both(card, partial(tiny_bitune, config=SMALL), call)
+    assert got == want
 
 
 def test_a_bfloat16_base_is_near_a_float32_one(card):
@@ -119,8 +103,7 @@ def test_a_run_goes_on_where_it_was_saved(card, tmp_path):
         else:
             bitune = tiny_bitune(config=SMALL).to(device)
             one_step(bitune, optimizer := make_optimizer(bitune))
-            state = state_bytes(bitune, optimizer, 1)
-            write_files(tmp_path, run_bytes(bitune, "base") | {"state.safetensors": state})
+            write_files(write_run(tmp_path, bitune), {"state.safetensors": state_bytes(bitune, optimizer, 1)})
         return one_step(bitune, optimizer)
 
     want = same(second_step("cpu", resumes=False))
@@ -132,25 +115,8 @@ def test_a_run_goes_on_where_it_was_saved(card, tmp_path):
 
 # ---- whole commands --------------------------------------------------------------------------------------
 
-@pytest.fixture
-def flags(tmp_path):
-    """Makes the words of a line: the flags of a run that starts from an adapter, or of what asks it."""
-    base, _ = write_checkpoint(tmp_path / "base", **SMALL), write_data(tmp_path / "data.jsonl", 12)
-    write_files(tmp_path / "begun", run_bytes(tiny_bitune(config=SMALL), str(base), template="paper"))
-    choices = json.dumps({"question": "Which?", "choices": ["one", "2"], "answer": 0})
-    (tmp_path / "choices.jsonl").write_text(f"{choices}\n" * 3)
-    return lambda line: f"{line} --dtype float32".format(tmp=tmp_path).split()
-
-
-TRAIN = ("--model {tmp}/base --data {tmp}/data.jsonl --steps 3 --batch-size 4 --lr 0.001 --eval-every 3 "
-         "--save-every 3 --val-size 4 --keep best")
-
-
-class Counted(train.Progress):
-    """Notes how many waits there were up to the end of each step."""
-    def step(self, run, record):
-        self.steps.append(len(self.waits))
-
+TRAIN = "--lr 0.001 --steps 3 --dtype float32"
+BEGUN = f"{TRAIN} --adapter {{tmp}}/begun"
 
 def assert_near(folder, other):
     """Two folders hold the same logs, scores and saves, but for times."""
@@ -164,36 +130,39 @@ def assert_near(folder, other):
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("starts", ["--adapter {tmp}/begun", "--peft full"])
-def test_the_commands(starts, card, flags, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("line", [f"{BEGUN} --base-bits 8", f"{TRAIN} --peft full --checkpointing"])
+def test_the_commands(line, card, flags, tmp_path, monkeypatch, capsys):
     """train.py, which waits once a step; scores of the CPU's run, and its answer."""
+    choices, steps = tmp_path / "choices.jsonl", []
+    choices.write_text('{"question": "Which?", "choices": ["one", "2"], "answer": 0}\n' * 3)
+    write_run(tmp_path / "begun", tiny_bitune(), flags()[1])
+
     def commands(device):
-        train.main(flags(f"{TRAIN} {starts} --out {{tmp}}/{device} --device {device}"))
-        ask = f"--adapter {{tmp}}/cpu --max-new-tokens 4 --device {device}"
-        for data in ("choices", "data"):
-            score = f"--task rows --limit 2 --data {{tmp}}/{data}.jsonl --out {{tmp}}/{device}"
-            evaluate.main(flags(f"{ask} {score}"))
+        out = ["--device", device, "--out", tmp_path / device]
+        train.main(flags(*line.format(tmp=tmp_path).split(), *out, "--keep", "best"))
+        ask = ["--adapter", tmp_path / "cpu", "--max-new-tokens", 4, "--device", device, "--dtype", "float32"]
+        for data in (choices, tmp_path / "data.jsonl"):
+            call(evaluate, *ask, *out, "--task", "rows", "--limit", 2, "--data", data)
         capsys.readouterr()
-        sample.main(flags(f"{ask} --show-mixing --prompt Why?"))
+        call(sample, *ask, "--show-mixing", "--prompt", "Why?")
         return [line for line in "".join(capsys.readouterr()).splitlines() if "tokens/s" not in line]
 
-    monkeypatch.setattr(train, "Progress", Counted)
-    Counted.waits, Counted.steps = [], []
+    monkeypatch.setattr(train.Progress, "step", lambda *args: steps.append(len(waits)))
     want = commands("cpu")
-    Counted.steps.clear()
-    with card() as Counted.waits:
+    with card():
         assert commands("cuda") == want
-    one, two, three = Counted.steps
+    one, two, three = steps[3:]
     assert two - one <= 1 and three - two <= 1
     assert_near(tmp_path / "cuda", tmp_path / "cpu")
 
 
 def test_two_processes_on_the_card_train_as_one_on_the_cpu(flags, tmp_path):
     """On the pretended card: few machines have two, and no process with a real one can be forked."""
-    begins = f"{TRAIN} --adapter {{tmp}}/begun"
-    train.main(flags(f"{begins} --out {{tmp}}/cpu --device cpu"))
+    write_run(tmp_path / "begun", tiny_bitune(), flags()[1])
+    argv = flags(*BEGUN.format(tmp=tmp_path).split(), "--device")
+    call(train, *argv, "cpu", "--out", tmp_path / "cpu")
     with pretended():
-        assert torchrun(flags(f"{begins} --out {{tmp}}/cuda --device cuda")) == [0, 0]
+        assert torchrun([*argv, "cuda", "--out", f"{tmp_path}/cuda"]) == [0, 0]
     assert_near(tmp_path / "cuda", tmp_path / "cpu")
 
 
@@ -210,3 +179,117 @@ def test_a_tensor_left_on_the_cpu_is_an_error(owner, name, part, monkeypatch):
     monkeypatch.setattr(owner, name, slip)
     with pretended(), pytest.raises(RuntimeError, match="of the CPU, .* meets one of the card"):
         tiny_bitune(config=SMALL).to("cuda").generate(RAGGED, 4)
+
+
+# ---- several processes -----------------------------------------------------------------------------------
+
+def at_once(*functions):
+    """Call each, in a process of its own; returns their exit statuses."""
+    processes = [get_context("fork").Process(target=function, daemon=True) for function in functions]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+    return [process.exitcode for process in processes]
+
+
+def torchrun(argv, before=None):
+    """train.py in two processes, as torchrun starts them; the second calls before(number, its Bitune) before
+    each step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def process(rank):
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        if rank and before:
+            step, number = train.train_step, count(1)
+            train.train_step = lambda *args: (before(next(number), args[0]), step(*args))[1]
+        train.main(argv)
+    return at_once(lambda: process(0), lambda: process(1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])          # a process without any example, and uneven shares
+def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_path, capfd):
+    """Stopped in step 3 by a signal to one of them."""
+    run, alone = tmp_path / "run", tmp_path / "alone"
+    more = "--batch-size", batch_size, "--micro-batch-tokens", 90, "--weight-decay", 0.1, "--lr", 0.001
+    train.main(flags(*more, "--out", alone))
+    capfd.readouterr()
+    stop = lambda step, bitune: step == 3 and os.kill(os.getpid(), signal.SIGTERM)
+    assert torchrun(flags(*more), stop) == [1, 0]
+    said = capfd.readouterr()
+    assert said.out.count("settings: ") == 1 and said.out.count("base model: validation loss") == 1
+    assert said.err == ("error: step 3: stopped by a signal to another of the processes. The save of step 3 "
+                        f"is whole: python train.py --resume {run}\n")
+    call(train, "--resume", run)
+    for key in ("step", "loss", "grad_norm", "val_loss", "val_perplexity", "val_accuracy"):
+        assert log(run, key) == pytest.approx(log(alone, key), rel=1e-4, abs=1e-4)
+    one, two = files(alone), files(run)
+    assert one.keys() == two.keys()
+    for name, t in one.items():
+        if torch.is_tensor(t):
+            torch.testing.assert_close(two[name], t, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
+    """Though all have drawn their adapters by one seed."""
+    drawn = []
+    for rank in range(3):
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", "3"), patch.setenv("RANK", str(rank))
+            patch.setattr("torch.distributed.get_rank", lambda: rank)
+            torch.manual_seed(42)
+            apart()
+            drawn.append(torch.rand(()).item())
+    assert len({*drawn}) == 3
+
+
+def no_numbers(bitune):
+    bitune.losses = lambda prompts, answers: some_of(bitune).sum() * torch.tensor([torch.nan])
+
+
+@pytest.mark.parametrize("what, said", [(lambda bitune: os._exit(1), "another of the processes is gone: "),
+                                        (no_numbers, "the loss is nan")])
+def test_what_one_process_meets_ends_both_in_one_line(what, said, flags, tmp_path, capfd):
+    assert torchrun(flags("--save-every", 2), lambda step, bitune: step == 5 and what(bitune))[0] == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: step 5: {said}")
+    assert line.endswith(f". The save of step 4 is whole: python train.py --resume {tmp_path / 'run'}")
+
+
+def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
+    assert torchrun(flags("--data", "nowhere"))[0] == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "error: 'nowhere' is not there: expected a data file"
+
+
+def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):
+    """All but one, which a third is at until one of them waits for nothing else; then it is made too."""
+    grid, kept, waited, listed = tmp_path / "run", "bitune-lr0.01-seed42", tmp_path / "waited", ablate.listed
+    argv = [a.replace("--lr", "--lrs") for a in flags("--steps", 2, "--seeds", 42, 43)]
+
+    def wait_for(file):
+        while not file.exists():
+            time.sleep(0.01)
+
+    def third():
+        with locked(grid / kept):
+            wait_for(waited)
+
+    def left(runs):
+        if runs == [kept]:
+            waited.touch()
+        return listed(runs)
+
+    def other():
+        wait_for(grid / kept / ".lock")
+        ablate.listed = left
+        ablate.main(argv)
+    assert at_once(third, other, other) == [0, 0, 0]
+    said = capfd.readouterr().out
+    assert f"waiting for what other processes are at: {kept}\n" in said
+    assert said.count((grid / "tables.md").read_text()) == 2
+    runs = [f.parent for f in grid.glob("*/bitune.json")]
+    assert len(runs) == 6 and all(len(log(run)) == 2 for run in runs)
