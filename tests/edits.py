@@ -6,12 +6,10 @@ An edit's definitions replace those of the same name, or are added, so that it s
 """
 
 import ast
-import importlib
 import re
 import shutil
 import sys
 import textwrap
-from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,25 +72,6 @@ def copy_project(folder, *names, slips=()):
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {file}"
         (folder / file).write_text(source.replace(old, new), encoding="utf-8")
     return folder
-
-
-@contextmanager
-def imported_from(folder):
-    """Import the project's modules from a copy of it: yields a function, module name -> module."""
-    own = lambda name: (ROOT / name.split(".")[0]).exists() or (ROOT / f"{name.split('.')[0]}.py").exists() \
-        or (ROOT / f"tests/{name}.py").exists() and name != "edits"
-    kept = {name: module for name, module in sys.modules.items() if own(name)}
-    path = list(sys.path)
-    try:
-        for name in kept:
-            del sys.modules[name]
-        sys.path[:0] = [str(folder), str(Path(folder) / "tests")]
-        yield importlib.import_module
-    finally:
-        for name in [n for n in sys.modules if own(n)]:
-            del sys.modules[name]
-        sys.modules.update(kept)
-        sys.path[:] = path
 
 
 if __name__ == "__main__":

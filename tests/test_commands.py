@@ -178,7 +178,7 @@ def test_a_first_save_killed_between_two_renames_is_whole_and_not_overwritten(fl
     replace, run = os.replace, tmp_path / "run"
 
     def dying(source, target):
-        if str(target).endswith("bidirectional/adapter_model.safetensors"):
+        if str(target).endswith("prompt/adapter_model.safetensors"):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
