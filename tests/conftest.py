@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import tempfile
-from multiprocessing import Value
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,44 +47,38 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=20, metavar="N", help="random files of a kind")
 
 
+@pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session):
-    """Run the tests in two processes, if there are many: a test is one thread, and most machines have two
-    cores. Each takes the next test when it is through with one; the child's reports are shown at the end."""
+    """Run the tests in two processes, every other one in a child, if there are many: a test is one thread,
+    and most machines have two cores. The child's reports are shown at the end."""
     config, items, manager = session.config, session.items, session.config.pluginmanager
     if len(items) < 50 or config.option.collectonly or config.option.usepdb or not hasattr(os, "fork"):
-        return None
+        return (yield)
     importlib.import_module("torch._dynamo")    # checkpointing would, in each of the two
-    taken, theirs = Value("i", 0), []
-
-    def take():
-        with taken.get_lock():
-            taken.value += 1
-            return items[taken.value - 1] if taken.value <= len(items) else None
 
     def keep(report):
-        theirs.append(config.hook.pytest_report_to_serializable(config=config, report=report))
+        pickle.dump(config.hook.pytest_report_to_serializable(config=config, report=report), file)
 
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() as file, suppress(EOFError):
         child = os.fork()
+        items[:] = items[child > 0::2]
         if not child:
             capture = manager.getplugin("capturemanager")
             capture.stop_global_capturing()     # the parent's, and its files
             capture.start_global_capturing()
             manager.unregister(name="terminalreporter")
             manager.register(SimpleNamespace(pytest_runtest_logreport=keep))
-        item = take()
-        while item:
-            following = take()
-            config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-            item = following
-        if not child:
-            pickle.dump(theirs, file)
-            file.flush()
-            os._exit(0)
-        if os.waitpid(child, 0)[1]:
+        try:
+            yield
+        finally:
+            if not child:
+                file.flush()
+                os._exit(0)
+            _, died = os.waitpid(child, 0)
+        if died:
             raise pytest.UsageError("the second process of the tests died before it was through")
         file.seek(0)
-        for data in pickle.load(file):
+        while data := pickle.load(file):
             report = config.hook.pytest_report_from_serializable(config=config, data=data)
             config.hook.pytest_runtest_logreport(report=report)
     return True

@@ -43,7 +43,6 @@ class Pretended(torch.Tensor):
     data = property(torch.Tensor.data.__get__, set_data)
     device = property(lambda self: CARD)
     is_cuda = property(lambda self: True)
-    is_meta = property(lambda self: False)
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     def cpu(self):

@@ -189,8 +189,6 @@ def test_targets_and_sets_are_independent():
     assert {p.split(".")[-1] for p in adapters(model, "answer")} == {"q_proj", "v_proj"}
     assert {p.split(".")[-1] for p in adapters(model, "prompt")} == {"down_proj"}
     Bitune(model)(RAGGED, ANSWERS)
-    with pytest.raises(ValueError, match="no linear is named fc1: expected down_proj, gate_proj, k_proj"):
-        add_adapter(tiny_model(), "answer", targets=("fc1", "q_proj"))
 
 
 @pytest.mark.reference
