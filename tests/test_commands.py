@@ -220,11 +220,13 @@ def test_as_many_tokens_go_at_a_time_as_fit(flags, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(Bitune, "losses", limited)
     monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    for out, limit, free, examples, tried in (
+    for out, limit, free, examples, tried, *typed in (
         ("all", 99, 1e9, 4, [1, 4]), ("tried", 2, 1e9, 2, [1, 4, 2]), ("reckoned", 99, 1e6, 1, [1, 1]),
+        ("typed", 99, 1e9, 2, [2], 100), ("batch", 99, 1e9, 4, [4], 10**6),
     ):
         sizes.clear()
-        train.main(flags("--out", tmp_path / out, "--steps", 2))
+        more = ["--micro-batch-tokens", *typed] * len(typed)
+        train.main(flags("--out", tmp_path / out, "--steps", 2, *more))
         assert read_settings(tmp_path / out)[0]["micro_batch_tokens"] == examples * longest
         assert sizes[:len(tried)] == tried
     limit = 0
@@ -327,9 +329,17 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     other = write_checkpoint(tmp_path / "other", rope_theta=5e5)
     line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
     assert f"{run} was finetuned from {tmp_path / 'model'}, which {other} is not" in line
-    write_data(tmp_path / "data.jsonl", 41)
+    other = write_checkpoint(tmp_path / "another", seed=1)
+    line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
+    assert f"of which {other} has the shape, but not the weights" in line
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(lines[:-1]))         # as if killed in the last validation
+    rows, parts = (tmp_path / "data.jsonl").read_text().splitlines(), (tmp_path / "a", tmp_path / "b")
+    for part, own in zip(parts, (rows[:30], rows[30:])):        # 36 are trained on, and 4 validate
+        part.write_text("\n".join(own))
+    line = bad("--resume", run, "--data", parts[0], "--val-data", parts[1])
+    assert "or the validation data, has changed since" in line
+    write_data(tmp_path / "data.jsonl", 41)
     assert "data.jsonl, or the validation data, has changed since" in bad("--resume", run)
     assert "has no settings.json" in bad("--resume", tmp_path / "nowhere")
 
