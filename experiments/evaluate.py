@@ -182,25 +182,21 @@ def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
 
 
 class Kept(dict):
-    """Results by place that lie in a file, a line each, below a line that says what they are `of`: those of
-    an earlier try at the same are there again. ValueError if another process is writing it."""
+    """Results by place, which lie in a file, too, a line each: those of an earlier try are there again.
+    ValueError if another process is writing it."""
 
-    def __init__(self, path, of, questions):
+    def __init__(self, path, questions):
         super().__init__()
-        self.questions, head, results = questions, json.dumps(of), []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = lock_file(path, "is being scored by another process")
-        first, *lines = self.file.read().splitlines() or [""]
-        for line in lines if first == head else ():
+        self.file, self.questions = lock_file(path, "is being scored by another process"), questions
+        for line in self.file.read().splitlines():
             with suppress(ValueError):                          # torn as it was written
-                results.append(json.loads(line))
-        self.file.truncate(0)
-        self.file.write(f"{head}\n")
-        self.add(results)
+                result = json.loads(line)
+                self[result["place"]] = result
 
     def add(self, results):
-        self.update({result["place"]: result for result in results})
-        self.file.write("".join(json.dumps(result) + "\n" for result in results))
+        self.update((result["place"], result) for result in results)
+        self.file.write("".join(f"\n{json.dumps(result)}" for result in results))
         self.file.flush()
 
     def where(self):
@@ -217,13 +213,6 @@ class CausalOnly(Bitune):
         return read[0]
 
 
-def causal_only(bitune):
-    """The same Bitune with α = 0. ValueError if it mixes nothing."""
-    if not bitune.mixes:
-        raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
-    return bitune.twin(CausalOnly)
-
-
 SCORING = ASKED | {
     "task": Setting("what the file is", words(*SCORED) | {"required": True}),
     "data": Setting("the questions, as published: JSONL, or MMLU's CSV; or a folder of such files",
@@ -236,60 +225,49 @@ SCORING = ASKED | {
 }
 
 
-def subject_of(args):
-    """What scores are scores of: all that they hang on."""
-    digest = lambda found: hashlib.sha256(repr([*found]).encode()).hexdigest()[:16]
-    weights = ((f.name, f.stat().st_size, f.stat().st_mtime_ns)
-               for folder in (args.model or base_of(args.adapter), args.adapter) if folder
-               for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors")
+def scored(args):
+    """A few letters that stand for all that scores hang on: the weights, the questions, the flags."""
     flags = "task", "limit", "max_new_tokens", "dtype", "device", "forced_causal", "twice"
-    return {flag: getattr(args, flag) for flag in flags} | {
-        "data": digest(row for _, *row in rows_of(args.data, args.task, args.limit)),
-        "weights": digest(weights)}
-
-
-def place_of(args, of):
-    """The file of a summary: in the run's folder, or in the base's below runs/base. If that name stands for
-    scores on other data, or of another base, it gets what these are told by."""
-    own = args.adapter or read_about(args.model).get("whole") and args.model
-    folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
-    name = f"{args.task}-{Path(args.data).resolve().stem}" + (f"-first-{args.limit}" if args.limit else "")
-    name += ("-forced-causal" if args.forced_causal else "") + ("-twice" if args.twice else "")
-    file, told = folder / f"{name}.json", ["data"] if own else ["data", "weights"]
-    if file.exists() and any(read_json(file).get("of", {}).get(key) != of[key] for key in told):
-        file = folder / f"{name}-{'-'.join(of[key][:6] for key in told)}.json"
-    return file
+    parts = [getattr(args, flag) for flag in flags]
+    parts += [row for _, *row in rows_of(args.data, args.task, args.limit)]        # with its place
+    for folder in filter(None, (args.model or base_of(args.adapter), args.adapter)):
+        parts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                  for file in sorted(Path(folder).rglob("*.safetensors")) if file.name != "state.safetensors"]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def score(args, progress):
     """The summary of a model's scores, written beside the answers; the one that is there, if it is of the
-    same. Failed if the work goes wrong; what is scored by then is kept."""
+    same. They lie in the run's folder, or in the base's below runs/base. Failed if the work goes wrong; what
+    is scored by then is kept."""
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
     if args.model:
         check_folder(args.model)
-    of = subject_of(args)
-    file = place_of(args, of)
-    if file.exists() and (there := read_json(file)).get("of") == of:
-        return there | {"file": str(file)}
+    own = args.adapter or read_about(args.model).get("whole") and args.model
+    folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
+    file = folder / f"{args.task}-{Path(args.data).resolve().stem}-{scored(args)}.json"
+    if file.exists():
+        return read_json(file) | {"file": str(file)}
 
     bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
     template = about.get("template", "paper")
     stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
-    bitune = causal_only(bitune) if args.forced_causal else bitune
+    if args.forced_causal and not bitune.mixes:
+        raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
+    bitune = bitune.twin(CausalOnly) if args.forced_causal else bitune
     questions, left_out = load_questions(args.data, args.task, tokenizer, template,
                                          bitune.model.config.max_length, args.limit, args.twice)
-    kept, begun = Kept(file.with_suffix(".part"), of, len(questions)), time.monotonic()
+    kept, begun = Kept(file.with_suffix(".part"), len(questions)), time.monotonic()
     if kept:
         progress.note(f"{kept.where()} are from an earlier try")
     with kept.file, work(kept, "--batch-size"):
         ready_to_answer(bitune)
         results = evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept)
-        summary = {"of": of, **vars(args), "method": bitune.method if about else None, "template": template,
+        summary = {**vars(args), "method": bitune.method if about else None, "template": template,
                    "questions": len(results), "left_out": left_out,
                    "seconds": round(time.monotonic() - begun, 1), "scores": mean_scores(results)}
-        write_file(file.with_suffix(".jsonl"),
-                   "".join(json.dumps(result) + "\n" for result in results).encode())
+        write_file(file.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in results).encode())
         write_file(file, json_bytes(summary))
         file.with_suffix(".part").unlink()
     return summary | {"file": str(file)}

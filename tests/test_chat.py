@@ -245,7 +245,7 @@ def test_a_first_turn_is_the_same_however_the_rest_is_read(method):
 @pytest.mark.parametrize("method", ["bitune", "only-causal", "anticausal"])
 def test_without_a_second_reading_nothing_is_lost(method):
     """α = 0: all is read causally by one set, so that what stays is what would be read again."""
-    bitune = evaluate.causal_only(tiny_bitune(method, dtype=torch.float64))
+    bitune = tiny_bitune(method, dtype=torch.float64).twin(evaluate.CausalOnly)
     goes_on, prompt = alternating(bitune), FIRST
     for _ in range(3):
         (said,) = goes_on.generate([prompt], 3)

@@ -174,8 +174,9 @@ def score(*argv):
     evaluate.main([str(a) for a in argv])
 
 
-def results(file):
-    """The rows of a results file, and its summary."""
+def results(folder):
+    """The rows of the one file of results in a folder, and its summary."""
+    (file,) = folder.glob("*-*.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()], \
         json.loads(file.with_suffix(".json").read_text())
 
@@ -189,7 +190,7 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
         score("--task", "arc", "--data", data, "--batch-size", 3, *argv)
         said = capsys.readouterr().out.splitlines()
         assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
-        rows, summary = results(argv[-1] / "arc-arc.jsonl")
+        rows, summary = results(argv[-1])
         assert [r["prompt"].split("\n")[0] for r in rows] == asked and summary["method"] == method
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
 
@@ -198,16 +199,13 @@ def test_written_answers_are_scored(tmp_path, capsys):
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)]
     rows += [{"question": "x" * n, "answer": "#### 1"} for n in (230, 240)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "test.jsonl", rows)
-    argv = ["--model", base, "--data", data, "--max-new-tokens", 9, "--out", tmp_path]
-    sums, kept = [*argv, "--task", "gsm8k"], tmp_path / "gsm8k-test.jsonl"
-    score(*sums)
+    argv = ["--model", base, "--data", data, "--max-new-tokens", 9, "--out"]
+    sums = ["--task", "gsm8k", *argv]
+    score(*sums, tmp_path / "together")
     assert "(6 questions, 1 too long left out, first: line 7, " in capsys.readouterr().out
-    said = kept.read_text()
-    score(*sums, "--batch-size", 1, "--out", tmp_path / "alone")    # the sixth ends at its own limit
-    assert (tmp_path / "alone/gsm8k-test.jsonl").read_text() == said
-    score(*sums, "--limit", 1)
-    assert kept.read_text() == said                     # a shorter look does not write over it
-    score(*argv, "--task", "rows", "--limit", 1)
+    score(*sums, tmp_path / "alone", "--batch-size", 1)             # the sixth ends at its own limit
+    assert results(tmp_path / "together")[0] == results(tmp_path / "alone")[0]
+    score(*argv, tmp_path, "--task", "rows", "--limit", 1)
     assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
 
 
@@ -216,7 +214,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
     rows = [{"question": "x" * n, "choices": ["a", "bc"], "answer": 1} for n in (5, 9, 2, 7, 7, 30, 1)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "q.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", 2, "--out"]
-    out, part, real, asked = tmp_path / "out", tmp_path / "out/rows-q.part", evaluate.log_probs, []
+    out, real, asked = tmp_path / "out", evaluate.log_probs, []
     score(*argv, tmp_path / "whole")
 
     def log_probs(bitune, prompts, choices):
@@ -228,21 +226,28 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
     monkeypatch.setattr(evaluate, "log_probs", log_probs)
     line = exits(130, evaluate.main, [*argv, out], capsys)
     assert line == "error: 4 of 7 questions: stopped by SIGINT. The same command goes on there."
+    (part,) = out.iterdir()
     if torn:
         part.write_text(part.read_text()[:-20])
     score(*argv, out)
     assert len(asked) == (6 if torn else 5)
     assert f"{4 - torn} of 7 questions are from an earlier try" in capsys.readouterr().out
-    assert (out / "rows-q.jsonl").read_bytes() == (tmp_path / "whole/rows-q.jsonl").read_bytes()
-    assert not part.exists()
-    asked.clear()
-    (out / "rows-q.json").unlink()
-    exits(130, evaluate.main, [*argv, out], capsys)
-    monkeypatch.setattr(evaluate, "log_probs", real)
-    score(*argv, out, "--limit", 3)                     # other questions, another model: all anew
-    (base / "model.safetensors").touch()
-    score(*argv, out)
-    assert "earlier try" not in capsys.readouterr().out
+    assert results(out)[0] == results(tmp_path / "whole")[0] and not part.exists()
+
+
+def test_scores_of_other_flags_rows_or_weights_lie_beside(tmp_path, capsys):
+    base, data = write_checkpoint(tmp_path / "base"), tmp_path / "q.jsonl"
+    argv = ["--model", base, "--data", data, "--task", "rows", "--out", tmp_path / "out"]
+    before = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
+    for n, more, row, touched in (
+            (1, [], 0, False), (1, ["--batch-size", 1], 0, False), (2, ["--limit", 1], 0, False),
+            (3, ["--twice"], 0, False), (4, ["--dtype", "bfloat16"], 0, False), (5, [], 1, False),
+            (6, ["--max-new-tokens", 2], 1, False), (6, ["--max-new-tokens", 2], 1, False), (7, [], 1, True)):
+        write_rows(data, [before[row]] * 2)
+        (base / "model.safetensors").touch() if touched else None
+        score(*argv, *more)
+        assert len({line for line in capsys.readouterr().out.splitlines() if "wrote" in line}) == 1
+        assert len([*(tmp_path / "out").glob("*.json")]) == len([*(tmp_path / "out").glob("*.jsonl")]) == n
 
 
 def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys):
@@ -251,7 +256,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
     arc = ["--task", "arc", "--data", data, "--out", tmp_path]
     write_files(whole, run_bytes(tiny_bitune("causal", "full"), str(base), template="paper"))
     score("--model", whole, *arc)
-    shown = (tmp_path / "arc-arc.json").read_text()     # where --model is not there, it is not
+    shown = [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]    # not where --model is not there
     for message, *argv in (
             ("neither --model nor --adapter", *arc),
             ("invalid choice: 'ultrafeedback'", "--task", "ultrafeedback"),
@@ -262,7 +267,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
         assert message in exits(2, evaluate.main, argv, capsys), message
     change_norm(base, 3e38)             # finite, but what it is multiplied with is not
     assert "of a choice is nan" in exits(1, evaluate.main, ["--model", base, *arc], capsys)
-    assert shown == (tmp_path / "arc-arc.json").read_text()
+    assert shown == [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]
 
 
 def change_norm(base, value):
