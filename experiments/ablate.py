@@ -78,20 +78,18 @@ def variants(methods, kinds=(KIND,), cs=(C,), given={}):
 
 
 def planned(models, lrs, seeds, common, out):
-    """The runs of a grid: (name, lr, seed) -> settings. lrs: a list, or one for each model's name.
-    ValueError for one that cannot be trained, or that is there with other settings."""
+    """The runs of a grid: (name, lr, seed) -> settings. ValueError for one that cannot be trained, or that is
+    there with other settings."""
     runs = {}
     for name, own in models.items():
-        rates = lrs[name] if isinstance(lrs, dict) else lrs
-        for lr, seed in product(dict.fromkeys(rates), dict.fromkeys(seeds)):
+        for lr, seed in product(dict.fromkeys(lrs), dict.fromkeys(seeds)):
             folder = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
             s = runs[name, lr, seed] = join(common, own, {"lr": lr, "seed": seed, "out": str(folder)})
             check(s)
-            if (folder / "settings.json").exists():
-                before = read_settings(folder)[0]
-                if differ := [f"{key} was {before[key]} and is {value}" for key, value in vars(s).items()
-                              if before.get(key, value) != value and key not in FREE]:
-                    raise ValueError(f"{folder} is there with other settings: {listed(differ)}")
+            before = read_settings(folder)[0] if (folder / "settings.json").exists() else {}
+            if differ := [f"{key} was {before[key]} and is {value}" for key, value in vars(s).items()
+                          if before.get(key, value) != value and key not in FREE]:
+                raise ValueError(f"{folder} is there with other settings: {listed(differ)}")
         with torch.device("meta"):
             model = Llama(read_config(s.model))
         for set_name in adapter_sets(s.method):
@@ -166,15 +164,14 @@ def tasks_of(files, **flags):
     return tasks
 
 
-def search(models, lrs, seed, common, out):
-    """Each model's learning rates of which all seeds are wanted: the best of `lrs` with one seed, and the
-    one that is best for plain finetuning, the first of the models."""
-    best = chosen(grid(planned(models, lrs, [seed], common, out), {}, common))
-    baseline = next(iter(models))
+def search(runs, common, baseline):
+    """Those of a grid's runs that are wanted with all seeds, as their first seed says: at each model's best
+    learning rate, and at that of `baseline`."""
+    best = chosen(grid({key: s for key, s in runs.items() if s.seed == next(iter(runs))[2]}, {}, common))
     if baseline not in best:
-        raise ValueError(f"{out}: no run of {baseline} came to its end")
-    shared = best[baseline][0]["lr"]
-    return {name: sorted({shared, best[name][0]["lr"] if name in best else shared}) for name in models}
+        raise ValueError(f"no run of {baseline} came to its end")
+    wanted = lambda name: {best[at][0]["lr"] for at in (name, baseline) if at in best}
+    return {key: s for key, s in runs.items() if s.lr in wanted(key[0])}
 
 
 @command
@@ -196,18 +193,16 @@ def main(argv=None):
                      max_new_tokens=args.max_new_tokens, device=common.get("device"))
     for own in tasks.values():                              # what cannot be scored shows now
         load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
-    models, lrs = variants(args.methods, args.pefts, args.cs, common), args.lrs
-    runs = planned(models, lrs, args.seeds, common, out)
-    if args.search:
-        lrs = search(models, lrs, args.seeds[0], common, out)
-        runs = planned(models, lrs, args.seeds, common, out)
+    models = variants(args.methods, args.pefts, args.cs, common)
+    baseline, runs = next(iter(models)), planned(models, args.lrs, args.seeds, common, out)
+    runs = search(runs, common, baseline) if args.search else runs
     records = grid(runs, tasks, common)
     if not records:
         raise ValueError(f"{out}: no run came to its end")
     bare = verdicts(tasks, "base model", model=base, dtype=common.get("dtype"), out=str(out / "base"))
     first = ["base model", "", "", "", "", *(percent([right]) for right in bare.values())]
-    text = report(records, first, next(iter(models)))
-    write_file(out / "tables.md", (text + "\n").encode())
+    text = report(records, first, baseline)
+    write_file(out / "tables.md", f"{text}\n".encode())
     print(f"\n{text}\n\nwrote {out / 'tables.md'}")
     if len(records) < len(runs):
         raise Failed(f"{len(runs) - len(records)} of the runs did not come to an end, as said above: repeat "

@@ -1,7 +1,8 @@
 """The tables of a grid: what each model reaches, and whether two of them differ.
 
 A record is one run: its name, lr, seed, trainable (parameters), seconds, val_loss and scores (column -> for
-each question 1 or 0), as experiments/ablate.py makes them.
+each question 1 or 0), as experiments/ablate.py makes them. A group is the records of one model at one rate,
+a seed each.
 """
 
 import math
@@ -9,7 +10,7 @@ from statistics import fmean, stdev, variance
 
 
 def grouped(records):
-    """name -> learning rate -> the records, a seed each"""
+    """name -> learning rate -> the group"""
     groups = {}
     for r in records:
         groups.setdefault(r["name"], {}).setdefault(r["lr"], []).append(r)
@@ -17,8 +18,8 @@ def grouped(records):
 
 
 def chosen(records):
-    """Each model's records, a seed each, at the learning rate with the lowest mean validation loss; only
-    rates at which the most seeds have come to their end are compared."""
+    """Each model's group at the learning rate with the lowest mean validation loss; only rates at which the
+    most seeds have come to their end are compared."""
     first = lambda group: (-len(group), fmean(r["val_loss"] or 0 for r in group))
     return {name: min(rates.values(), key=first) for name, rates in grouped(records).items()}
 
@@ -41,13 +42,14 @@ def markdown(lines):
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def table(groups, first=()):
-    """A line for each group, the records of one model at one learning rate; `first`: lines to put above."""
+def table(groups, first=(), best=()):
+    """A line for each group; `first`: lines to put above; the rates of those in `best` are marked."""
     columns = list(groups[0][0]["scores"])
     lines = [["", "trainable parameters", "learning rate", "seconds", "validation loss", *columns], *first]
     for group in groups:
         loss = [r["val_loss"] for r in group]
-        lines.append([group[0]["name"], f"{group[0]['trainable']:,}", f"{group[0]['lr']:g}",
+        lines.append([group[0]["name"], f"{group[0]['trainable']:,}",
+                      f"{group[0]['lr']:g}{' (best)' * (group in best)}",
                       spread([r["seconds"] for r in group], "{:.0f}"),
                       "" if None in loss else spread(loss, "{:.3f}"),
                       *(percent([r["scores"][column] for r in group]) for column in columns)])
@@ -66,36 +68,28 @@ def difference(one, other, column):
     return by_seed, fmean(by_seed), math.sqrt(square)
 
 
-def gaps(groups, name):
-    """The group `name` less each of the others, column by column. A gap of up to two standard errors is
-    none."""
-    lines = [["", "of", "by seed, % of the questions", "mean ± standard error", "better"]]
-    for other, group in groups.items():
-        if other == name or not {r["seed"] for r in groups[name]} & {r["seed"] for r in group}:
-            continue
-        for column in group[0]["scores"]:
-            by_seed, mean, error = difference(groups[name], group, column)
+def gaps(protocols, name):
+    """The model `name` less each of the others, column by column, in each of the protocols, which say of
+    each model the group that is compared. A gap of up to two standard errors is none."""
+    lines = [["", "learning rates", "of", "by seed, % of the questions", "mean ± standard error", "better"]]
+    for one, other, group in ((g.get(name, []), other, group) for g in protocols for other, group in g.items()):
+        shared = {r["seed"] for r in one} & {r["seed"] for r in group}
+        for column in group[0]["scores"] if shared and other != name else ():
+            by_seed, mean, error = difference(one, group, column)
             gap = "none" if abs(mean) <= 2 * error else name if mean > 0 else other
-            lines.append([f"{name} - {other}", column, " ".join(f"{d:+.1f}" for d in by_seed),
-                          f"{mean:+.1f} ± {error:.1f}", gap])
+            line = [f"{name} - {other}", f"{one[0]['lr']:g} - {group[0]['lr']:g}", column,
+                    " ".join(f"{d:+.1f}" for d in by_seed), f"{mean:+.1f} ± {error:.1f}", gap]
+            lines += [] if line in lines else [line]
     return markdown(lines) if lines[1:] else ""
 
 
 def report(records, base, baseline):
-    """All tables of a grid: every model at its own best learning rate, then at the one that is best for
-    `baseline`, the name of the model that the paper chose it by; differences in both. base: a line above."""
+    """The tables of a grid: every model at every learning rate; then differences, each model at its own best
+    rate and all at the best one of `baseline`, the model that the paper chose it by. base: a line above."""
     best, every = chosen(records), grouped(records)
     rate = best[baseline][0]["lr"] if baseline in best else None
     shared = {name: rates[rate] for name, rates in every.items() if rate in rates}
-    protocols = {"Each at its own best learning rate, by validation loss": best}
-    if shared != best:
-        protocols[f"All at {rate:g}, which is best for {baseline}"] = shared
-    parts = []
-    for title, groups in protocols.items():
-        parts += [f"{title}:"] if len(protocols) > 1 else []
-        parts.append(table(list(groups.values()), [base]))
-        parts.append(gaps(groups, "Bitune") if "Bitune" in groups else "")
-    if len({r["lr"] for r in records}) > 1:
-        groups = [group for rates in every.values() for group in rates.values()]
-        parts += ["At each learning rate:", table(groups)]
-    return "\n\n".join(filter(None, parts))
+    groups = [group for rates in every.values() for group in rates.values()]
+    several = len({r["lr"] for r in records}) > 1
+    tables = table(groups, [base], best.values() if several else ()), gaps([best, shared], "Bitune")
+    return "\n\n".join(filter(None, tables))

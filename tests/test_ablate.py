@@ -110,9 +110,9 @@ def test_a_run_that_fails_does_not_end_the_grid(argv, monkeypatch, capsys):
     said = capsys.readouterr()
     assert end.value.code == 1 and "error: 1 of the runs did not come to an end, as said above" in said.err
     assert "the loss is nan" in said.err
-    bitune = [line for line in said.out.splitlines() if line.startswith("| Bitune  ")]
-    assert len(bitune) == 2 and all("| 0.01 " in line for line in bitune)  # at its best, and at each rate
-    assert "At each learning rate:" in said.out and said.out.count("| LoRA rank 16") == 4
+    rates = [(row[0], row[2].removesuffix(" (best)")) for row in cells(said.out)[2:]]
+    assert rates == [(name, rate) for name in ("LoRA rank 8", "LoRA rank 16") for rate in ("0.01", "0.02")] + [
+        ("Bitune", "0.01")]
 
 
 def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(argv, tmp_path, monkeypatch):
@@ -131,15 +131,17 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
     assert made[:9] == [(name, lr, 42, False) for name in names for lr in (0.01, 0.02, 0.03)]
     assert made[9:] == [(name, lr, seed, True) for name, lrs in zip(names, ([0.01], [0.01], [0.01, 0.02]))
                         for lr in lrs for seed in (42, 43)]
-    text = (tmp_path / "grid/tables.md").read_text()
-    heads = "Each at its own best", "All at 0.01, which is best for LoRA rank 8:", "At each learning rate:"
-    assert [*map(text.index, heads)] == sorted(map(text.index, heads))
-    assert text.count("| Bitune - LoRA rank 8 ") == 2           # two protocols
+    reached, gaps = map(cells, (tmp_path / "grid/tables.md").read_text().split("\n\n"))
+    assert [(row[0], row[2]) for row in reached[2:]] == [
+        ("LoRA rank 8", "0.01 (best)"), ("LoRA rank 16", "0.01 (best)"),
+        ("Bitune", "0.01"), ("Bitune", "0.02 (best)")]
+    assert [row[:2] for row in gaps[1:]] == [[f"Bitune - {name}", f"{own} - 0.01"] for own in ("0.02", "0.01")
+                                             for name in ("LoRA rank 8", "LoRA rank 16")]
 
 
 def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
     def group(name, *right):
-        return [{"name": name, "seed": 42 + i, "scores": {"acc": [*map(int, r)]}}
+        return [{"name": name, "lr": 0.01, "seed": 42 + i, "scores": {"acc": [*map(int, r)]}}
                 for i, r in enumerate(right)]
 
     one, other = group("Bitune", "1111000011", "1110000011"), group("LoRA", "1011000001", "1110000001")
@@ -148,10 +150,10 @@ def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
     gains = [0, 50, 0, 0, 0, 0, 0, 0, 100, 0]                   # of each question, the mean over seeds
     variance = sum((g - 15) ** 2 for g in gains) / 9
     assert abs(error - (variance / 10 + 50 / 2) ** 0.5) < 1e-12
-    _, *rows = cells(compare.gaps({"Bitune": one, "LoRA": other}, "Bitune"))
-    assert rows == [["Bitune - LoRA", "acc", "+20.0 +10.0", f"+15.0 ± {error:.1f}", "none"]]
-    sure = compare.gaps({"Bitune": group("Bitune", "0" * 100), "LoRA": group("LoRA", "01" * 50)}, "Bitune")
-    assert cells(sure)[1][3:] == ["-50.0 ± 5.0", "LoRA"]
+    _, *rows = cells(compare.gaps([{"Bitune": one, "LoRA": other}] * 2, "Bitune"))
+    assert rows == [["Bitune - LoRA", "0.01 - 0.01", "acc", "+20.0 +10.0", f"+15.0 ± {error:.1f}", "none"]]
+    sure = compare.gaps([{"Bitune": group("Bitune", "0" * 100), "LoRA": group("LoRA", "01" * 50)}], "Bitune")
+    assert cells(sure)[1][4:] == ["-50.0 ± 5.0", "LoRA"]
 
 
 def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, capsys):
