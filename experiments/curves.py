@@ -7,7 +7,6 @@ mean of several in a band from the lowest to the highest. α is a map: layers up
 right, the darker or brighter the more.
 """
 
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -15,6 +14,8 @@ from statistics import fmean
 
 from cli.process import command
 from cli.settings import Setting, new_parser, text
+from files.run import logged
+from text.words import listed
 
 COLOURS = ["#cc6677", "#4499cc", "#ddaa33", "#33a055", "#aa66cc", "#999999", "#aa7744"]
 LEFT, TOP, WIDTH, HEIGHT, KEY = 64, 36, 500, 250, 170
@@ -34,67 +35,63 @@ def colours(names):
 
 
 def label(x, y, words, anchor="start"):
-    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(words)}</text>'
+    return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{escape(str(words))}</text>'
 
 
-def panel(title, lines, colour, low=None, high=None, form="{:g}", level=None, logarithmic=False,
-          across="steps"):
+def axes(title, across, columns, rows):
+    """The words around a diagram; columns, rows: [(place, words)] along its two sides."""
+    return [label(LEFT, TOP - 10, title), label(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle"),
+            *(label(x, TOP + HEIGHT + 20, words, "middle") for x, words in columns),
+            *(label(LEFT - 8, y + 4, words, "end") for y, words in rows)]
+
+
+def panel(title, lines, colour, losses=False, level=None, across="steps"):
     """One diagram as a list of SVG elements, from the height 0 downwards. lines: name -> [(step, values)],
-    a value for each seed; colour: name -> colour. low, high: ends of the axis, if not those of the values.
-    level: (value, words) of a dashed line. logarithmic: for what falls by factors, as losses do. across: what
-    a "step" is."""
-    scale, unscale = (lambda v: math.log(max(v, 1e-6)), math.exp) if logarithmic else (float, float)
-    values = [v for line in lines.values() for _, seeds in line for v in seeds]
-    low = min(values) if low is None else low
-    high = max(max(values) if high is None else high, low + 1e-9)
+    a value for each seed, from 0 to 1; or `losses`, which fall by factors. colour: name -> colour. level:
+    (value, words) of a dashed line. across: what a "step" is."""
+    scale, unscale = (lambda v: math.log(max(v, 1e-6)), math.exp) if losses else (float, float)
+    values = [scale(v) for line in lines.values() for _, seeds in line for v in seeds] if losses else [0, 1]
+    low, high = min(values), max(*values, min(values) + 1e-9)
     end = max([step for line in lines.values() for step, _ in line] + [1])
-    low, high = scale(low), scale(high)
     x, y = lambda step: LEFT + WIDTH * step / end, lambda v: TOP + HEIGHT * (high - scale(v)) / (high - low)
     path = lambda xy: " ".join(f"{a:.1f},{b:.1f}" for a, b in xy)
-    svg = [label(LEFT, TOP - 10, title), label(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle")]
-    for part in range(5):
-        v = unscale(low + (high - low) * part / 4)
-        svg += [f'<path class="grid" d="M{LEFT},{y(v):.1f}h{WIDTH}"/>',
-                label(LEFT - 8, y(v) + 4, form.format(v), "end")]
-    for step in range(0, end + 1, max(1, end // 5)):
-        svg.append(label(x(step), TOP + HEIGHT + 20, str(step), "middle"))
+    ticks = [unscale(low + (high - low) * part / 4) for part in range(5)]
+    svg = axes(title, across, [(x(step), step) for step in range(0, end + 1, max(1, end // 5))],
+               [(y(v), f"{v:.3g}" if losses else f"{v:.0%}") for v in ticks])
+    svg += [f'<path class="grid" d="M{LEFT},{y(v):.1f}h{WIDTH}"/>' for v in ticks]
     if level:
         svg += [f'<path d="M{LEFT},{y(level[0]):.1f}h{WIDTH}" stroke="#999" stroke-dasharray="3 4"/>',
                 label(LEFT + WIDTH - 4, y(level[0]) + 18, level[1], "end")]
-    for name, line in lines.items():
-        lowest, highest = ([(x(step), y(of(seeds))) for step, seeds in line] for of in (min, max))
-        mean = [(x(step), y(fmean(seeds))) for step, seeds in line]
+    for row, name in enumerate(sorted(lines, key=lambda n: -fmean(lines[n][-1][1]))):
+        lowest, mean, highest = ([(x(step), y(of(seeds))) for step, seeds in lines[name]]
+                                 for of in (min, fmean, max))
         if lowest != highest:
             svg.append(f'<polygon points="{path(lowest + highest[::-1])}" fill="{colour[name]}" '
                        'fill-opacity="0.25"/>')
-        svg.append(f'<polyline points="{path(mean)}" fill="none" stroke="{colour[name]}" stroke-width="2"/>')
-    for row, name in enumerate(sorted(lines, key=lambda n: -fmean(lines[n][-1][1]))):
         at = TOP + 11 + 22 * row
-        svg += [f'<path d="M{LEFT + WIDTH + 16},{at}h18" stroke="{colour[name]}" stroke-width="4"/>',
+        svg += [f'<polyline points="{path(mean)}" fill="none" stroke="{colour[name]}" stroke-width="2"/>',
+                f'<path d="M{LEFT + WIDTH + 16},{at}h18" stroke="{colour[name]}" stroke-width="4"/>',
                 label(LEFT + WIDTH + 42, at + 4, name)]
     return svg
 
 
-def heat(title, grid, rows, columns, across, low=0, high=1, form="{:g}"):
+def heat(title, grid, rows, columns, across, low=0, high=1):
     """A map as such a list: grid[row][column] between low and high, the first row lowest. A cell lets the
     background through where its value is low, so a map is as legible on black as on white."""
     wide, tall = WIDTH / len(columns), HEIGHT / len(rows)
+    x, y = lambda column: LEFT + wide * column, lambda row: TOP + HEIGHT - tall * row
     cell = lambda x, y, w, h, part: (
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{COLOURS[0]}" '
         f'fill-opacity="{min(max(part, 0), 1):.3f}"/>')
-    svg = [label(LEFT, TOP - 10, title), label(LEFT + WIDTH / 2, TOP + HEIGHT + 42, across, "middle")]
-    for i, (name, values) in enumerate(zip(rows, grid)):
-        y = TOP + HEIGHT - tall * (i + 1)
-        svg += [cell(LEFT + wide * j, y, wide, tall, (v - low) / (high - low)) for j, v in enumerate(values)]
-        if i % math.ceil(16 / tall) == 0:
-            svg.append(label(LEFT - 8, y + tall / 2 + 4, str(name), "end"))
-    every = math.ceil(max(len(str(c)) * 7 + 8 for c in columns) / wide)
-    svg += [label(LEFT + wide * (j + 0.5), TOP + HEIGHT + 20, str(c), "middle")
-            for j, c in enumerate(columns) if j % every == 0]
+    every = math.ceil(max(len(str(c)) * 7 + 8 for c in columns) / wide), math.ceil(16 / tall)
+    svg = axes(title, across, [(x(j + 0.5), c) for j, c in enumerate(columns)][::every[0]],
+               [(y(i + 0.5), name) for i, name in enumerate(rows)][::every[1]])
+    svg += [cell(x(j), y(i + 1), wide, tall, (v - low) / (high - low))
+            for i, values in enumerate(grid) for j, v in enumerate(values)]
     for i in range(5):
-        y = TOP + 28 * (4 - i)
-        svg += [cell(LEFT + WIDTH + 16, y, 18, 28, i / 4),
-                label(LEFT + WIDTH + 42, y + 18, form.format(low + (high - low) * i / 4))]
+        at = TOP + 28 * (4 - i)
+        svg += [cell(LEFT + WIDTH + 16, at, 18, 28, i / 4),
+                label(LEFT + WIDTH + 42, at + 18, f"{low + (high - low) * i / 4:g}")]
     return [*svg, f'<path class="grid" d="M{LEFT},{TOP}h{WIDTH}v{HEIGHT}h-{WIDTH}z" fill="none"/>']
 
 
@@ -111,40 +108,27 @@ def picture(panels):
 # ----------------------------------------------------------------------------------------------------------
 # From the logs of runs
 
-def smoothed(log, points=60):
-    """The training loss as means over so many parts of the run."""
-    records = [r for r in log if "loss" in r]
-    points = min(points, len(records))
-    cut = lambda i: i * len(records) // points
-    parts = [records[cut(i):cut(i + 1)] for i in range(points)]
-    return [(part[-1]["step"], [fmean(r["loss"] for r in part)]) for part in parts]
+def smoothed(points, most=60):
+    """At most so many of [(step, value)], each the mean of those since the one before."""
+    n = min(most, len(points))
+    parts = [points[i * len(points) // n:(i + 1) * len(points) // n] for i in range(n)]
+    return [(part[-1][0], [fmean(value for _, value in part)]) for part in parts]
 
 
 def of_runs(logs):
     """The panels of runs, name -> the records of its log."""
     colour, panels = colours(logs), []
-    percent, loss = {"low": 0, "high": 1, "form": "{:.0%}"}, {"form": "{:.3g}", "logarithmic": True}
-    for title, key, axis in (("validation loss", "val_loss", loss),
-                             ("exact match on validation data", "val_exact_match", percent)):
-        lines = {name: [(r["step"], [r[key]]) for r in log if key in r] for name, log in logs.items()}
+    for title, key in (("training loss", "loss"), ("validation loss", "val_loss"),
+                       ("exact match on validation data", "val_exact_match")):
+        lines = {name: smoothed([(r["step"], r[key]) for r in log if key in r]) for name, log in logs.items()}
         if lines := {name: line for name, line in lines.items() if line}:
-            panels.append(panel(title, lines, colour, **axis))
-    losses = {name: line for name, log in logs.items() if (line := smoothed(log))}
-    if losses:
-        panels.insert(0, panel("training loss", losses, colour, **loss))
+            panels.append(panel(title, lines, colour, losses=key.endswith("loss")))
     for name, log in logs.items():
         for which in sorted({key for r in log for key in r if key.startswith("alphas_")}):
             steps, at = zip(*[(r["step"], r[which]) for r in log if which in r])
             title = f"α of the {which[7:]}s by layer" + (f", {name}" if len(logs) > 1 else "")
             panels.append(heat(title, [*zip(*at)], range(len(at[0])), steps, "steps"))
     return panels
-
-
-def read_log(run):
-    file = Path(run) / "log.jsonl"
-    if not file.exists():
-        raise ValueError(f"{run} has no log.jsonl: expected a run of train.py")
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
 
 
 @command
@@ -154,10 +138,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     alone = [Path(run).resolve().name for run in args.runs]
     names = alone if len({*alone}) == len(alone) else args.runs         # several of one name: by their paths
-    panels = of_runs({name: read_log(run) for name, run in zip(names, args.runs)})
-    if not panels:
-        raise ValueError(f"{' '.join(args.runs)}: no step is in the logs yet")
-    Path(args.out).write_text(picture(panels), encoding="utf-8")
+    logs = {name: logged(Path(run) / "log.jsonl", math.inf) for name, run in zip(names, args.runs)}
+    if empty := [name for name, log in logs.items() if not log]:
+        raise ValueError(f"no step is logged in {listed(empty)}: expected runs of train.py")
+    Path(args.out).write_text(picture(of_runs(logs)), encoding="utf-8")
     print(f"wrote {args.out}")
 
 

@@ -56,8 +56,8 @@ def demonstrate(task, models, lrs, seeds, steps, out):
     best = compared(models, lrs, seeds, steps, out, out)
     lines = {name: [(at[0]["step"], [r["val_exact_match"] for r in at])         # of each seed
                     for at in zip(*(r["validations"] for r in records))] for name, records in best.items()}
-    drawn = panel("exact match on validation data", lines, colours(lines), 0, 1, "{:.0%}",
-                  (chance, f"chance {chance:.1%}"))
+    drawn = panel("exact match on validation data", lines, colours(lines),
+                  level=(chance, f"chance {chance:.1%}"))
     (out / "curves.svg").write_text(picture([drawn]), encoding="utf-8")
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
     first, tokenizer = {}, None
