@@ -25,7 +25,7 @@ from cli.memory import ready_to_answer, step_bytes
 from cli.process import command
 from cli.settings import SETTINGS, Setting, new_parser, number, words
 from experiments import cost
-from files.checkpoint import DTYPES, check_device, default_device, default_dtype, parse_config
+from files.checkpoint import DTYPES, check_device, default_device, default_dtype
 from lora import add_adapter, linears
 from model import Llama
 from text.examples import Example, batches
@@ -42,9 +42,7 @@ READ = 2 ** 14, 2 ** 13         # floats, far more than any cache holds
 
 def random_model(preset, device, dtype):
     torch.manual_seed(0)
-    with torch.device("meta"):
-        model = Llama(parse_config(SHAPES[preset])).to(dtype)
-    model.to_empty(device=device)
+    model = cost.without_memory(SHAPES[preset], None).model.to(dtype).to_empty(device=device)
     for p in model.parameters():
         p.data.normal_(0, 0.02) if p.dim() > 1 else p.data.fill_(1)
     return model
@@ -75,10 +73,10 @@ def medians(device, repeats, functions):
 
 
 def training(model, args, device, bare):
-    tasks = {name: finetunable(model, METHODS[name]) for name in ("lora", "bitune")}
+    tasks, A = {name: finetunable(model, METHODS[name]) for name in ("lora", "bitune")}, args.answer
     for bitune in tasks.values():
         bitune.model.checkpointing = args.checkpointing
-    ours, A = dict(tasks), args.answer
+    ours = dict(tasks)
     if args.against and not args.checkpointing:
         tasks["peft"] = Peft(args.preset, model)
     optimizers = {name: make_optimizer(b, 1e-4, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
@@ -89,15 +87,15 @@ def training(model, args, device, bare):
                  for name, b in tasks.items()}
         seconds = medians(device, args.repeats, steps)
         row = {"P": P, "batch": B, **{f"{name}_ms": 1e3 * t for name, t in seconds.items()},
-               **{f"bitune_over_{name}": seconds["bitune"] / seconds[name] for name in ("lora", "peft")
-                  if name in seconds},
+               **{f"bitune_over_{name}": seconds["bitune"] / t for name, t in seconds.items()
+                  if name != "bitune"},
                "bound": (2 * (P - 1) + A) / (P + A - 1)}
         for name, bitune in ours.items():
             row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
             row[f"{name}_computed_MB"] = (parts(bitune) + step_bytes(bitune, examples)) / 1e6
             if bare and not args.checkpointing:             # which is not counted
-                done = cost.step_work(bare(name), examples)
-                row[f"{name}_of_card"] = cost.seconds_on(done, args) / seconds[name]
+                least = cost.seconds_on(cost.step_work(bare(name), examples), args)
+                row[f"{name}_of_card"] = least / seconds[name]
         yield row
 
 
@@ -204,19 +202,13 @@ def main(argv=None):
     where = args.device or default_device()
     check_device(where)
     dtype, device = DTYPES[args.dtype] if args.dtype else default_dtype(where), torch.device(where)
-    model, on_card = random_model(args.preset, device, dtype), device.type == "cuda"
     print(f"{args.preset}, {str(dtype)[6:]}, torch {torch.__version__},",
-          torch.cuda.get_device_name() if on_card else f"{torch.get_num_threads()} threads")
-
-    bare = lambda name: cost.without_memory(SHAPES[args.preset], METHODS[name])
+          torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
+    model, bare = random_model(args.preset, device, dtype), lambda name: cost.without_memory(
+        SHAPES[args.preset], METHODS[name])
     for part in args.parts:
-        for n, row in enumerate(PARTS[part](model, args, device, bare if on_card else None)):
-            if not n:
-                print()
-                cost.print_row(*(name.replace("_", " ") for name in row))
-                print("|---" * len(row) + "|")
-            cost.print_row(*(v if isinstance(v, (str, int)) else f"{v:,.2f}" if v < 10 else f"{v:,.0f}"
-                             if v >= 1000 else f"{v:.1f}" for v in row.values()))
+        print()
+        cost.print_table(PARTS[part](model, args, device, bare if device.type == "cuda" else None))
 
 
 if __name__ == "__main__":

@@ -170,49 +170,55 @@ def cost(shape, method, kind, options, P, A, checkpointing=False, bits=None):
     return parameters, trained, frozen, activations, flops
 
 
-def print_row(*cells):
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+def print_table(rows):
+    """Rows, column -> cell, as a table, line by line as they come."""
+    for n, row in enumerate(rows):
+        cells = [v if isinstance(v, (str, int)) else f"{v:,.2f}" if v < 10 else f"{v:,.0f}" if v >= 1000
+                 else f"{v:.1f}" for v in row.values()]
+        for line in ([] if n else [row, ["---"] * len(row)]) + [cells]:
+            print(f"| {' | '.join(map(str, line))} |".replace("_", " "), flush=True)
 
 
-def card_table(args):
-    print_row("ms at least (TFLOP, GB, launches)", "tokens", "step", "first token", "last token")
-    print("|---" * 5 + "|")
+def in_training(args):
+    rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
+    models = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
+    columns = "frozen weights", "trained, 16 bytes each", "activations", "together"
+    for name, (method, own) in product(args.models, models):
+        n, trained, frozen, activations, flops = cost(SHAPES[name], method, args.peft, own, args.prompt,
+                                                      args.answer, args.checkpointing, args.base_bits)
+        sizes = frozen, 16 * trained, activations, frozen + 16 * trained + activations
+        yield {"base model": name, "parameters": f"{n:,}",
+               "method": f"{method}, rank {own.get('rank', rank.default)}" if rank else method,
+               "that train": f"{trained:,}", **{c: f"{size / 1e9:.1f} GB" for c, size in zip(columns, sizes)},
+               "TFLOP an example": f"{flops / 1e12:.1f}",
+               "3,000 steps": f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h"}
+
+
+def on_card(args):
     for name, tokens, method in product(args.models, args.card, ("causal", "bitune")):
         bitune, half = without_memory(SHAPES[name], method, args.peft, {}, args.base_bits), tokens // 2
         works = step_work(bitune, [Example([0] * half, [0] * half)]), *answer_work(bitune, half, half)
-        print_row(f"{name}, {method}", f"{tokens:,}", *(
-            f"{1e3 * seconds_on(done, args):.3g} ({done[0] / 1e12:.3g}, {done[1] / 1e9:.3g}, {done[2]:,})"
-            for done in works))
+        yield {"ms at least (TFLOP, GB, launches)": f"{name}, {method}", "tokens": f"{tokens:,}",
+               **{what: f"{1e3 * seconds_on((flops, read, launches), args):.3g} "
+                        f"({flops / 1e12:.3g}, {read / 1e9:.3g}, {launches:,})"
+                  for what, (flops, read, launches) in zip(("step", "first token", "last token"), works)}}
+
+
+FLAGS = {
+    "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
+    "prompt": Setting("tokens of the prompt", number(int, 1), 256),
+    "answer": Setting("tokens of the answer", number(int, 1), 256),
+    "card": Setting("what a card needs at least, of so many tokens", number(int, 2) | {"nargs": "+"}),
+    **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
+}
 
 
 @command
 def main(argv=None):
-    flags = {
-        "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
-        "prompt": Setting("tokens of the prompt", number(int, 1), 256),
-        "answer": Setting("tokens of the answer", number(int, 1), 256),
-        "card": Setting("what a card needs at least, of so many tokens", number(int, 2) | {"nargs": "+"}),
-        **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
-    }
-    args = new_parser(__doc__, flags).parse_args(argv)
+    args = new_parser(__doc__, FLAGS).parse_args(argv)
     if args.card and args.checkpointing:
         raise ValueError("--card counts steps without --checkpointing: give one of the two")
-    if args.card:
-        return card_table(args)
-    rank = KINDS[args.peft].options.get("rank")         # with one, also plain finetuning of twice the rank
-    variants = [("causal", {}), *([("causal", {"rank": 2 * rank.default})] if rank else []), ("bitune", {})]
-    print_row("base model", "parameters", "method", "that train", "frozen weights", "trained, 16 bytes each",
-              "activations", "together", "TFLOP an example", "3,000 steps")
-    print("|---" * 10 + "|")
-    for name in args.models:
-        for method, own in variants:
-            n, trained, *sizes, flops = cost(SHAPES[name], method, args.peft, own, args.prompt, args.answer,
-                                              args.checkpointing, args.base_bits)
-            sizes.insert(1, 16 * trained)
-            label = f"{method}, rank {own.get('rank', rank.default)}" if rank else method
-            print_row(name, f"{n:,}", label, f"{trained:,}",
-                      *(f"{size / 1e9:.1f} GB" for size in (*sizes, sum(sizes))), f"{flops / 1e12:.1f}",
-                      f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h")
+    print_table(on_card(args) if args.card else in_training(args))
 
 
 if __name__ == "__main__":
