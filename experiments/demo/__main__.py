@@ -24,19 +24,6 @@ from text.words import to_type
 ABLATIONS = ["naive-bidir", "no-mixing", "shared-weights", "only-causal"]
 
 
-def answers(runs, rows, tokenizer):
-    """Some questions, each with the truth and with what each run, name -> Bitune, says."""
-    lines = []
-    for row in rows:
-        lines += [f"\n{row['prompt']}", f"    {'the truth':<16}{row['completion']}"]
-        prompt = encode_prompt(tokenizer, "paper", [("user", row["prompt"])])
-        for name, bitune in runs.items():
-            (ids,) = bitune.generate([prompt], 20, stop_ids={stop_id(tokenizer, "paper")})
-            said = tokenizer.decode(ids).strip()
-            lines.append(f"    {name:<16}{said}{'  ✓' if said == row['completion'] else ''}")
-    return "\n".join(lines)
-
-
 def compared(models, lrs, seeds, steps, data, out, **more):
     """Each model's records at its best rate: a grid in the folder `out` on the task in the folder `data`."""
     common = DEMO | {"data": str(data / "train.jsonl"), "val_data": str(data / "val.jsonl"), "steps": steps,
@@ -60,12 +47,16 @@ def demonstrate(task, models, lrs, seeds, steps, out):
                   level=(chance, f"chance {chance:.1%}"))
     (out / "curves.svg").write_text(picture([drawn]), encoding="utf-8")
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
-    first, tokenizer = {}, None
-    for name, records in best.items():
-        first[name], tokenizer, *_ = load_run(records[0]["run"])
-    print(f"{answers(first, rows[:3], tokenizer)}\n")
-    prompt = encode_prompt(tokenizer, "paper", [("user", rows[0]["prompt"])])
-    print(f"Bitune's mixing coefficients:\n{bars(first['Bitune'], prompt)}\n")
+    first = {name: load_run(records[0]["run"])[:2] for name, records in best.items()}
+    bitune, tokenizer = first["Bitune"]
+    asked = [encode_prompt(tokenizer, "paper", [("user", row["prompt"])]) for row in rows[:3]]
+    for row, prompt in zip(rows, asked):
+        print(f"\n{row['prompt']}\n    {'the truth':<16}{row['completion']}")
+        for name, (model, _) in first.items():
+            (ids,) = model.generate([prompt], 20, stop_ids={stop_id(tokenizer, "paper")})
+            said = tokenizer.decode(ids).strip()
+            print(f"    {name:<16}{said}{'  ✓' if said == row['completion'] else ''}")
+    print(f"\nBitune's mixing coefficients:\n{bars(bitune, asked[0])}\n")
     print(f"Exact match over steps: {out / 'curves.svg'}. Ask the last run yourself: {to_type('sample.py')}")
 
 

@@ -16,12 +16,8 @@ from experiments.compare import markdown, percent, spread
 from experiments.curves import colours, panel, picture
 from experiments.demo.__main__ import compared
 from experiments.demo.language import write
-from experiments.demo.pretrain import pretrain, scores
-from files.checkpoint import load_base
+from experiments.demo.pretrain import pretrain
 from text.words import read_json
-
-MANY = 6        # layers, above which one seed has to do
-
 
 def made(base, out, steps):
     """The folder of a base, LAYERSxWIDTH, which is made if it is not there."""
@@ -31,7 +27,7 @@ def made(base, out, steps):
     if shape.items() <= read_json(Path(DEMO["model"]) / "config.json").items():
         return DEMO["model"]
     if not (out / base / "model.safetensors").exists():
-        pretrain(out / base, steps, 1, shape)
+        pretrain(out / base, steps, shape)
     return str(out / base)
 
 
@@ -44,23 +40,23 @@ def half_way(record):
     return None
 
 
-def halves(group):
-    """The steps to half of the way, of the seeds that get there."""
-    found = [step for step in map(half_way, group) if step is not None]
-    some = f" ({len(found)} of {len(group)})" if 0 < len(found) < len(group) else ""
-    return spread(found, "{:.0f}") + some if found else "-"
-
-
 def right_answers(group):
     """Of each seed, 1 or 0 for each question of the test data."""
     return [right for record in group for right in record["scores"].values()]
+
+
+def cell(group):
+    """Exact match on test data and, in brackets, when half of the way is made, of the seeds that get there."""
+    found = [step for step in map(half_way, group) if step is not None]
+    some = f", {len(found)} of {len(group)}" if len(found) < len(group) else ""
+    return percent(right_answers(group)) + (f" ({spread(found, '{:.0f}')}{some})" if found else "")
 
 
 FLAGS = {
     "out": Setting("where bases, runs and the figure go", text("FOLDER", required=True)),
     "bases": Setting("LAYERSxWIDTH each", text("BASE", nargs="+"),
                      ["2x64", "3x64", "4x64", "6x64", "8x64", "12x64", "3x128"]),
-    "seeds": Setting(f"how many, from 42 on; one for more than {MANY} layers", number(int, 1), 3),
+    "seeds": Setting("how many, from 42 on", number(int, 1), 3),
     "lrs": GRID["lrs"]._replace(default=[2e-2, 5e-3]),
     "steps": Setting("of a run", number(int, 1), DEMO["steps"]),
     "pretraining": Setting("steps of a base", number(int, 1), 6000),
@@ -70,29 +66,18 @@ FLAGS = {
 @command
 def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
-    out, found, taught = Path(args.out), {}, []
+    out, models = Path(args.out), variants(["bitune", "naive-bidir", "no-mixing"])
     write("behind", out)
-    models = variants(["bitune", "naive-bidir", "no-mixing"])
-    for base in args.bases:
-        folder = made(base, out, args.pretraining)
-        model, tokenizer = load_base(folder)
-        *known, new = scores(model, tokenizer).values()
-        taught.append([base, f"{sum(p.numel() for p in model.parameters()):,}", f"{min(known):.0%}",
-                       f"{fmean(known):.1%}", f"{new:.1%}"])
-        print(*taught[-1], flush=True)
-        seeds = range(42, 42 + (args.seeds if model.config.num_hidden_layers <= MANY else 1))
-        found[base] = compared(models, args.lrs, seeds, args.steps, out, out / f"{base}-runs", model=folder)
-    table = lambda cell: markdown([["base", *models], *([base, *map(cell, groups.values())]
-                                                        for base, groups in found.items())])
-    print("\nThe bases, on what they were taught (the worst form, the mean) and on the task:\n")
-    print(markdown([["base", "parameters", "worst", "mean", "behind"], *taught]))
-    print(f"\nExact match on test data:\n\n{table(lambda group: percent(right_answers(group)))}")
-    print(f"\nSteps until half of the validation answers are right:\n\n{table(halves)}")
+    found = {base: compared(models, args.lrs, range(42, 42 + args.seeds), args.steps, out, out / f"{base}-runs",
+                            model=made(base, out, args.pretraining)) for base in args.bases}
+    lines = [[base, *map(cell, groups.values())] for base, groups in found.items()]
+    print("\nExact match on test data (the step at which half of the validation answers are right):\n")
+    print(markdown([["base", *models], *lines]))
     narrow = sorted((int(base.split("x")[0]), of) for base, of in found.items() if base.endswith("x64"))
     lines = {name: [(layers, [*map(fmean, right_answers(groups[name]))]) for layers, groups in narrow]
              for name in models}
     if len(narrow) > 1:
-        figure = panel("exact match on test data", lines, colours(lines), 0, 1, "{:.0%}", across="layers")
+        figure = panel("exact match on test data", lines, colours(lines), across="layers")
         (out / "depth.svg").write_text(picture([figure]), encoding="utf-8")
         print(f"\nwrote {out / 'depth.svg'}")
 

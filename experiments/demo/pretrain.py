@@ -3,7 +3,7 @@
     python -m experiments.demo.pretrain --out FOLDER
 
 Ordinary next-token training: every token of a text is predicted, facts and questions too. What a step
-trains on follows from the seed and the step alone, so the same machine makes the same file again. It takes
+trains on follows from the step alone, so the same machine makes the same file again. It takes
 some ten minutes. The shape and the tokenizer, a token for each word of the language, are the base's own.
 """
 
@@ -27,7 +27,7 @@ from text.words import read_json
 from train import schedule, validate
 
 TOKENIZER = "tokenizer.model", "tokenizer_config.json"
-BATCH, PEAK, WARMUP, FIRST_LESSON = 32, 2e-3, 100, 1 / 8     # the last: a part of the steps
+SEED, BATCH, PEAK, WARMUP, FIRST_LESSON = 1, 32, 2e-3, 100, 1 / 8     # the last: a part of the steps
 
 
 def example(tokenizer, question, answer):
@@ -64,10 +64,10 @@ def scores(model, tokenizer, n=300):
             for form, turns in found.items()}
 
 
-def pretrain(out, steps, seed, shape={}):
-    """Write the base that `steps` and `seed` make, in another `shape` if one is given, into a folder."""
+def pretrain(out, steps, shape={}):
+    """Write the base that so many steps make, in another `shape` if one is given, into a folder."""
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
-    torch.manual_seed(seed)
+    torch.manual_seed(SEED)
     config = read_json(Path(DEMO["model"]) / "config.json") | shape
     beside = {name: (Path(DEMO["model"]) / name).read_bytes() for name in TOKENIZER}
     write_files(out, beside | {"config.json": json_bytes(config)})
@@ -78,7 +78,7 @@ def pretrain(out, steps, seed, shape={}):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     begun, average = time.monotonic(), None
     for step in range(steps):
-        rng, first = random.Random(f"{seed}/{step}"), step < int(steps * FIRST_LESSON)
+        rng, first = random.Random(f"{SEED}/{step}"), step < int(steps * FIRST_LESSON)
         now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
         optimizer.zero_grad()
         now.backward()
@@ -99,14 +99,13 @@ def pretrain(out, steps, seed, shape={}):
 FLAGS = {
     "out": Setting("where to write the base", text("FOLDER", required=True)),
     "steps": Setting(f"of {BATCH} documents", number(int, 1), 6000),
-    "seed": Setting("of weights and documents", number(int), 1),
 }
 
 
 @command
 def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
-    pretrain(args.out, args.steps, args.seed)
+    pretrain(args.out, args.steps)
 
 
 if __name__ == "__main__":

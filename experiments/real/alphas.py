@@ -7,6 +7,8 @@ A base gets new adapters, so both passes read with its own weights, and α is th
 is the base's. A run's own α are scaled.
 """
 
+from functools import cache
+
 import torch
 
 from bitune import Bitune, adapter_sets
@@ -23,14 +25,12 @@ PARTS = 6           # of the layers
 SCALES = 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1
 
 
-def scaled(bitune, own, **scales):
-    """The Bitune whose α, by name, are its `own` times scales (L,), or these alone."""
-    class Scaled(Bitune):
-        def alpha(self, read, positions):
-            like = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * (a if own else torch.ones_like(a))
-            return {name: like(scales[name], a) for name, a in super().alpha(read, positions).items()}
+class Scaled(Bitune):
+    """With α that are, by name, `scales` (L,) times what they are in a `run`, or these alone."""
 
-    return bitune.twin(Scaled)
+    def alpha(self, read, positions):
+        like = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * (a if self.run else torch.ones_like(a))
+        return {name: like(self.scales[name], a) for name, a in super().alpha(read, positions).items()}
 
 
 FLAGS = {
@@ -56,25 +56,23 @@ def main(argv=None):
         raise ValueError(f"{args.adapter} (method {bitune.method}) mixes nothing")
     template, longest = about.get("template", "paper"), min(512, bitune.model.config.max_length)
     examples = load_examples(args.data, tokenizer, template, longest, args.task)[0][-args.n:]
-    every, progress = torch.ones(bitune.model.config.num_hidden_layers, device=bitune.device), Progress()
+    layers, progress = range(bitune.model.config.num_hidden_layers), Progress()
+    scaled = bitune.twin(Scaled)
+    scaled.run = args.adapter
 
-    def loss(key, value):
-        model = scaled(bitune, args.adapter, key=key * every, value=value * every)
-        return f"{validate(model, examples, batches, progress.update)['loss']:.3f}"
+    @cache
+    def loss(key, value, of=layers):
+        part = torch.tensor([float(layer in of) for layer in layers], device=bitune.device)
+        scaled.scales = {"key": key * part, "value": value * part}
+        return f"{validate(scaled, examples, batches, progress.update)['loss']:.3f}"
 
-    none, own = loss(0, 0), "α times" if args.adapter else "α"
-    lines = [[own, "keys and values", "keys alone", "values alone"], ["0", none, none, none]]
-    lines += [[f"{s:g}", loss(s, s), loss(s, 0), loss(0, s)] for s in args.scales]
-    progress.note(markdown(lines) + "\n")
-
-    s = 1 if args.adapter else 0.5
-    lines = [[f"{own} {s:g} in layers, 0 in the others", "loss"]]
-    size = -(-len(every) // PARTS)
-    for first in range(0, len(every), size):
-        only, last = torch.zeros_like(every), min(first + size, len(every)) - 1
-        only[first:last + 1] = s
-        lines.append([f"{first} to {last}" if first < last else f"{first}", loss(only, only)])
-    progress.note(markdown(lines))
+    own, s = ("α times", 1) if args.adapter else ("α", 0.5)
+    lines = [[f"{s:g}", loss(s, s), loss(s, 0), loss(0, s)] for s in (0, *args.scales)]
+    progress.note(markdown([[own, "keys and values", "keys alone", "values alone"], *lines]) + "\n")
+    size = -(-len(layers) // PARTS)
+    lines = [[" to ".join(map(str, sorted({of[0], of[-1]}))), loss(s, s, of)]
+             for of in (layers[first:first + size] for first in layers[::size])]
+    progress.note(markdown([[f"{own} {s:g} in layers, 0 in the others", "loss"], *lines]))
 
 
 if __name__ == "__main__":
