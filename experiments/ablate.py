@@ -40,7 +40,7 @@ from train import finetune
 
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
 OWN = ("method", "peft", "c", "lr", "seed", "out", "resume", "adapter")     # set by the grid for each run
-FREE = {"template", "max_length", "save_every", "keep", "out", "resume",     # of a run that is there already
+FREE = {"max_length", "save_every", "keep", "out", "resume",        # of a run that is there already
         *(name for name, setting in SETTINGS.items() if setting.may_change)}
 GRID = {
     "out": Setting("where the runs and tables.md go, and where they are continued", text("FOLDER")),
@@ -63,7 +63,7 @@ def variants(methods, kinds=(KIND,), cs=(C,), given={}):
     options of adapters that were typed."""
     models = {}
     label = lambda kind: "full finetuning" if KINDS[kind].trains_base else KINDS[kind].__name__
-    for kind in dict.fromkeys([KIND, *kinds]):
+    for kind in (KIND, *kinds):
         own = {name: given.get(name, option.default) for name, option in KINDS[kind].options.items()}
         for times in (1, 2) if "rank" in own else (1,):
             # The scale alpha / rank stays.
@@ -82,7 +82,7 @@ def planned(models, lrs, seeds, common, out):
     there with other settings."""
     runs = {}
     for name, own in models.items():
-        for lr, seed in product(dict.fromkeys(lrs), dict.fromkeys(seeds)):
+        for lr, seed in product(lrs, seeds):
             folder = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
             s = runs[name, lr, seed] = join(common, own, {"lr": lr, "seed": seed, "out": str(folder)})
             check(s)

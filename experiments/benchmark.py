@@ -92,23 +92,23 @@ def training(model, args, device, bare):
                "bound": (2 * (P - 1) + A) / (P + A - 1)}
         for name, bitune in ours.items():
             row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
-            row[f"{name}_computed_MB"] = (parts(bitune) + step_bytes(bitune, examples)) / 1e6
+            row[f"{name}_computed_MB"] = (held(bitune, 4) + step_bytes(bitune, examples)) / 1e6
             if bare and not args.checkpointing:             # which is not counted
                 least = cost.seconds_on(cost.step_work(bare(name), examples), args)
                 row[f"{name}_of_card"] = least / seconds[name]
         yield row
 
 
-def parts(bitune):
-    """Bytes of weights, of the adapters with their gradients, and of AdamW's moments."""
-    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in bitune.parameters())
+def held(bitune, times):
+    """Bytes of the frozen weights, and so many times those of what trains."""
+    return sum(p.numel() * p.element_size() * (times if p.requires_grad else 1) for p in bitune.parameters())
 
 
 def peak(step, device, bitune):
     """Most bytes of tensors at once in a step: what it takes, on a GPU by its allocator's account, on a CPU
     by the profiler's, beside the weights, adapters and moments that are there."""
     bitune.zero_grad()
-    there = parts(bitune) - sum(p.numel() * p.element_size() for p in bitune.parameters() if p.requires_grad)
+    there = held(bitune, 3)             # with AdamW's moments
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -158,8 +158,7 @@ def without_memory(shape, method, kind="lora", options={}, bits=None):
 
 def cost(shape, method, kind, options, P, A, checkpointing=False, bits=None):
     """Parameters in all, those that train, bytes of the frozen ones, bytes kept, operations of a step."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Llama(parse_config(shape)).parameters())
+    parameters = sum(p.numel() for p in without_memory(shape, None).parameters())
     bitune, examples = without_memory(shape, method, kind, options, bits), [Example([0] * P, [0] * A)]
     bitune.model.checkpointing = checkpointing
     trained = sum(p.numel() for p in bitune.parameters() if p.requires_grad)

@@ -23,12 +23,11 @@ from typing import NamedTuple
 
 import torch
 
-from bitune import Bitune, nll
+from bitune import Bitune, nll, send
 from cli.memory import ready_to_answer
 from cli.process import command, work
 from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
 from cli.terminal import Progress, clock
-from files.checkpoint import check_folder
 from files.disk import json_bytes, lock_file, write_file
 from files.run import base_of, load_run, read_about
 from model import Past
@@ -49,10 +48,11 @@ class Question(NamedTuple):
 
 
 def rows_of(path, task, limit):
-    """The first `limit` rows of a file, or of each file in a folder, as (file, place, row)."""
+    """The first `limit` rows of a file, or of each file in a folder, as (place, row)."""
     path, ends = Path(path), (".csv", ".json", ".jsonl")
     for file in sorted(f for f in path.iterdir() if f.suffix in ends) if path.is_dir() else [path]:
-        yield from ((file, *found) for found in islice(read_rows(file, task), limit))
+        for place, row in islice(read_rows(file, task), limit):
+            yield place if file == path else f"{file.name}, {place}", row
 
 
 def load_questions(path, task, tokenizer, template, longest, limit=None, twice=False):
@@ -60,7 +60,7 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
     choice, or with the first token of an answer, has more than `longest` tokens. twice: the text of each
     prompt comes a second time."""
     questions, left_out = [], []
-    for file, place, row in rows_of(path, task, limit):
+    for place, row in rows_of(path, task, limit):
         try:
             parsed = parse_row(row)
             (*turns, last), input, texts = parsed.turns, parsed.input, parsed.choices
@@ -75,8 +75,7 @@ def load_questions(path, task, tokenizer, template, longest, limit=None, twice=F
             if [] in choices:
                 raise ValueError(f"choice {choices.index([]) + 1} has no tokens to score")
         except ValueError as error:
-            raise ValueError(f"{file}, {place}: {error}") from None
-        place = f"{file.name}, {place}" if file != Path(path) else place
+            raise ValueError(f"{path}, {place}: {error}") from None
         if len(prompt) + max(map(len, choices), default=1) > longest:
             left_out.append(place)
             continue
@@ -96,18 +95,15 @@ def log_probs(bitune, prompts, choices):
     if not bitune.passes:           # plain causal reading: the same numbers, when the context is read first
         bitune = copy(bitune)
         bitune.passes = [("causal", bitune.answer_set)]
-    context, _ = bitune.lay_out(prompts, [[]] * len(prompts))
-    past, sizes = bitune.encode(context), [len(group) for group in choices]         # once for all choices
-    choice = [ids for group in choices for ids in group]
-    asked = [prompt for prompt, size in zip(prompts, sizes) for _ in range(size)]   # each choice's
+    past = bitune.encode(bitune.lay_out(prompts, [[]] * len(prompts))[0])           # once for all choices
+    asked, choice = zip(*((row, ids) for row, group in enumerate(choices) for ids in group))
     if past is not None:
-        times = torch.tensor(sizes, device=bitune.device)
-        again = lambda t: t.repeat_interleave(times, dim=0, output_size=len(choice))
-        past = Past([(again(k), again(v)) for k, v in past.layers], again(past.positions))
-    sums = -bitune.score(asked, choice, nll, past).sum(1)
+        rows = send(asked, bitune.device)
+        past = Past([(k[rows], v[rows]) for k, v in past.layers], past.positions[rows])
+    sums = -bitune.score([prompts[row] for row in asked], choice, nll, past).sum(1)
     if not sums.isfinite().all():
         raise FloatingPointError(f"the log-probability of a choice is {sums[~sums.isfinite()][0]}")
-    return [group.tolist() for group in sums.split(sizes)]
+    return [group.tolist() for group in sums.split([*map(len, choices)])]
 
 
 def write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
@@ -228,11 +224,10 @@ SCORING = ASKED | {
 def scored(args):
     """A few letters that stand for all that scores hang on: the weights, the questions, the flags."""
     flags = "task", "limit", "max_new_tokens", "dtype", "device", "forced_causal", "twice"
-    parts = [getattr(args, flag) for flag in flags]
-    parts += [row for _, *row in rows_of(args.data, args.task, args.limit)]        # with its place
+    parts = [*(getattr(args, flag) for flag in flags), *rows_of(args.data, args.task, args.limit)]
     for folder in filter(None, (args.model or base_of(args.adapter), args.adapter)):
-        parts += [(file.name, file.stat().st_size, file.stat().st_mtime_ns)
-                  for file in sorted(Path(folder).rglob("*.safetensors")) if file.name != "state.safetensors"]
+        files = (f for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors")
+        parts.append([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
@@ -242,8 +237,6 @@ def score(args, progress):
     is scored by then is kept."""
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
-    if args.model:
-        check_folder(args.model)
     own = args.adapter or read_about(args.model).get("whole") and args.model
     folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
     file = folder / f"{args.task}-{Path(args.data).resolve().stem}-{scored(args)}.json"

@@ -45,6 +45,8 @@ def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
     assert cells(compare.table([*best.values()]))[1:] == [
         ["A", "1,234", "0.001", "3 ± 0", "1.100 ± 0.141", "55.0 ± 7.1%"],
         ["B", "1,234", "0.01", "3", "0.900", "10.0%"]]
+    rows = cells(compare.report(records, ["base"] + 5 * [""], "one that failed"))[2:]
+    assert [row[2] for row in rows] == ["0.001 (best)", "0.01", "0.1", "0.01 (best)"]
 
 
 @pytest.fixture
@@ -84,8 +86,8 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     os.rename(tmp_path / "grid", tmp_path / "elsewhere")
     assert made("--limit", "1", "--out", str(tmp_path / "elsewhere"))[:2] == (0, 0)
     os.rename(tmp_path / "elsewhere", tmp_path / "grid")
-    line = exits(2, ablate.main, [*argv, "--steps", "5"], capsys)
-    assert "is there with other settings: steps was 4 and is 5" in line
+    line = exits(2, ablate.main, [*argv, "--steps", "5", "--template", "plain"], capsys)
+    assert "is there with other settings: template was paper and is plain and steps was 4 and is 5" in line
 
     tables, log = tmp_path / "grid/tables.md", tmp_path / "grid/bitune-lr0.01-seed42/log.jsonl"
     lines, before = log.read_text().splitlines(keepends=True), cells(tables.read_text())
