@@ -20,14 +20,12 @@ from itertools import accumulate, product
 import torch
 from torch.profiler import profile
 
-from bitune import Bitune, adapter_sets
 from cli.memory import ready_to_answer, step_bytes
 from cli.process import command
 from cli.settings import SETTINGS, Setting, new_parser, number, words
 from experiments import cost
 from files.checkpoint import DTYPES, check_device, default_device, default_dtype
-from lora import add_adapter, linears
-from model import Llama
+from lora import linears
 from text.examples import Example, batches
 from train import make_optimizer, train_step
 
@@ -48,14 +46,9 @@ def random_model(preset, device, dtype):
     return model
 
 
-def finetunable(model, method):
-    """`method` on fresh adapters beside the model's weights, which all share; None: the bare base."""
-    with torch.device("meta"):
-        own = Llama(model.config)
-    own.load_state_dict(model.state_dict(), assign=True)
-    for name in adapter_sets(method) if method else ():
-        add_adapter(own, name)
-    return Bitune(own, method or "causal")
+def made(args, name, weights=None):
+    """One of METHODS on the base's weights, which all share; or of the same shape on the device meta."""
+    return cost.without_memory(SHAPES[args.preset], METHODS[name], weights=weights)
 
 
 def medians(device, repeats, functions):
@@ -72,11 +65,11 @@ def medians(device, repeats, functions):
     return {name: statistics.median(later) for name, (_, *later) in times.items()}
 
 
-def training(model, args, device, bare):
-    tasks, A = {name: finetunable(model, METHODS[name]) for name in ("lora", "bitune")}, args.answer
+def training(model, args, device):
+    tasks = {name: made(args, name, model.state_dict()) for name in ("lora", "bitune")}
     for bitune in tasks.values():
         bitune.model.checkpointing = args.checkpointing
-    ours = dict(tasks)
+    ours, A = dict(tasks), args.answer
     if args.against and not args.checkpointing:
         tasks["peft"] = Peft(args.preset, model)
     optimizers = {name: make_optimizer(b, 1e-4, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
@@ -93,8 +86,8 @@ def training(model, args, device, bare):
         for name, bitune in ours.items():
             row[f"{name}_peak_MB"] = peak(steps[name], device, bitune) / 1e6
             row[f"{name}_computed_MB"] = (held(bitune, 4) + step_bytes(bitune, examples)) / 1e6
-            if bare and not args.checkpointing:             # which is not counted
-                least = cost.seconds_on(cost.step_work(bare(name), examples), args)
+            if device.type == "cuda" and not args.checkpointing:        # which is not counted
+                least = cost.seconds_on(cost.step_work(made(args, name), examples), args)
                 row[f"{name}_of_card"] = least / seconds[name]
         yield row
 
@@ -122,10 +115,10 @@ def peak(step, device, bitune):
     return max(accumulate(sizes, initial=0)) + there
 
 
-def answering(model, args, device, bare):
+def answering(model, args, device):
     weights, new = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
                        if model.config.tie_word_embeddings or "embed_tokens" not in name), args.answer
-    tasks = {name: finetunable(model, method) for name, method in METHODS.items()}
+    tasks = {name: made(args, name, model.state_dict()) for name in METHODS}
     tasks |= {name: ready_to_answer(b) for name, b in tasks.items() if name != "unmerged"}
     theirs = hugging_face(args.preset, model) if args.against else None
     w, x = torch.ones(*READ, device=device), torch.ones(READ[1], device=device)
@@ -146,8 +139,9 @@ def answering(model, args, device, bare):
                    **{f"of_{how}": weights * seconds[how] / size / token[name] for how in reads}}
             if theirs:
                 row["over_generate"] = token["transformers"] / token[name]
-            if bare and name in METHODS:
-                first, last = (cost.seconds_on(done, args) for done in cost.answer_work(bare(name), P, new))
+            if device.type == "cuda" and name in METHODS:
+                works = cost.answer_work(made(args, name), P, new)
+                first, last = (cost.seconds_on(done, args) for done in works)
                 row |= {"first_of_card": first / seconds[name, 1], "token_of_card": last / token[name]}
             yield row
 
@@ -204,11 +198,10 @@ def main(argv=None):
     dtype, device = DTYPES[args.dtype] if args.dtype else default_dtype(where), torch.device(where)
     print(f"{args.preset}, {str(dtype)[6:]}, torch {torch.__version__},",
           torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
-    model, bare = random_model(args.preset, device, dtype), lambda name: cost.without_memory(
-        SHAPES[args.preset], METHODS[name])
+    model = random_model(args.preset, device, dtype)
     for part in args.parts:
         print()
-        cost.print_table(PARTS[part](model, args, device, bare if device.type == "cuda" else None))
+        cost.print_table(PARTS[part](model, args, device))
 
 
 if __name__ == "__main__":

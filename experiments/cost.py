@@ -145,10 +145,13 @@ def seconds_on(done, card):
     return max(flops / card.tflops / 1e12, read / card.gbytes / 1e9, launches * card.launch / 1e6)
 
 
-def without_memory(shape, method, kind="lora", options={}, bits=None):
-    """A Bitune of this shape on the device meta; method None: the bare base."""
+def without_memory(shape, method, kind="lora", options={}, bits=None, weights=None):
+    """A Bitune of this shape on the device meta, or with a base's `weights`, which are not copied; method
+    None: the bare base."""
     with torch.device("meta"):
         model = Llama(parse_config(shape)).to(torch.float32 if KINDS[kind].trains_base else torch.bfloat16)
+    if weights:
+        model.load_state_dict(weights, assign=True)
     if bits:
         eight_bits(model)
     for name in adapter_sets(method) if method else ():
