@@ -78,8 +78,8 @@ def variants(methods, kinds=(KIND,), cs=(C,), given={}):
 
 
 def planned(models, lrs, seeds, common, out):
-    """The runs of a grid: (name, lr, seed) -> settings. ValueError for one that cannot be trained, or that is
-    there with other settings."""
+    """The runs of a grid: (name, lr, seed) -> settings. ValueError for one that cannot be trained, or that
+    is there with other settings."""
     runs = {}
     for name, own in models.items():
         for lr, seed in product(lrs, seeds):

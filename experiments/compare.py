@@ -72,7 +72,8 @@ def gaps(protocols, name):
     """The model `name` less each of the others, column by column, in each of the protocols, which say of
     each model the group that is compared. A gap of up to two standard errors is none."""
     lines = [["", "learning rates", "of", "by seed, % of the questions", "mean ± standard error", "better"]]
-    for one, other, group in ((g.get(name, []), other, group) for g in protocols for other, group in g.items()):
+    pairs = [(groups.get(name, []), *pair) for groups in protocols for pair in groups.items()]
+    for one, other, group in pairs:
         shared = {r["seed"] for r in one} & {r["seed"] for r in group}
         for column in group[0]["scores"] if shared and other != name else ():
             by_seed, mean, error = difference(one, group, column)

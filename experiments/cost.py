@@ -191,7 +191,8 @@ def in_training(args):
         sizes = frozen, 16 * trained, activations, frozen + 16 * trained + activations
         yield {"base model": name, "parameters": f"{n:,}",
                "method": f"{method}, rank {own.get('rank', rank.default)}" if rank else method,
-               "that train": f"{trained:,}", **{c: f"{size / 1e9:.1f} GB" for c, size in zip(columns, sizes)},
+               "that train": f"{trained:,}",
+               **{column: f"{size / 1e9:.1f} GB" for column, size in zip(columns, sizes)},
                "TFLOP an example": f"{flops / 1e12:.1f}",
                "3,000 steps": f"{30_000 * flops / (args.tflops * 1e12) / 3600:.1f} h"}
 

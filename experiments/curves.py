@@ -120,8 +120,8 @@ def of_runs(logs):
     colour, panels = colours(logs), []
     for title, key in (("training loss", "loss"), ("validation loss", "val_loss"),
                        ("exact match on validation data", "val_exact_match")):
-        lines = {name: smoothed([(r["step"], r[key]) for r in log if key in r]) for name, log in logs.items()}
-        if lines := {name: line for name, line in lines.items() if line}:
+        points = {name: [(r["step"], r[key]) for r in log if key in r] for name, log in logs.items()}
+        if lines := {name: smoothed(found) for name, found in points.items() if found}:
             panels.append(panel(title, lines, colour, losses=key.endswith("loss")))
     for name, log in logs.items():
         for which in sorted({key for r in log for key in r if key.startswith("alphas_")}):

@@ -82,6 +82,7 @@ def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, c
         benchmark.main("--preset tiny --device cuda --batches 1 --prompts 8 --answer 2 --launch 0.5".split())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [row[0] for row in rows] == ["P", "8", "P", *["8"] * 4]
     train, lora = dict(zip(*rows[:2])), dict(zip(*rows[2:4]))
     bare = cost.without_memory(benchmark.SHAPES["tiny"], "causal")
     works = [cost.step_work(bare, [Example([0] * 8, [0] * 2)]), *cost.answer_work(bare, 8, 2)]

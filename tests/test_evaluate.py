@@ -238,13 +238,13 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
 def test_scores_of_other_flags_rows_or_weights_lie_beside(tmp_path, capsys):
     base, data = write_checkpoint(tmp_path / "base"), tmp_path / "q.jsonl"
     argv = ["--model", base, "--data", data, "--task", "rows", "--out", tmp_path / "out"]
-    before = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
-    for n, more, row, touched in (
-            (1, [], 0, False), (1, ["--batch-size", 1], 0, False), (2, ["--limit", 1], 0, False),
-            (3, ["--twice"], 0, False), (4, ["--dtype", "bfloat16"], 0, False), (5, [], 1, False),
-            (6, ["--max-new-tokens", 2], 1, False), (6, ["--max-new-tokens", 2], 1, False), (7, [], 1, True)):
-        write_rows(data, [before[row]] * 2)
-        (base / "model.safetensors").touch() if touched else None
+    chosen, said = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
+    for n, row, *more in ((1, chosen), (1, chosen, "--batch-size", 1), (2, chosen, "--limit", 1),
+                          (3, chosen, "--twice"), (4, chosen, "--dtype", "bfloat16"), (5, said),
+                          (6, said, "--max-new-tokens", 2), (6, said, "--max-new-tokens", 2), (7, said)):
+        write_rows(data, [row] * 2)
+        if n == 7:
+            (base / "model.safetensors").touch()
         score(*argv, *more)
         assert len({line for line in capsys.readouterr().out.splitlines() if "wrote" in line}) == 1
         assert len([*(tmp_path / "out").glob("*.json")]) == len([*(tmp_path / "out").glob("*.jsonl")]) == n

@@ -42,6 +42,7 @@ def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
     middle, right = (top + bottom) / 2, left + curves.WIDTH
     mean = root.find(f".//{SVG}polyline").get("points")
     assert mean == f"{left:.1f},{middle:.1f} {right:.1f},{middle:.1f}"
+    assert curves.smoothed([(n, n) for n in range(1, 121)])[::59] == [(2, [1.5]), (120, [119.5])]
     band = root.find(f".//{SVG}polygon").get("points").split()
     assert band[0] == f"{left:.1f},{bottom:.1f}" and band[-1] == f"{left:.1f},{top:.1f}"
 

@@ -46,7 +46,7 @@ def right_answers(group):
 
 
 def cell(group):
-    """Exact match on test data and, in brackets, when half of the way is made, of the seeds that get there."""
+    """Exact match on test data and, in brackets, `half_way` of the seeds that get there."""
     found = [step for step in map(half_way, group) if step is not None]
     some = f", {len(found)} of {len(group)}" if len(found) < len(group) else ""
     return percent(right_answers(group)) + (f" ({spread(found, '{:.0f}')}{some})" if found else "")
@@ -68,7 +68,8 @@ def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
     out, models = Path(args.out), variants(["bitune", "naive-bidir", "no-mixing"])
     write("behind", out)
-    found = {base: compared(models, args.lrs, range(42, 42 + args.seeds), args.steps, out, out / f"{base}-runs",
+    seeds = range(42, 42 + args.seeds)
+    found = {base: compared(models, args.lrs, seeds, args.steps, out, out / f"{base}-runs",
                             model=made(base, out, args.pretraining)) for base in args.bases}
     lines = [[base, *map(cell, groups.values())] for base, groups in found.items()]
     print("\nExact match on test data (the step at which half of the validation answers are right):\n")

@@ -29,8 +29,9 @@ class Scaled(Bitune):
     """With α that are, by name, `scales` (L,) times what they are in a `run`, or these alone."""
 
     def alpha(self, read, positions):
-        like = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * (a if self.run else torch.ones_like(a))
-        return {name: like(self.scales[name], a) for name, a in super().alpha(read, positions).items()}
+        own = lambda a: a if self.run else torch.ones_like(a)
+        times = lambda scale, a: scale.view(-1, *[1] * (a.dim() - 1)) * own(a)
+        return {name: times(self.scales[name], a) for name, a in super().alpha(read, positions).items()}
 
 
 FLAGS = {
