@@ -207,18 +207,16 @@ def on_card(args):
                   for what, (flops, read, launches) in zip(("step", "first token", "last token"), works)}}
 
 
-FLAGS = {
-    "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
-    "prompt": Setting("tokens of the prompt", number(int, 1), 256),
-    "answer": Setting("tokens of the answer", number(int, 1), 256),
-    "card": Setting("what a card needs at least, of so many tokens", number(int, 2) | {"nargs": "+"}),
-    **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
-}
-
-
 @command
 def main(argv=None):
-    args = new_parser(__doc__, FLAGS).parse_args(argv)
+    flags = {
+        "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
+        "prompt": Setting("tokens of the prompt", number(int, 1), 256),
+        "answer": Setting("tokens of the answer", number(int, 1), 256),
+        "card": Setting("what a card needs at least, of so many tokens", number(int, 2) | {"nargs": "+"}),
+        **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
+    }
+    args = new_parser(__doc__, flags).parse_args(argv)
     if args.card and args.checkpointing:
         raise ValueError("--card counts steps without --checkpointing: give one of the two")
     print_table(on_card(args) if args.card else in_training(args))

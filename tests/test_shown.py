@@ -81,11 +81,12 @@ def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_p
         call(alphas, *of, "--data", tmp_path / "data.jsonl", "--n", 4, "--scales", 1)
         rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
         assert [row[0].strip() for row in rows[-3:]] == ["0", "1", "2"]         # layers, each alone
-        return [float(cell) for cell in rows[2][1:]], [float(cell) for cell in rows[3][1:]]
+        return [[float(cell) for cell in row[1:]] for row in (rows[2], rows[3], *rows[-3:])]
 
-    none, own = table("--adapter", tmp_path / "run")
+    none, own, *alone = table("--adapter", tmp_path / "run")
+    assert own[0] not in sum(alone, []) and len({*sum(alone, [])}) > 1
     assert own[0] == pytest.approx(losses[-1], abs=6e-4) and len({*none}) == 1 and len({*own, *none}) == 4
-    none, _ = table("--model", tmp_path / "model")
+    none, *_ = table("--model", tmp_path / "model")
     assert none[0] == pytest.approx(losses[0], abs=6e-4)                        # the base's
 
 
