@@ -257,8 +257,8 @@ def score(args, progress):
     with kept.file, work(kept, "--batch-size"):
         ready_to_answer(bitune)
         results = evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept)
-        summary = {**vars(args), "method": bitune.method if about else None, "template": template,
-                   "questions": len(results), "left_out": left_out,
+        summary = {**vars(args), "method": bitune.method if about else None, "step": about.get("step"),
+                   "template": template, "questions": len(results), "left_out": left_out,
                    "seconds": round(time.monotonic() - begun, 1), "scores": mean_scores(results)}
         write_file(file.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in results).encode())
         write_file(file, json_bytes(summary))

@@ -16,8 +16,10 @@ from experiments.compare import markdown, percent, spread
 from experiments.curves import colours, panel, picture
 from experiments.demo.__main__ import compared
 from experiments.demo.language import write
-from experiments.demo.pretrain import pretrain
+from experiments.demo.pretrain import pretrain, scores
+from files.checkpoint import load_base
 from text.words import read_json
+
 
 def made(base, out, steps):
     """The folder of a base, LAYERSxWIDTH, which is made if it is not there."""
@@ -69,11 +71,14 @@ def main(argv=None):
     out, models = Path(args.out), variants(["bitune", "naive-bidir", "no-mixing"])
     write("behind", out)
     seeds = range(42, 42 + args.seeds)
-    found = {base: compared(models, args.lrs, seeds, args.steps, out, out / f"{base}-runs",
-                            model=made(base, out, args.pretraining)) for base in args.bases}
-    lines = [[base, *map(cell, groups.values())] for base, groups in found.items()]
+    found, lines = {}, [["base", "of what it was taught", *models]]
+    for base in args.bases:
+        folder = made(base, out, args.pretraining)
+        *taught, _ = scores(*load_base(folder)).values()
+        found[base] = compared(models, args.lrs, seeds, args.steps, out, out / f"{base}-runs", model=folder)
+        lines.append([base, f"{fmean(taught):.1%}", *map(cell, found[base].values())])
     print("\nExact match on test data (the step at which half of the validation answers are right):\n")
-    print(markdown([["base", *models], *lines]))
+    print(markdown(lines))
     narrow = sorted((int(base.split("x")[0]), of) for base, of in found.items() if base.endswith("x64"))
     lines = {name: [(layers, [*map(fmean, right_answers(groups[name]))]) for layers, groups in narrow]
              for name in models}
