@@ -9,9 +9,10 @@ and the hours that 3,000 steps of 10 examples take at --tflops. What a kernel ne
 top.
 
 --card TOKENS ...: instead, what a step, the first token of an answer and its last token take at least on a
-card of such rates, half of the tokens prompt. It is the longest of three: the operations; the bytes of
-weights, each time an operator reads them (in a step also twice what is kept, and 40 for each parameter that
-trains, for clipping and AdamW); and the launches, one for each operator that is no view.
+card of such rates, half of the tokens prompt. Three things take time, and the longest of them is given: the
+operations; the bytes of weights, each time an operator reads them (in a step also twice what autograd keeps,
+and 40 for each parameter that trains, for clipping and AdamW); and the launches, one for each operator that
+is no view.
 """
 
 from itertools import product
