@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from edits import edits
+from text.tokenizer import Tokenizer
 from tiny import write_checkpoint, write_data
 
 HERE = Path(__file__).parent
@@ -37,6 +38,12 @@ def flags(tmp_path):
     line = (f"--model {model} --data {data} --out {tmp_path}/run --steps 6 --batch-size 4 --lr 0.01 "
             "--save-every 3 --eval-every 3")
     return lambda *more: [*line.split(), *map(str, more)]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Of bytes, <s> and </s>."""
+    return Tokenizer.from_pretrained(write_checkpoint(tmp_path / "bytes"))
 
 
 def pytest_addoption(parser):

@@ -14,7 +14,6 @@ from files.run import run_bytes
 from test_commands import exits
 from text.examples import load_examples
 from text.rows import read_rows
-from text.tokenizer import Tokenizer
 from tiny import ANSWERS, RAGGED, tiny_bitune, write_checkpoint
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
@@ -39,11 +38,6 @@ PUBLISHED = {   # task: rows as they are published, the prompt in the paper's te
                       "Question: Sing!\n\nAnswer:", " La."),
 }
 PUBLISHED["csqa"] = PUBLISHED["arc"]
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    return Tokenizer.from_pretrained(write_checkpoint(tmp_path / "base"))
 
 
 def write_rows(path, rows):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +13,9 @@ from files.disk import write_files
 from files.run import run_bytes
 from lora import KINDS, add_adapter
 from model import Llama
+from text.tokenizer import Tokenizer
 
+CASES = Path(__file__).parent / "cases"                 # files of others, as they were met
 CONFIG = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -81,6 +84,13 @@ def write_checkpoint(folder, seed=0, **config):
         "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
         "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}}}))
     return folder
+
+
+def tokenizer_of(spec, folder, **config):
+    """The tokenizer of a tokenizer.json and a tokenizer_config.json, which are written to a folder."""
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.from_pretrained(folder)
 
 
 def write_run(folder, bitune, base="base", **about):

@@ -5,17 +5,46 @@
 
 import copy
 import random
+import traceback
 import warnings
+from collections import Counter
 
 JUNK = [None, True, False, 0, -1, 3, 1.5, float("nan"), 1e300, "", "x", "answer", [], [1], ["x"], {},
         {"a": 1}, [[]], [None], [{}], [["causal", "answer"]]]
 
 
-def draws(request):
-    """The number of each round, and its source of random numbers."""
+def judge_all(request, judge):
+    """Call judge(rng), which draws a case, looks at it and says in words what became of it; tell how often
+    it said what, and fail with the rounds in which it failed."""
     warnings.simplefilter("ignore")
+    counts, wrong = Counter(), []
     for seed in range(request.config.getoption("--fuzz")):
-        yield seed, random.Random(seed)
+        try:
+            counts[judge(random.Random(seed))] += 1
+        except Exception:
+            wrong.append(f"seed {seed}: {traceback.format_exc()}")
+    total = Counter(what.split(":")[0] for what in counts.elements())
+    print("", dict(total), *(f"{n:6} {what}" for what, n in counts.most_common()), sep="\n")
+    assert not wrong, f"{len(wrong)} are wrong\n" + "\n".join(wrong[:5])
+
+
+def one(*forms):
+    """In a form, see `fill`: any of these stands there."""
+    return lambda rng: fill(rng, rng.choice(forms))
+
+
+def fill(rng, form):
+    """A form of JSON, in which functions of rng stand for what they draw."""
+    if callable(form):
+        return form(rng)
+    if isinstance(form, dict):
+        return {key: fill(rng, value) for key, value in form.items()}
+    return [fill(rng, part) for part in form] if isinstance(form, list) else form
+
+
+def some(rng, table, share):
+    """So large a share of a table's fields, each with one of its values."""
+    return {field: fill(rng, one(*values)) for field, values in table.items() if rng.random() < share}
 
 
 def edit_json(rng, value, junk=JUNK):

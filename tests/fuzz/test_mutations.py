@@ -3,20 +3,17 @@
 import json
 import shutil
 import signal
-from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from pathlib import Path
 
 import pytest
 
 import sample
 import train
 from experiments import evaluate, merge
-from fuzzing import draws, edit_json
-from tiny import write_checkpoint
-
-CASES = Path(__file__).parent.parent / "cases"
+from fuzzing import edit_json, judge_all
+from test_commands import at_step, call, stop
+from tiny import CASES, write_checkpoint
 
 
 def edit_bytes(rng, data):
@@ -53,10 +50,6 @@ def mutate(rng, file):
         file.write_bytes(edit(rng, data))
 
 
-def call(main, *argv):
-    main([str(a) for a in argv])
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A base with a tokenizer.json of each kind, a run half done, and data."""
@@ -72,29 +65,27 @@ def world(tmp_path_factory):
                        ("dev.jsonl", '{"goal": "the", "sol1": "a", "sol2": "all"}\n' * 2),
                        ("law_test.csv", "the,a,b,c,d,A\n" * 2)):
         (folder / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()), pytest.raises(StopIteration):
-        steps = iter([train.train_step] * 2)
-        patch.setattr(train, "train_step", lambda *args: next(steps)(*args))        # two, and then no more
-        call(train.main, *"--steps 3 --batch-size 2 --save-every 1 --eval-every 1 --rank 2".split(),
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()), pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", at_step(train.train_step, 2, stop))
+        call(train, *"--steps 3 --batch-size 2 --save-every 1 --eval-every 1 --rank 2".split(),
              "--targets", "q_proj", "--model", folder / "base", "--data", folder / "data.jsonl",
              "--val-data", folder / "val.json", "--out", folder / "run")
     return folder
 
 
-def command(rng, folder, file):
-    """A command that reads the file: its main, its flags."""
+def random_command(rng, folder, file):
+    """A command that reads the file: its module, its flags."""
     own, base, run, new = folder / file.split("/")[0], folder / "base", folder / "run", folder / "new"
-    ask, again = ["--prompt", "the", "--max-new-tokens", 2], (train.main, "--resume", run)
+    ask, again = ["--prompt", "the", "--max-new-tokens", 2], (train, "--resume", run)
     task, data = {"law_test.csv": ("mmlu", own), "data.jsonl": ("rows", own), "val.json": ("rows", own)}.get(
         file, ("piqa", folder / "dev.jsonl"))
-    score = evaluate.main, "--model", base, "--task", task, "--data", data, "--out", folder / "scores"
+    score = evaluate, "--model", base, "--task", task, "--data", data, "--out", folder / "scores"
+    further = train, "--adapter", run, "--data", folder / "data.jsonl", "--steps", 1, "--out", new
     if own == run:
-        return rng.choice([again, again, (sample.main, *ask, "--adapter", run),
-                           (merge.main, "--adapter", run, "--out", new), (
-                               train.main, "--adapter", run, "--data", folder / "data.jsonl", "--steps", 1,
-                               "--out", new)])
+        return rng.choice([again, again, further, (sample, *ask, "--adapter", run),
+                           (merge, "--adapter", run, "--out", new)])
     if own.is_dir():
-        return sample.main, *ask, "--model", own
+        return sample, *ask, "--model", own
     return rng.choice([score, again]) if task == "rows" else score
 
 
@@ -103,30 +94,27 @@ def too_slow(*_):
 
 
 def test_no_file_brings_a_traceback(world, tmp_path, request):
-    old, outcomes, wrong, folder = signal.signal(signal.SIGALRM, too_slow), Counter(), [], tmp_path / "copy"
     files = sorted(str(file.relative_to(world)) for file in world.rglob("*") if file.is_file())
-    for seed, rng in draws(request):
+
+    def judge(rng):
+        folder, file, err = tmp_path / "copy", rng.choice(files), StringIO()
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(world, folder)
         for name in ("settings.json", "bitune.json"):       # the run is on the copy's base and data
             there = folder / "run" / name
             there.write_text(there.read_text().replace(str(world), str(folder)))
-        file, err = rng.choice(files), StringIO()
         mutate(rng, folder / file)
         signal.alarm(30)
         try:
             with redirect_stdout(StringIO()), redirect_stderr(err):
-                call(*command(rng, folder, file))
-            outcomes["read"] += 1
+                call(*random_command(rng, folder, file))
+            return "read"
         except SystemExit as end:
             said = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
-            outcomes[f"exit {end.code}"] += 1
-            if end.code not in (1, 2) or len(said) != 1:
-                wrong.append(f"seed {seed}, {file}: exit {end.code}, {err.getvalue()!r:.300}")
-        except BaseException as problem:
-            wrong.append(f"seed {seed}, {file}: {problem!r:.200}")
+            assert end.code in (1, 2) and len(said) == 1, (file, err.getvalue())
+            return f"exit {end.code}"
         finally:
             signal.alarm(0)
-    signal.signal(signal.SIGALRM, old)
-    print(dict(outcomes))
-    assert not wrong, "\n".join(wrong)
+
+    signal.signal(signal.SIGALRM, too_slow)
+    judge_all(request, judge)

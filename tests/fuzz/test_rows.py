@@ -1,33 +1,39 @@
-"""Random rows: a conversation says the same in every form, with whatever others add, and is asked as
-transformers' apply_chat_template asks it; one key more is read, changes nothing or drops the row; junk is
-counted."""
+"""Random rows: a conversation says the same in every form, with whatever others add; one key more is read,
+changes nothing or drops the row; junk is counted; chats are encoded as the tokenizers library does it."""
 
 import json
+from itertools import product
 
 import pytest
 
 import chats
 from chats import message
-from fuzzing import JUNK, draws
+from fuzzing import JUNK, fill, judge_all, one
+from test_text import NOTHING, read
+from text.chat import CHATS
 from text.examples import load_examples
 from text.tokenizer import Tokenizer
-from text.turns import KEYS, LEARNED, NEUTRAL, Unusable, learned_answers, parse_row
-from tiny import write_checkpoint
+from text.turns import KEYS, LEARNED, NEUTRAL
 
 WORDS = [*"a Why? é 1+1 {} 日本 \U0001fae8 </s> \\ \"".split(), *"\n \u2028\t\r"]
-ODD = [*JUNK, 10**30, [{"role": "user"}], [message("user", None)], [{"from": 1, "value": 2}],
+ODD = [*JUNK, 1, 1.0, 10**30, [{"role": "user"}], [message("user", None)], [{"from": 1, "value": 2}],
        [message("user", "x"), message("assistant", "y")]]
-MORE = [*LEARNED, "tools", "history", "label", "chosen", "rejected", "images", "documents", "data"]
+MORE = [*LEARNED, *"tools history label chosen rejected images documents data made_up".split()]
 EVERY = [*(key for keys in KEYS.values() for key in keys), *MORE]
+OF_MESSAGES = [*LEARNED, *"reasoning_content tool_calls name text id made_up".split()]
+LEARNS = {"weight": [(int, 1), (float, 1.0)], "train": [(bool, True)]}
+FORMS = ["messages", "conversations", "lists", "columns", "choices"]
+SAME = "the same"
 
 
-def in_a_form(rng, messages, context=""):
-    """A row of a random form that says these messages, the first question with a context below it, and the
-    place of the first message that is there to be learned."""
-    own = messages[0]["role"] == "system" and messages[0]["content"] != "" and rng.random() < 0.5
+def in_a_form(rng, messages, context="", form=None):
+    """A row of a form, or a random one, that says these messages, the first question with a context below
+    it, and the place of the first message that is there to be learned."""
+    own = messages[0]["role"] == "system" and messages[0]["content"] != "" and \
+        (form in FORMS[3:] or rng.random() < 0.5)
     row, said = {rng.choice(KEYS["system"]): messages[0]["content"]} if own else {}, messages[own:]
     plain = [m["role"] for m in said] == ["user", "assistant"] and all(len(m) == 2 for m in said)
-    form = rng.choice(["messages", "conversations", "lists", *["columns", "columns", "choices"] * plain])
+    form = form or rng.choice(FORMS if plain else FORMS[:3])
     if form in ("columns", "choices"):
         asked, answer = (m["content"] for m in said)
         row |= {rng.choice(KEYS["prompt"]): asked, rng.choice(KEYS["answer"]): answer}
@@ -36,9 +42,9 @@ def in_a_form(rng, messages, context=""):
         rng.shuffle(choices)
         by_number = {"answer": choices.index(answer)} if "answer" in row else {}
         return row | ({"choices": choices, **by_number} if form == "choices" else {}), 0
-    first = [m["role"] for m in said].index("user")
-    words = lambda i, m: f"{m['content']}\n\n{context}" if context and i == first else m["content"]
-    said = [m | {"content": words(i, m)} for i, m in enumerate(said)]
+    first = next(m for m in said if m["role"] == "user")
+    more = {"content": f"{first['content']}\n\n{context}"} if context else {}
+    said = [m | (more if m is first else {}) for m in said]
     if form == "conversations":
         names = rng.choice([{}, {"user": "human", "assistant": "gpt"}])
         more = ({key: m[key] for key in m.keys() - {"role", "content"}} for m in said)
@@ -56,43 +62,70 @@ def in_a_form(rng, messages, context=""):
 
 
 def text(rng):
-    return "x" + "".join(rng.choices(WORDS, k=rng.randint(0, 6)))
+    return "z" + "".join(rng.choices(WORDS, k=rng.randint(0, 6)))         # which is not ODD
 
 
 def disguised(rng, row):
     """The same row with columns that are null or say nothing here, in another order."""
     row = row | {key: rng.choice([None, [], {}]) for key in rng.sample(EVERY, rng.randint(0, 4))
                  if key not in row}
-    row |= {name: rng.choice(ODD) for name in rng.sample(sorted(NEUTRAL), rng.randint(0, 2))}
+    row |= {name: rng.choice(ODD) for name in rng.sample(sorted({*NEUTRAL, "text"}), rng.randint(0, 2))}
     return {key: row[key] for key in rng.sample([*row], len(row))}
 
 
-def read(row):
-    """What is asked and learned, a context below its question; None for a row that cannot be used."""
-    try:
-        parsed = parse_row(json.loads(json.dumps(row)))
-        (last,) = learned_answers(parsed)
-    except (Unusable, ValueError):
-        return None
-    said = [(role, text) for role, text, *_ in parsed.turns[:last]]
-    said[-1] = ("user", "\n\n".join(text for text in (said[-1][1], parsed.input) if text))
-    return said, parsed.turns[last].text
+def said_by(row):
+    """What is asked and learned, a context below its question; NOTHING for a row that cannot be used."""
+    found = read(row)
+    if found == NOTHING:
+        return NOTHING
+    [((*turns, (_, asked)), context, answer)] = found
+    return [*turns, ("user", f"{asked}\n\n{context}" if context else asked)], answer
 
 
-def test_one_conversation_in_every_form(request):
-    for seed, rng in draws(request):
+def meaning(key, value, adds, filled):
+    """What a key more means to a row or message: SAME, NOTHING or, where it `adds` a text, its own name; an
+    empty text is SAME, unless the key has to be `filled`."""
+    if key in NEUTRAL or value in (None, [], {}):
+        return SAME
+    if value == "":
+        return NOTHING if key in filled else SAME
+    if key in adds and isinstance(value, str):
+        return key
+    return SAME if (type(value), value) in LEARNS.get(key, []) else NOTHING
+
+
+def test_one_conversation_in_every_form_with_every_key(request):
+    def judge(rng):
         asked, answer = text(rng), text(rng)
         system, context = (text(rng) if rng.random() < 0.3 else "" for _ in range(2))
         turns = [("system", system)] * bool(system) + [("user", asked)]
-        row, _ = in_a_form(rng, [message(*turn) for turn in [*turns, ("assistant", answer)]], context)
-        row = disguised(rng, row)
+        messages = [message(*turn) for turn in [*turns, ("assistant", answer)]]
+        rows = [disguised(rng, in_a_form(rng, messages, context, form)[0]) for form in FORMS]
         turns[-1] = ("user", f"{asked}\n\n{context}" if context else asked)
-        assert read(row) == (turns, answer), (seed, row)
-        key, value = rng.choice([key for key in EVERY if row.get(key) in (None, [], {})]), rng.choice(ODD)
-        found = read(row | {key: value})
-        adds = isinstance(value, str) and key in (*KEYS["system"], *KEYS["input"])
-        if found not in (None, read(row)):
-            assert adds and value in str(found) or key in (*KEYS["turns"], "choices"), (seed, row, key)
+        for row in rows:
+            assert said_by(row) == (turns, answer), row
+
+        row = rng.choice(rows)
+        lists = [key for key in (*KEYS["turns"], "completion") if row.get(key) and type(row[key]) is list]
+        adds = [*KEYS["system"]] * (not system) + [*KEYS["input"]] * (not context and not lists)
+        filled = [*LEARNED, *KEYS["choices"] * (not lists), *KEYS["turns"] * (lists in ([], ["completion"]))]
+        for key, value in product(EVERY, ODD):
+            if row.get(key) in (None, [], {}):
+                means = meaning(key, value, adds, filled)
+                now = {**dict.fromkeys(KEYS["system"], [("system", value), *turns]),
+                       **dict.fromkeys(KEYS["input"], [*turns[:-1], ("user", f"{asked}\n\n{value}")])}
+                want = NOTHING if means == NOTHING else (now.get(means, turns), answer)
+                assert said_by(row | {key: value}) == want, (row, key, value)
+        for place in lists:
+            *before, last = row[place]
+            for key, value in product([*OF_MESSAGES, *last], ODD):
+                if key not in last or not isinstance(value, str):
+                    means = NOTHING if key in last else meaning(key, value, ["reasoning_content"], LEARNED)
+                    found = said_by(row | {place: [*before, last | {key: value}]})
+                    assert found == (NOTHING if means == NOTHING else (turns, answer)), (row, key, value)
+        return "".join(lists) or "columns"
+
+    judge_all(request, judge)
 
 
 def junk_row(rng):
@@ -103,9 +136,8 @@ def junk_row(rng):
     return rng.choice([row, row, row, rng.choice(ODD)])
 
 
-def test_every_row_of_a_file_is_an_example_or_counted(request, tmp_path):
-    tokenizer = Tokenizer.from_pretrained(write_checkpoint(tmp_path / "m"))
-    for seed, rng in draws(request):
+def test_every_row_of_a_file_is_an_example_or_counted(request, tmp_path, tokenizer):
+    def judge(rng):
         rows = [junk_row(rng) for _ in range(rng.randint(1, 6))]
         end, is_list = rng.choice(["\n", "\r\n", "\n\n \n"]), rng.random() < 0.3 or isinstance(rows[0], list)
         lines = end.join(json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows)
@@ -113,53 +145,28 @@ def test_every_row_of_a_file_is_an_example_or_counted(request, tmp_path):
         (tmp_path / "data").write_bytes((rng.choice(["", "\ufeff"]) + written).encode())
         try:
             examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 200)
-            assert len(examples) + sum(count for count, _ in dropped.values()) == len(rows), seed
         except ValueError as problem:
-            assert "no example left; dropped: " in str(problem) and "\n" not in str(problem), (seed, problem)
+            assert "no example left; dropped: " in str(problem) and "\n" not in str(problem)
+            return "no example"
+        assert len(examples) + sum(count for count, _ in dropped.values()) == len(rows)
+        return "some examples"
+
+    judge_all(request, judge)
 
 
 # ---- in chat markup --------------------------------------------------------------------------------------
 
 
-def template(turn, opening="", begin="''", in_turn="false", own="false"):
-    """A template in Jinja, of expressions: what stands for each turn, and before all of them; whether the
-    turns alternate, and whether a first one is the system's that the others do not count."""
-    return (f"{{% set own = {own} %}}{{{{ {begin} }}}}{{% for m in (messages[1:] if own else messages) %}}"
-            f"{{% if {in_turn} and m.role != ['user', 'assistant'][loop.index0 % 2] %}}"
-            f"{{{{ raise_exception('in turn') }}}}{{% endif %}}{{{{ {turn} }}}}{{% endfor %}}"
-            f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}")
-
-
-SPOKEN = ("(m.content if m.role != 'assistant' or m.reasoning_content is string or '</think>' not in "
-          "m.content else m.content.split('</think>')[-1].lstrip('\n'))")
-INSTRUCTION = "{}'[INST] ' + {} + '{}[/INST]' if m.role == 'user' else ' ' + m.content|trim + {}".format
-SYSTEM = {"in_turn": "true", "own": "messages[0].role == 'system'"}
-JINJA = {       # one of each family, in short (tests/chats.py has the published ones' results)
-    "chat-llama3": template(
-        "'<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim + '<|eot_id|>'",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n", "bos_token"),
-    "chat-qwen3": template(
-        f"'<|im_start|>' + m.role + '\n' + {SPOKEN} + '<|im_end|>\n'", "<|im_start|>assistant\n"),
-    "chat-gemma": template(
-        "'<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + m.content|trim + "
-        "'<end_of_turn>\n'", "<start_of_turn>model\n", "bos_token", "true"),
-    "chat-llama2": template(INSTRUCTION(
-        "bos_token + ", "(('<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if own and loop.first else "
-        "'') + m.content)|trim", " ", "' ' + eos_token"), **SYSTEM),
-    "chat-mistral-v3": template(INSTRUCTION(
-        "", "(messages[0].content + '\n\n' if own and loop.last else '') + m.content", "", "eos_token"),
-        begin="bos_token", **SYSTEM),
-    "chat-zephyr": template("'<|' + m.role + '|>\n' + m.content + eos_token + '\n'", "<|assistant|>\n"),
-}
+IN_TURN = [name for name in CHATS if "mistral" in name or name in ("chat-llama2", "chat-gemma")]
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": one(True, False),
+             "prepend_scheme": one("first", "always", "never")}
 
 
 def random_spec(rng, name):
     """A tokenizer.json: of bytes, or of pieces with its dummy space by Prepend or Metaspace."""
     spec = rng.choice([chats.small, chats.pieces, chats.pieces])(name)
     if spec["normalizer"] and rng.random() < 0.6:
-        spec["normalizer"], scheme = None, rng.choice(["first", "always", "never"])
-        spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme,
-                                 "split": rng.random() < 0.5}
+        spec |= {"normalizer": None, "pre_tokenizer": fill(rng, METASPACE)}
     return spec
 
 
@@ -175,35 +182,37 @@ def random_messages(rng, name):
     return messages
 
 
-def wanted(messages, start, theirs):
+def wanted(messages, start, name, theirs):
     """The prompts of the answers that are there to be learned."""
-    for i, (before, said) in enumerate(zip(messages, messages[1:]), 1):
+    form, own = CHATS[name], messages[0]["role"] == "system"
+    turns = [(m["role"], form.thoughts_and_words(m["content"], m.get("reasoning_content"))[1])
+             for m in messages]
+    for i, said in enumerate(messages):
         learned = said["role"] == "assistant" and said.get("weight", 1) and said["content"].strip()
-        asked = before["role"] == "user" and any(m["content"].strip() for m in messages[:i])
-        if i >= start and learned and asked:
-            try:
-                yield theirs.apply_chat_template(messages[:i], add_generation_prompt=True, return_dict=False)
-            except Exception as problem:
-                assert "in turn" in str(problem)
+        asked = i and messages[i - 1]["role"] == "user" and any(m["content"].strip() for m in messages[:i])
+        roles = [role for role, _ in turns[own and name not in chats.NO_SYSTEM:i]]
+        in_turn = roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        if i >= start and learned and asked and (in_turn or name not in IN_TURN):
+            yield theirs.encode("".join(form.prompt(turns[:i])), add_special_tokens=False).ids
 
 
-def test_prompts_are_those_of_apply_chat_template(tmp_path, request):
-    transformers = pytest.importorskip("transformers")
-    learned = turned_away = 0
-    for seed, rng in draws(request):
-        name = rng.choice([*JINJA])
-        (tmp_path / "tokenizer.json").write_text(json.dumps(random_spec(rng, name)))
-        theirs = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tmp_path / "tokenizer.json"), chat_template=JINJA[name], **chats.names(name))
-        messages = random_messages(rng, name)
+def test_prompts_of_chats_are_encoded_as_one_text(tmp_path, request):
+    """Of pieces that are as apply_chat_template has them, by test_chat.py."""
+    library = pytest.importorskip("tokenizers")
+
+    def judge(rng):
+        name = rng.choice([*CHATS])
+        spec = json.dumps(random_spec(rng, name))
+        (tmp_path / "tokenizer.json").write_text(spec)
+        messages, ours = random_messages(rng, name), Tokenizer.from_pretrained(tmp_path)
         row, start = in_a_form(rng, messages)
         (tmp_path / "data").write_text(json.dumps(row))
-        tokenizer, found, dropped = Tokenizer.from_pretrained(tmp_path), [], {}
+        want = [*wanted(messages, start, name, library.Tokenizer.from_str(spec))]
         try:
-            found, dropped = load_examples(tmp_path / "data", tokenizer, name, 10_000)
+            found, _ = load_examples(tmp_path / "data", ours, name, 10_000)
+            assert [example.prompt for example in found] == want, (name, row)
         except ValueError as problem:
-            assert "no example left" in str(problem), (seed, problem)
-        prompts = [example.prompt for example in found]
-        assert prompts == [*wanted(messages, start, theirs)], (seed, name, row)
-        learned, turned_away = learned + len(found), turned_away + sum(n for n, _ in dropped.values())
-    print({"prompts that are the same": learned, "turned away": turned_away})
+            assert "no example left" in str(problem) and not want, (name, row)
+        return f"{len(want)} prompts"
+
+    judge_all(request, judge)
