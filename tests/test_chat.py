@@ -16,22 +16,16 @@ from bitune import Bitune
 from cli.chat import conversation
 from experiments import ablate, evaluate
 from experiments.evaluate import load_questions, score_text
-from files.disk import write_files
-from files.run import run_bytes
-from test_commands import exits
+from identities import assert_same
+from test_commands import at_step, exits, stop
+from test_evaluate import write_rows
 from text.chat import CHATS, KNOWN
 from text.examples import TEMPLATES, encode_answer, encode_prompt, load_examples, stop_id, template_named
 from text.tokenizer import Tokenizer
-from tiny import tiny_bitune, write_checkpoint
+from tiny import tiny_bitune, tokenizer_of, write_checkpoint, write_run
 
 MADE = json.loads((chats.HERE / "chats.json").read_text())
 NEW_LINE = [name for name in CHATS if CHATS[name].end in ("<|im_end|>", "<end_of_turn>")] + ["chat-zephyr"]
-
-
-def tokenizer_of(spec, folder, **config):
-    (folder / "tokenizer.json").write_text(json.dumps(spec))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return Tokenizer.from_pretrained(folder)
 
 
 def tokenizer_like(kind, name, folder):
@@ -127,19 +121,14 @@ def messages(*texts):
     return {"messages": [chats.message(*turn) for turn in in_turn(*texts)]}
 
 
-def write_rows(path, *rows):
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
-
-
 def test_every_answer_of_a_conversation_is_learned(tmp_path):
     """With all before it as its prompt; by the other templates only the last one, as ever."""
     tokenizer = tokenizer_of(chats.small("chat-chatml"), tmp_path)
     tokenizer.bos_id = tokenizer.special["<|im_start|>"]        # what a text begins with, a chat does not
-    data = write_rows(
-        tmp_path / "data", messages("a", "b", "c", "d", "a", "b"), messages("e", "f", "g"), messages("h"),
+    data = write_rows(tmp_path / "data", [
+        messages("a", "b", "c", "d", "a", "b"), messages("e", "f", "g"), messages("h"),
         messages("i", " ", "j", "k"), {"prompt": "l", "completion": "m", "input": "n", "system": "o"},
-        {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]})
+        {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]}])
     examples, dropped = load_examples(data, tokenizer, "chat-chatml", 100)
     turn = "<|im_start|>{}\n{}<|im_end|>\n".format
     for example, (answer, *asked) in zip(examples, [
@@ -169,7 +158,7 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
     text = "<tool_response>a</tool_response>" if reason.startswith("the answer of a tool") else "a"
     row = {"messages": [chats.message(role, text) for role in turns.split()]}
-    data = write_rows(tmp_path / "data", messages("a", "b"), row)
+    data = write_rows(tmp_path / "data", [messages("a", "b"), row])
     examples, dropped = load_examples(data, tokenizer, name, 200)
     ((said, (n, place)),) = dropped.items()
     assert said.startswith(reason) and (n, place, len(examples)) == (1, "line 2", 1)
@@ -181,7 +170,7 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
 def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
     row = {"messages": [chats.message(*turn) for turn in (
         ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f"))]}
-    data = write_rows(tmp_path / "data", row)
+    data = write_rows(tmp_path / "data", [row])
     tokenizer = tokenizer_of(chats.small("chat-qwen3"), tmp_path)
     (_, last), _ = load_examples(data, tokenizer, "chat-qwen3", 100)
     assert tokenizer.decode(last.answer) == "<think>\nf\n</think>\n\nd<|im_end|>"
@@ -197,7 +186,7 @@ def test_a_long_conversation_is_encoded_once(tmp_path, monkeypatch):
     """And its ids are those of each prompt alone."""
     tokenizer, encode, seen = tokenizer_of(chats.pieces("chat-llama2"), tmp_path), Tokenizer.encode, []
     texts = [str(i) for i in range(80)]
-    data, turns = write_rows(tmp_path / "data", messages(*texts)), in_turn(*texts)
+    data, turns = write_rows(tmp_path / "data", [messages(*texts)]), in_turn(*texts)
     alone = [encode_prompt(tokenizer, "chat-llama2", turns[:i]) for i in range(1, 80, 2)]
     monkeypatch.setattr(Tokenizer, "encode", lambda *a: seen.append(a[1]) or encode(*a))
     for limit, n, dropped in ((10_000, 40, {}), (len(alone[3]) + 10, 4, {"too long": [36, "line 1"]})):
@@ -224,11 +213,6 @@ def read(bitune, prompt):
 
 def first(layers, n, start=0):
     return [(k[:, :, start:n], v[:, :, start:n]) for k, v in layers]
-
-
-def assert_same(some, others):
-    for pair, other in zip(some, others, strict=True):
-        torch.testing.assert_close(pair, other, atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["bitune", "naive-bidir", "no-mixing", "only-causal", "shared-weights",
@@ -280,12 +264,10 @@ def chat_model(folder, name, **config):
 def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch):
     known("chat-chatml")
     base, run = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run"
-    data = write_rows(tmp_path / "data", *(messages("a", f"{n}", "b", "c") for n in range(9)))
-    with monkeypatch.context() as patch:
-        steps = iter([train.train_step])
-        patch.setattr(train, "train_step", lambda *a: next(steps)(*a))      # there is one step
-        with pytest.raises(StopIteration):
-            train.main([f"--model={base}", f"--data={data}", f"--out={run}", "--steps=2", "--save-every=1"])
+    data = write_rows(tmp_path / "data", [messages("a", f"{n}", "b", "c") for n in range(9)])
+    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 1, stop))
+    with pytest.raises(SystemExit):
+        train.main([f"--model={base}", f"--data={data}", f"--out={run}", "--steps=2"])
     train.main(["--resume", str(run)])
     said = capsys.readouterr().out
     assert said.count("template chat-chatml: the model's own chat markup\n") == 2
@@ -306,8 +288,8 @@ def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monk
     """The template's end token, which is not the model's own, ends an answer, too."""
     base, run, asked = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run", []
     end = Tokenizer.from_pretrained(base).special["<|im_end|>"]
-    write_files(run, run_bytes(tiny_bitune(), str(base), template="chat-chatml"))
-    data = write_rows(tmp_path / "data", {"prompt": "a", "completion": "b"})
+    write_run(run, tiny_bitune(), base, template="chat-chatml")
+    data = write_rows(tmp_path / "data", [{"prompt": "a", "completion": "b"}])
 
     def answer(self, prompts, max_new_tokens=256, stop_ids=(), temperature=0.0, top_k=0, top_p=1.0, seed=0):
         asked.append((max_new_tokens, {*stop_ids}, temperature, top_k, top_p, seed))
