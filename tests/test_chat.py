@@ -150,6 +150,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
     ("chat-qwen2", "user tool user assistant", "a turn of 'tool': expected system, user and"),
     ("chat-llama2", "user system user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-gemma", "user user assistant", "it is not user, assistant, user ... in turn"),
+    ("chat-mistral", "user user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-gemma", "system user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-qwen2", "assistant", "empty"), ("chat-qwen2", "system assistant", "an answer to nobody"),
     ("chat-qwen3", "user assistant", "the answer of a tool, which is not supported"),
