@@ -76,16 +76,17 @@ def world(tmp_path_factory):
 def random_command(rng, folder, file):
     """A command that reads the file: its module, its flags."""
     own, base, run, new = folder / file.split("/")[0], folder / "base", folder / "run", folder / "new"
-    ask, again = ["--prompt", "the", "--max-new-tokens", 2], (train, "--resume", run)
+    few, again = ["--max-new-tokens", 2], (train, "--resume", run)
     task, data = {"law_test.csv": ("mmlu", own), "data.jsonl": ("rows", own), "val.json": ("rows", own)}.get(
         file, ("piqa", folder / "dev.jsonl"))
-    score = evaluate, "--model", base, "--task", task, "--data", data, "--out", folder / "scores"
+    ask = sample, "--prompt", "the", *few
+    score = evaluate, "--model", base, "--task", task, "--data", data, "--out", folder / "scores", *few
     further = train, "--adapter", run, "--data", folder / "data.jsonl", "--steps", 1, "--out", new
     if own == run:
-        return rng.choice([again, again, further, (sample, *ask, "--adapter", run),
+        return rng.choice([again, again, further, (*ask, "--adapter", run),
                            (merge, "--adapter", run, "--out", new)])
     if own.is_dir():
-        return sample, *ask, "--model", own
+        return *ask, "--model", own
     return rng.choice([score, again]) if task == "rows" else score
 
 
