@@ -217,6 +217,7 @@ SCORING = ASKED | {
     "batch_size": Setting(f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
     "forced_causal": Setting("with α = 0: what does the second reading add?", SWITCH),
     "twice": Setting("each prompt's text twice: what does repeating it add?", SWITCH),
+    "samples": Setting("also a page of the first N questions, to be read", number(int, 1) | text("N")),
     "out": Setting("where results go (default: the run, or runs/base/NAME)", text("FOLDER")),
 }
 
@@ -266,6 +267,16 @@ def score(args, progress):
     return summary | {"file": str(file)}
 
 
+def page(results):
+    """Questions, what was said, the truth and the verdicts, as Markdown."""
+    parts = []
+    for n, result in enumerate(results, 1):
+        verdicts = ", ".join(f"{k} {'✓' if v else '✗'}" for k, v in result.items() if isinstance(v, float))
+        said = [key for key in ("prompt", "choices", "said", "answer") if key in result]
+        parts += [f"## {n}. {verdicts}", *(f"{key}:\n~~~\n{result[key]}\n~~~" for key in said)]
+    return "\n\n".join(parts) + "\n"
+
+
 @command
 def main(argv=None):
     args = new_parser(__doc__, SCORING).parse_args(argv)
@@ -274,7 +285,13 @@ def main(argv=None):
     beyond = f", {len(out)} too long left out, first: {out[0]}" if out else ""
     scores = ", ".join(f"{name} {s['mean']:.2%} ± {s['stderr']:.2%}" for name, s in summary["scores"].items())
     print(f"{args.task}: {scores} ({summary['questions']} questions{beyond}, {clock(summary['seconds'])})")
-    print(f"wrote {summary['file']}, {Path(summary['file']).with_suffix('.jsonl')}")
+    file = Path(summary["file"])
+    written = [file, file.with_suffix(".jsonl")]
+    if args.samples:
+        results = [json.loads(line) for line in written[1].read_text().splitlines()[:args.samples]]
+        written.append(file.with_suffix(".md"))
+        write_file(written[2], page(results).encode())
+    print(f"wrote {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -189,14 +189,16 @@ def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
 
 
-def test_written_answers_are_scored(tmp_path, capsys):
+def test_written_answers_are_scored_and_make_a_page(tmp_path, capsys):
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)]
     rows += [{"question": "x" * n, "answer": "#### 1"} for n in (230, 240)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--max-new-tokens", 9, "--out"]
     sums = ["--task", "gsm8k", *argv]
-    score(*sums, tmp_path / "together")
+    score(*sums, tmp_path / "together", "--samples", 2)
     assert "(6 questions, 1 too long left out, first: line 7, " in capsys.readouterr().out
+    (page,) = (tmp_path / "together").glob("*.md")
+    assert page.read_text().count("strict-match ✗, flexible-extract ✗") == 2 and "#### 2" in page.read_text()
     score(*sums, tmp_path / "alone", "--batch-size", 1)             # the sixth ends at its own limit
     assert results(tmp_path / "together")[0] == results(tmp_path / "alone")[0]
     score(*argv, tmp_path, "--task", "rows", "--limit", 1)
