@@ -2,8 +2,9 @@
 
     python -m experiments.demo.depth --out FOLDER [--bases 2x64 3x64 ...]
 
-A base is LAYERSxWIDTH, made by the demonstration's own pretraining; on each, LoRA, Bitune and two of its
-parts learn `behind`. It takes some hours; what is there is not made again: repeat the command to go on.
+A base is LAYERSxWIDTH, made by the demonstration's own pretraining, with another seed where one has not
+learned all that it was taught. On each, LoRA, Bitune and two of its parts learn `behind`. It takes some
+hours; what is there is not made again: repeat the command to go on.
 """
 
 from pathlib import Path
@@ -20,17 +21,25 @@ from experiments.demo.pretrain import pretrain, scores
 from files.checkpoint import load_base
 from text.words import read_json
 
+SEEDS = 1, 2, 3         # of pretraining
+
 
 def made(base, out, steps):
-    """The folder of a base, LAYERSxWIDTH, which is made if it is not there."""
+    """The folder of a base, LAYERSxWIDTH, made if it is not there: the first one that answers nine of ten
+    questions of every form that it was taught. And how many it answers."""
     layers, width = map(int, base.split("x"))
     shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 3 * width,
              "num_attention_heads": width // 32, "num_key_value_heads": width // 32}
+    folders = {seed: out / f"{base}-{seed}" for seed in SEEDS}
     if shape.items() <= read_json(Path(DEMO["model"]) / "config.json").items():
-        return DEMO["model"]
-    if not (out / base / "model.safetensors").exists():
-        pretrain(out / base, steps, shape)
-    return str(out / base)
+        folders = {None: Path(DEMO["model"])}
+    for seed, folder in folders.items():
+        if not (folder / "model.safetensors").exists():
+            pretrain(folder, steps, seed, shape)
+        *taught, _ = scores(*load_base(folder)).values()
+        if min(taught) > 0.9:
+            break
+    return str(folder), fmean(taught)
 
 
 def half_way(record):
@@ -73,10 +82,9 @@ def main(argv=None):
     seeds = range(42, 42 + args.seeds)
     found, lines = {}, [["base", "of what it was taught", *models]]
     for base in args.bases:
-        folder = made(base, out, args.pretraining)
-        *taught, _ = scores(*load_base(folder)).values()
+        folder, taught = made(base, out, args.pretraining)
         found[base] = compared(models, args.lrs, seeds, args.steps, out, out / f"{base}-runs", model=folder)
-        lines.append([base, f"{fmean(taught):.1%}", *map(cell, found[base].values())])
+        lines.append([base, f"{taught:.1%}", *map(cell, found[base].values())])
     print("\nExact match on test data (the step at which half of the validation answers are right):\n")
     print(markdown(lines))
     narrow = sorted((int(base.split("x")[0]), of) for base, of in found.items() if base.endswith("x64"))

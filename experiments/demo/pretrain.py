@@ -3,7 +3,7 @@
     python -m experiments.demo.pretrain --out FOLDER
 
 Ordinary next-token training: every token of a text is predicted, facts and questions too. What a step
-trains on follows from the step alone, so the same machine makes the same file again. It takes
+trains on follows from seed and step alone, so the same machine makes the same file again. It takes
 some ten minutes. The shape and the tokenizer, a token for each word of the language, are the base's own.
 """
 
@@ -27,7 +27,7 @@ from text.words import read_json
 from train import schedule, validate
 
 TOKENIZER = "tokenizer.model", "tokenizer_config.json"
-SEED, BATCH, PEAK, WARMUP, FIRST_LESSON = 1, 32, 2e-3, 100, 1 / 8     # the last: a part of the steps
+BATCH, PEAK, WARMUP, FIRST_LESSON = 32, 2e-3, 100, 1 / 8     # the last: a part of the steps
 
 
 def example(tokenizer, question, answer):
@@ -64,21 +64,22 @@ def scores(model, tokenizer, n=300):
             for form, turns in found.items()}
 
 
-def pretrain(out, steps, shape={}):
-    """Write the base that so many steps make, in another `shape` if one is given, into a folder."""
+def pretrain(out, steps, seed=1, shape={}):
+    """Write the base that `steps` and `seed` make, in another `shape` if one is given, into a folder."""
     torch.set_num_threads(1)                    # so that sums are always taken in the same order
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = read_json(Path(DEMO["model"]) / "config.json") | shape
     beside = {name: (Path(DEMO["model"]) / name).read_bytes() for name in TOKENIZER}
     write_files(out, beside | {"config.json": json_bytes(config)})
     model, tokenizer, progress = Llama(parse_config(config)), Tokenizer.from_pretrained(out), Progress()
     for name, p in model.named_parameters():
         if p.dim() > 1:                         # with smaller ones so narrow a model learns late or never
-            torch.nn.init.normal_(p, 0, 0.3 if "embed_tokens" in name else 0.1)
+            std = 0.3 if "embed_tokens" in name else 0.8 / config["hidden_size"] ** 0.5
+            torch.nn.init.normal_(p, 0, std)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     begun, average = time.monotonic(), None
     for step in range(steps):
-        rng, first = random.Random(f"{SEED}/{step}"), step < int(steps * FIRST_LESSON)
+        rng, first = random.Random(f"{seed}/{step}"), step < int(steps * FIRST_LESSON)
         now = loss(model, [encode(tokenizer, document(rng, first)) for _ in range(BATCH)])
         optimizer.zero_grad()
         now.backward()
