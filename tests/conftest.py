@@ -26,6 +26,7 @@ from tiny import write_checkpoint, write_data
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
+pytest.register_assert_rewrite("identities")        # so that these say, too, what they have found
 torch.set_num_threads(1)                # the models are tiny: threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"     # and those of the commands run by the tests
 os.fsync = lambda file: None            # no test cuts the power, and a disk may take its time
