@@ -15,8 +15,8 @@ FULL, LEFT, RIGHT, TALL, STEP = (20, 700), (20, 340), (380, 340), 58, 84    # x 
 GREY, BLUE, RED, MIXED = "#999999", "#4499cc", "#cc6677", "#aa66cc"
 DOWN, BOTH = ["M370,62v18"], ["M190,62v18", "M550,62v18"]       # from a row to the next; ends are arrows
 WAYS = [DOWN, BOTH, ["M190,62v18", "M330,60v9h220v11", "M722,30h8v252h-8"], BOTH, DOWN, DOWN, DOWN, []]
-ARROW = ('<marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-         f'<path d="M0,0l8,4l-8,4" fill="{GREY}"/></marker>')
+ARROW = ('<marker id="arrow" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" '
+         f'orient="auto"><path d="M0,0l8,4l-8,4" fill="{GREY}"/></marker>')
 
 
 @torch.inference_mode()

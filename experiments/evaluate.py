@@ -283,7 +283,8 @@ def main(argv=None):
     summary = score(args, Progress())
     out = summary["left_out"]
     beyond = f", {len(out)} too long left out, first: {out[0]}" if out else ""
-    scores = ", ".join(f"{name} {s['mean']:.2%} ± {s['stderr']:.2%}" for name, s in summary["scores"].items())
+    scores = ", ".join(f"{name} {of['mean']:.2%} ± {of['stderr']:.2%}"
+                       for name, of in summary["scores"].items())
     print(f"{args.task}: {scores} ({summary['questions']} questions{beyond}, {clock(summary['seconds'])})")
     file = Path(summary["file"])
     written = [file, file.with_suffix(".jsonl")]

@@ -41,10 +41,10 @@ def read_json(path, *needs, kind=dict, absent=None):
 def check_fields(part, where, table, neutral=(), nothing=()):
     """The fields of a JSON object from outside, by a table: name -> (form, default). A form is a type, a
     value, a function that says whether a value fits (its docstring: what it expects), or a tuple of these,
-    of which one must fit. (true is no 1.) The default stands for a field that is left out; where it is ..., the field
-    must be there. A field that is not in the table is refused, unless it is `neutral`, which may hold
-    anything, or holds what is of the form `nothing`. ValueError for what is refused, lacking or of another
-    form."""
+    of which one must fit. (true is no 1.) The default stands for a field that is left out; where it is ...,
+    the field must be there. A field that is not in the table is refused, unless it is `neutral`, which may
+    hold anything, or holds what is of the form `nothing`. ValueError for what is refused, lacking or of
+    another form."""
     if not isinstance(part, dict):
         raise ValueError(f"{where} is {part!r:.60}, expected an object")
     others = part.keys() - table.keys() - set(neutral)
