@@ -9,7 +9,6 @@ the true one. Other answers must come out word for word (exact_match). DATA may 
 has one for each subject. A command that was stopped goes on where it was when it is repeated.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -34,7 +33,7 @@ from model import Past
 from text.examples import TEMPLATES, batches, encode_answer, encode_prompt, joined, stop_id
 from text.rows import TASKS, read_rows
 from text.turns import learned_answers, parse_row
-from text.words import read_json
+from text.words import digest, read_json
 
 TOKENS = 4096           # at a time, if nothing else is said
 SCORED = [task for task in TASKS if task != "ultrafeedback"]
@@ -192,7 +191,7 @@ class Kept(dict):
 
     def add(self, results):
         self.update((result["place"], result) for result in results)
-        self.file.write("".join(f"\n{json.dumps(result)}" for result in results))
+        self.file.write("".join(f"\n{json.dumps(result)}" for result in results))     # behind a torn line
         self.file.flush()
 
     def where(self):
@@ -229,7 +228,7 @@ def scored(args):
     for folder in filter(None, (args.model or base_of(args.adapter), args.adapter)):
         files = (f for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors")
         parts.append([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
+    return digest(parts)[:8]
 
 
 def score(args, progress):

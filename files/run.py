@@ -3,7 +3,6 @@
 settings.json is written at the start, log.jsonl as it goes, all the others by each save.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from files.disk import fill, finish_saves, json_bytes, locked, read_tensors, ten
 from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
-from text.words import check_fields, listed, read_json, to_type
+from text.words import check_fields, digest, listed, read_json, to_type
 
 FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 
@@ -38,7 +37,7 @@ def read_about(folder):
     file = Path(folder) / "bitune.json"
     finish_saves(folder)
     if not file.exists():
-        if (file.parent / "mixing.safetensors").exists() or (file.parent / "prompt").exists():
+        if (file.parent / "mixing.safetensors").exists() or (file.parent / folder_of("prompt")).exists():
             raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
         return {}
     return check_fields(read_json(file), file, ABOUT)
@@ -95,7 +94,7 @@ def base_digest(model):
     as bfloat16, of the weights that 8 bits leave as they are."""
     own = [t for name, t in model.state_dict().items() if "layernorm" in name or "embed_tokens" in name]
     numbers = torch.cat([t.flatten()[::max(1, t.numel() // 16)].bfloat16() for t in own])
-    return hashlib.sha256(repr(numbers.tolist()).encode()).hexdigest()[:16]
+    return digest(numbers.tolist())
 
 
 def check_base(folder, about, model, base):
@@ -280,7 +279,7 @@ class Run:
             raise ValueError(f"{self.folder} already holds a run: continue it with --resume {self.folder}, "
                              "or choose another --out")
         prompts = [e.prompt for e in examples + val]
-        self.shown = next((p for p in prompts if bitune.split(p)[0]), prompts[0])
+        self.alpha_prompt = next((p for p in prompts if bitune.split(p)[0]), prompts[0])
         self.alphas(), fingerprint(bitune)              # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
@@ -317,13 +316,13 @@ class Run:
             "train_examples": len(examples), "val_examples": len(self.val), "dropped": dropped,
             "prompt_tokens": sum(len(e.prompt) for e in examples),
             "answer_tokens": sum(len(e.answer) for e in examples),
-            "data_hash": hashlib.sha256(repr((examples, self.val)).encode()).hexdigest()[:16],
+            "data_hash": digest((examples, self.val)),
             "epochs": round(s.steps * s.batch_size / len(examples), 2),
         }
 
     def alphas(self):
         """The mixing's α by layer, name -> numbers, with the first prompt that has a context."""
-        return alpha_by_layer(self.bitune, self.shown)
+        return alpha_by_layer(self.bitune, self.alpha_prompt)
 
     def steps_left(self):
         for self.at in range(self.saved + 1, self.settings.steps + 1):

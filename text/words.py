@@ -1,5 +1,6 @@
 """What the rooms share: JSON from outside, with errors that say what is wrong, and words for messages."""
 
+import hashlib
 import json
 import shlex
 import sys
@@ -83,6 +84,11 @@ def form_in_words(form):
     if isinstance(form, type):
         return TYPES[form]
     return form.__doc__ if callable(form) else json.dumps(form)
+
+
+def digest(value):
+    """Letters that stand for a value: another value, as it is written down, has others."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def listed(names, between="; ", most=5):
