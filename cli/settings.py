@@ -29,10 +29,10 @@ def default(function, name):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Forms: what a value may be, as keywords for argparse; `could_be_typed` checks values in files by the same
+# Forms: what a value may be, as keywords for argparse; `in_files` makes of them forms for values in files
 
 def number(kind, low=0, high=sys.float_info.max):          # nan and inf are out of range, too
-    """A number of a kind, int or float, from low to high, made of a text; else an error."""
+    """The form of a number of a kind, int or float, from low to high."""
     fits = number_within(kind, low, high)
 
     def read(text):

@@ -72,15 +72,15 @@ def gaps(protocols, name):
     """The model `name` less each of the others, column by column, in each of the protocols, which say of
     each model the group that is compared. A gap of up to two standard errors is none."""
     lines = [["", "learning rates", "of", "by seed, % of the questions", "mean ± standard error", "better"]]
-    pairs = [(groups.get(name, []), *pair) for groups in protocols for pair in groups.items()]
-    for one, other, group in pairs:
+    pairs = {(other, groups[name][0]["lr"], group[0]["lr"]): (groups[name], group)      # each of them once
+             for groups in protocols if name in groups for other, group in groups.items() if other != name}
+    for (other, lr, other_lr), (one, group) in pairs.items():
         shared = {r["seed"] for r in one} & {r["seed"] for r in group}
-        for column in group[0]["scores"] if shared and other != name else ():
+        for column in group[0]["scores"] if shared else ():
             by_seed, mean, error = difference(one, group, column)
             gap = "none" if abs(mean) <= 2 * error else name if mean > 0 else other
-            line = [f"{name} - {other}", f"{one[0]['lr']:g} - {group[0]['lr']:g}", column,
-                    " ".join(f"{d:+.1f}" for d in by_seed), f"{mean:+.1f} ± {error:.1f}", gap]
-            lines += [] if line in lines else [line]
+            lines.append([f"{name} - {other}", f"{lr:g} - {other_lr:g}", column,
+                          " ".join(f"{d:+.1f}" for d in by_seed), f"{mean:+.1f} ± {error:.1f}", gap])
     return markdown(lines) if lines[1:] else ""
 
 

@@ -71,7 +71,8 @@ def test_pretraining_follows_from_seed_and_step(tmp_path, monkeypatch):
 
 def test_half_of_the_way_lies_between_two_validations():
     record = lambda *exact: {
-        "scores": {"rows": [1, 0]}, "validations": [{"step": 20 * i, "val_exact_match": e} for i, e in enumerate(exact)]}
+        "scores": {"rows": [1, 0]},
+        "validations": [{"step": 20 * i, "val_exact_match": e} for i, e in enumerate(exact)]}
     late, never = record(0.2, 0.4, 0.8, 0.9), record(0.2, 0.4)
     assert depth.half_way(late) == pytest.approx(25) and depth.half_way(never) is None
     assert depth.half_way(record(0.6, 0.7)) == 0

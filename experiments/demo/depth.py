@@ -24,9 +24,9 @@ from text.words import read_json
 SEEDS = 1, 2, 3         # of pretraining
 
 
-def made(base, out, steps):
+def taught_base(base, out, steps):
     """The folder of a base, LAYERSxWIDTH, made if it is not there: the first one that answers nine of ten
-    questions of every form that it was taught. And how many it answers."""
+    questions of every form that it was taught. And which part of all these it answers."""
     layers, width = map(int, base.split("x"))
     shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 3 * width,
              "num_attention_heads": width // 32, "num_key_value_heads": width // 32}
@@ -82,7 +82,7 @@ def main(argv=None):
     seeds = range(42, 42 + args.seeds)
     found, lines = {}, [["base", "of what it was taught", *models]]
     for base in args.bases:
-        folder, taught = made(base, out, args.pretraining)
+        folder, taught = taught_base(base, out, args.pretraining)
         found[base] = compared(models, args.lrs, seeds, args.steps, out, out / f"{base}-runs", model=folder)
         lines.append([base, f"{taught:.1%}", *map(cell, found[base].values())])
     print("\nExact match on test data (the step at which half of the validation answers are right):\n")
