@@ -179,8 +179,9 @@ def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
     (asked,), _ = load_questions(data, "rows", tokenizer, "chat-qwen3", 100)
     assert score_text(asked, "<think>\n\n</think>\n\nd") == score_text(asked, "d") == {"exact_match": 1.0}
     assert score_text(asked._replace(template="plain"), "<think></think>d") == {"exact_match": 0.0}
-    with pytest.raises(ValueError, match="2 'reasoning_content', for which the template has no place"):
-        load_examples(data, tokenizer, "chat-chatml", 100)
+    for longest in (100, 3):                    # of which the first question alone is too long
+        with pytest.raises(ValueError, match="2 'reasoning_content', for which the template has no place"):
+            load_examples(data, tokenizer, "chat-chatml", longest)
 
 
 def test_a_long_conversation_is_encoded_once(tmp_path, monkeypatch):

@@ -303,8 +303,9 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "takes float32" in bad("--peft", "full", "--dtype", "bfloat16")
     assert "--val-size: all of --val-data" in bad("--val-data", tmp_path / "data.jsonl", "--val-size", 5)
     assert "nowhere has no adapter_config.json" in bad("--adapter", tmp_path / "nowhere")
-    (tmp_path / "data.jsonl").write_text('{"question"\n')
-    assert "data.jsonl, line 1: not JSON" in bad()
+    for row in ('{"question"', '{"prompt": "a", "prompt": "b", "answer": "c"}'):
+        (tmp_path / "data.jsonl").write_text(f"{row}\n")
+        assert "data.jsonl, line 1: not JSON" in bad()
     assert not (tmp_path / "run").exists()
 
 

@@ -98,11 +98,15 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
 
 @pytest.mark.parametrize("task, row, message", [
     ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2', this has goal, sol1"),
-    ("piqa", PIQA | {"label": -1}, "expected one of its 2 choices"),
+    ("piqa", PIQA | {"label": -1}, "its right choice is -1: expected one of 0, 1"),
+    ("piqa", PIQA | {"label": 0.9}, "its right choice is 0.9"),
+    ("piqa", PIQA | {"label": 0, "goal": None}, "'NoneType'"),
     ("piqa", PIQA, "and no data-labels.lst lies beside it"), ("rows", PIQA, "(or a --task)"),
-    ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc"),
+    ("arc", {"question": "x", "choices": ARC, "answerKey": ""}, "not a row of arc: its right choice is ''"),
+    ("siqa", SIQA | {"correct": ""}, "its right choice is ''"),
+    ("siqa", SIQA | {"label": 1, "context": None}, "NoneType"),
     ("mmlu", "1 + 1", "expected an object, got str"),
-    ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "'answer' is 'z'"),
+    ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "none of its choices, nor"),
     ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
     ("rows", {"prompt": "x", "choices": ["y", "\udc00"], "answer": 0}, "(a lone surrogate)"),
 ])

@@ -68,6 +68,26 @@ def test_what_is_not_understood_is_refused_by_name(parts, message, tmp_path):
         changed(tmp_path, **parts)
 
 
+def test_what_stands_beside_a_tokenizer_json_counts_as_in_transformers(tmp_path):
+    """tokenizer_config.json: tokens of its own and other flags; without them, special_tokens_map.json. Ids
+    are those of AutoTokenizer, transformers 5.24."""
+    spec = json.loads((CASES / "tokenizer-appended-merges/tokenizer.json").read_text())
+    n, new = len(spec["model"]["vocab"]), {"content": "<new>", "lstrip": True}
+    ids = lambda text, **config: tokenizer_of(spec, tmp_path, **config).encode(text)
+    (x,), more = ids("x"), {str(n): new, "1": {"content": "</s>", "rstrip": True}}
+    assert ids("x <new>x", added_tokens_decoder=more) == [x, n, x]
+    assert ids("</s>", added_tokens_decoder=more) == ids("</s>") and len(ids("</s>")) > 1       # still special
+    added = tokenizer_of(spec, tmp_path, added_tokens_decoder=more).all_added
+    assert [t.rstrip for t in added] == [False, True, False]
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<s>"}}')
+    eos = lambda **config: tokenizer_of(spec, tmp_path, eos_token="</s>", **config).eos_id
+    assert (eos(), eos(added_tokens_decoder={})) == (0, 1)
+    for config, message in (({"added_tokens_decoder": {str(n + 1): new}}, f"and would get {n}"),
+                            ({"add_prefix_space": True}, "has not the add_prefix_space True")):
+        with pytest.raises(ValueError, match=message):
+            ids("x", **config)
+
+
 def test_a_sentencepiece_protobuf_is_refused_by_name(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c")
     with pytest.raises(ValueError, match=r"SentencePiece protobuf\?\): expected the tokenizer.json"):
@@ -137,6 +157,7 @@ def test_what_stands_beside_a_conversation():
     asked, said = MESSAGES
     assert read({"prompt": "Why?", "response": "So.", "messages": MESSAGES}) == [(TURNS[:1], "", "So.")]
     assert read({"prompt": "Why", "messages": MESSAGES}) == read({}) == read({"id": "x"}) == NOTHING
+    assert read({"text": "Tom ate.", "prompt": "Who?", "answer": "Tom"}) == NOTHING     # it is not repeated
     twice = {"messages": [asked, said | {"weight": 0}, asked, said]}
     assert read(twice) == [([*TURNS, TURNS[0]], "", "So.")]
     said_beside = {"question": "Why?", "context": "x", "response": "So.", "system_prompt": "s"}

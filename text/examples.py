@@ -146,8 +146,8 @@ def encode_row(row, tokenizer, template, max_length):
             if template not in CHATS and row.start is None and i < len(row.turns) - 1:
                 raise Unusable("an earlier answer, which is learned by chat markup alone")
             if len(prompt) < max_length:            # else all later ones are too long as well
-                prompt = encode_prompt(tokenizer, template, turns, row.input, encode)
                 said = encode_answer(tokenizer, template, answer.text, answer.thoughts)
+                prompt = encode_prompt(tokenizer, template, turns, row.input, encode)
             if len(prompt) + len(said) > max_length:
                 raise Unusable("too long")
             yield Example(prompt, said)

@@ -12,14 +12,22 @@ from pathlib import Path
 from text.words import check_kind, listed
 
 
+def which(label, labels):
+    """The place of a row's right choice, which has one of these labels."""
+    if str(label) not in labels:
+        raise ValueError(f"its right choice is {label!r:.40}: expected one of {listed(labels, ', ')}")
+    return labels.index(str(label))
+
+
+# Texts are joined by a +, which takes nothing else: no null becomes a word.
+
 def with_choices(question, choices, answer):
     """The choices' own texts are the answers."""
-    listed = "\n".join(choices)
-    return {"prompt": f"{question}\n\nChoices:\n{listed}", "choices": choices, "answer": answer}
+    return {"prompt": question + "\n\nChoices:\n" + "\n".join(choices), "choices": choices, "answer": answer}
 
 
 def piqa(row):              # goal, sol1, sol2; 0 or 1 in valid-labels.lst beside valid.jsonl
-    return with_choices(row["goal"], [row["sol1"], row["sol2"]], int(row["label"]))
+    return with_choices(row["goal"], [row["sol1"], row["sol2"]], which(row["label"], ["0", "1"]))
 
 
 def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
@@ -29,21 +37,21 @@ def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
     choices = row["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
-    return with_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
+    return with_choices(question, choices["text"], which(row["answerKey"], [*choices["label"]]))
 
 
 def numbered(question, choices, answer, mark=""):
     """The choices' numbers are the answers."""
     numbers = [f"({i})" for i in range(len(choices))]
-    listed = "".join(f"\n{number}{mark} {choice}" for number, choice in zip(numbers, choices))
-    return {"prompt": f"{question}{listed}", "choices": numbers, "answer": answer}
+    lines = "".join(f"\n{number}{mark} " + choice for number, choice in zip(numbers, choices))
+    return {"prompt": question + lines, "choices": numbers, "answer": answer}
 
 
 def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-labels.lst beside dev.jsonl,
                             # or, in other releases, "correct": "A"
-    question = f"Given the context, answer correctly the question.\nContext: {row['context']}\n" \
-               f"Question: {row['question']}\n\nChoices:"
-    answer = "ABC".index(row["correct"]) if "correct" in row else int(row["label"]) - 1
+    question = "Given the context, answer correctly the question.\nContext: " + row["context"] + \
+               "\nQuestion: " + row["question"] + "\n\nChoices:"
+    answer = which(row["correct"], [*"ABC"]) if "correct" in row else which(row["label"], ["1", "2", "3"])
     return numbered(question, [row[f"answer{letter}"] for letter in "ABC"], answer)
 
 
@@ -69,7 +77,8 @@ def read_rows(path, task="rows"):
     if in_csv and task != "mmlu":
         raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
     try:
-        for place, row in zip_labels(path, csv_rows(path) if in_csv else json_rows(path)):
+        rows = csv_rows(path) if in_csv else json_rows(path)
+        for place, row in zip_labels(path, rows) if task in ("piqa", "siqa") else rows:
             try:
                 if task != "rows" and not isinstance(row, dict):
                     raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -98,14 +107,22 @@ def json_rows(path):
         for n, line in enumerate(lines, 1):
             try:
                 if not begun and line.lstrip().startswith("["):
-                    rows = json.loads("\n" * (n - 1) + line + lines.read())
+                    rows = json.loads("\n" * (n - 1) + line + lines.read(), object_pairs_hook=each_once)
                     yield from ((f"item {i}", row) for i, row in enumerate(rows, 1))
                 elif line.strip():
                     begun = True
-                    yield f"line {n}", json.loads(line)
+                    yield f"line {n}", json.loads(line, object_pairs_hook=each_once)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {n}: not JSON, an object a line or a list: "
                                  f"{error}") from None
+
+
+def each_once(pairs):
+    """A JSON object of these pairs; ValueError for a key that is there twice, of which one would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"a key is there twice, of {listed([*row], ', ')}")
+    return row
 
 
 def csv_rows(path):

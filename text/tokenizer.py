@@ -105,8 +105,10 @@ class Tokenizer:
         if not files:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
         file = files[0]
-        config, generation, model = (read_json(file.parent / f"{name}config.json", absent={})
-                                     for name in ("tokenizer_", "generation_", ""))
+        config, named, generation, model = (
+            read_json(file.parent / f"{name}.json", absent={})
+            for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config"))
+        config |= {} if "added_tokens_decoder" in config else named         # as transformers has it
         try:
             tokenizer = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
@@ -118,8 +120,8 @@ class Tokenizer:
         if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
             raise ValueError(f"{file.parent}/tokenizer_config.json has bos_token {bos!r:.60} and eos_token "
                              f"{eos!r:.60}, expected tokens of {file.name}")
-        if tokenizer.bos_id is None and config.get("add_bos_token"):
-            tokenizer.bos_id = ids.get(bos)
+        if file.suffix != ".json" and tokenizer.bos_id is None and config.get("add_bos_token"):
+            tokenizer.bos_id = ids.get(bos)             # a tokenizer.json says itself what begins a text
         stop = [c["eos_token_id"] for c in (generation, model) if c.get("eos_token_id") is not None][:1]
         stop = stop[0] if stop and isinstance(stop[0], list) else stop
         if not all(map(is_id, stop)):
@@ -145,14 +147,14 @@ def read_added(token):
     return Added(**check_fields(token, "its added token", ADDED))
 
 
-def later_added(config, known=()):
-    """The tokens that tokenizer_config.json adds to the `known` ones."""
+def later_added(config):
+    """The tokens that tokenizer_config.json adds, in the order of their ids."""
     try:
-        listed = (config.get("added_tokens_decoder") or {}).items()
-        tokens = [read_added(t | {"id": int(i) if i.isdecimal() else i}) for i, t in listed]
+        listed = [{"id": int(i) if i.isdecimal() else i, "normalized": not t.get("special")} | t
+                  for i, t in (config.get("added_tokens_decoder") or {}).items()]
     except (TypeError, AttributeError):
         raise ValueError("its added_tokens_decoder is not an object of tokens") from None
-    return [t for t in tokens if t.content not in known]
+    return sorted(map(read_added, listed), key=lambda t: t.id)
 
 
 def read_chat(folder, config):
@@ -212,7 +214,7 @@ def read_tokenizer_json(file, config):
     if not all(map(is_id, vocab.values())) or len({*vocab.values()}) < len(vocab):
         raise ValueError("its vocabulary is not an object of tokens with an id each, a whole number")
     ranks = {pair: rank for rank, pair in enumerate(read_merges(model["merges"], vocab))}
-    added = read_all_added(top["added_tokens"], vocab)
+    added = read_all_added(top["added_tokens"], later_added(config), vocab)
     whole = vocab.keys() - added.keys() if model["ignore_merges"] else ()
     if unk not in (None, *vocab):
         raise ValueError(f"its unk_token {unk!r} is not in its vocabulary")
@@ -220,14 +222,17 @@ def read_tokenizer_json(file, config):
     if "Replace" in [step["type"] for step in steps(before, "normalizer")] and \
             "first" in [step.get("prepend_scheme") for step in steps(pre, "pre_tokenizer")]:
         raise ValueError("its Metaspace prepends to the first piece only, behind a Replace: not supported")
+    asked = config.get("add_prefix_space")              # some of transformers' classes put it in
+    if asked is not None and any(step["type"] == "ByteLevel" and step.get("add_prefix_space") != asked
+                                 for step in steps(pre, "pre_tokenizer")):
+        raise ValueError(f"its ByteLevel has not the add_prefix_space {asked!r:.40} of tokenizer_config.json")
     bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
     bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
     ids = [*vocab.values(), *(t.id for t in added.values())]
     if len(bos) > 1 or not all(is_id(i) and i in ids for i in bos):
         raise ValueError(f"its post_processor puts {bos!r:.100} before a text, expected one token")
-    added = [*added.values(), *later_added(config, vocab.keys() | added.keys())]
     made = normalizer(before), pre_tokenizer(pre), decoder(top["decoder"])
-    return Tokenizer(vocab, added, bpe, *made, *bos)
+    return Tokenizer(vocab, [*added.values()], bpe, *made, *bos)
 
 
 def read_merges(merges, vocab):
@@ -240,18 +245,20 @@ def read_merges(merges, vocab):
     return map(tuple, pairs)
 
 
-def read_all_added(listed, vocab):
-    """The entries of added_tokens, by their texts. The tokenizers library does not look at their ids, but
-    gives each its own in the vocabulary, or the next free one: ValueError where that is another."""
-    added, ids, free = {"": None}, {*vocab.values()}, len(vocab)
-    for token in map(read_added, listed):
-        new, expected = token.content not in vocab, vocab.get(token.content, free)
-        if token.id != expected or token.content in added or new and token.id in ids:
+def read_all_added(listed, later, vocab):
+    """The entries of added_tokens, by their texts, and those of tokenizer_config.json, `later`, which may
+    give a known one other flags, but special it stays. The tokenizers library does not look at their ids, but gives each its own
+    in the vocabulary, or the next free one: ValueError where that is another."""
+    added, ids, free = {}, {*vocab.values()}, len(vocab)
+    for token, again in [*((read_added(t), False) for t in listed), *((t, True) for t in later)]:
+        before = added.get(token.content) if again else None
+        new = not before and token.content not in vocab
+        expected = before.id if before else vocab.get(token.content, free)
+        if token.id != expected or token.content in added and not before or new and token.id in ids:
             raise ValueError(f"its added token {token.content!r} is there twice, or has the id {token.id}, "
                              f"and would get {expected}")
         free += new
-        added[token.content] = token
-    del added[""]
+        added[token.content] = token._replace(special=token.special or bool(before and before.special))
     return added
 
 

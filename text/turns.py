@@ -55,7 +55,7 @@ def parse_row(row):
     columns = {name: one_of(row, keys) for name, keys in KEYS.items()}
     said = lambda name: of_type(str, repr(columns[name]), row.get(columns[name], ""))
     prompt, answer = columns["prompt"], columns["answer"]
-    read = {columns["turns"], columns["system"], *LEARNED, "text"}      # Alpaca's text repeats the rest
+    read = {columns["turns"], columns["system"], *LEARNED}
     if columns["turns"]:
         parsed = Row(read_turns(columns["turns"], row))
         texts = [turn.text for turn in parsed.turns]
@@ -73,6 +73,8 @@ def parse_row(row):
     else:
         raise Unusable(f"it has {listed(list(row), ', ') or 'nothing'}: expected messages, or one of "
                        f"{', '.join(KEYS['prompt'])} with one of {', '.join(KEYS['answer'])} (or a --task)")
+    if all(turn.text in str(row.get("text")) for turn in parsed.turns):
+        read.add("text")                                # as in Alpaca: it repeats the rest
     refuse_others(row, read, "row")
     if not is_learned(row):
         raise Unusable("weight 0, or train false")
@@ -160,6 +162,5 @@ def read_choices(key, row):
         of_type(str, "a choice", choice)
     right = choices.index(answer) if answer in choices else answer
     if type(right) is not int or not 0 <= right < len(choices):
-        raise Unusable(f"{key or 'answer'!r} is {answer!r:.60}: expected one of its {len(choices)} choices, "
-                       f"or 0 to {len(choices) - 1}")
+        raise Unusable("an answer that is none of its choices, nor the place of one, from 0 on")
     return choices, right

@@ -18,7 +18,7 @@ from text.turns import KEYS, LEARNED, NEUTRAL
 WORDS = [*"a Why? é 1+1 {} 日本 \U0001fae8 </s> \\ \"".split(), *"\n \u2028\t\r"]
 ODD = [*JUNK, 1, 1.0, 10**30, [{"role": "user"}], [message("user", None)], [{"from": 1, "value": 2}],
        [message("user", "x"), message("assistant", "y")]]
-MORE = [*LEARNED, *"tools history label chosen rejected images documents data made_up".split()]
+MORE = [*LEARNED, *"text tools history label chosen rejected images documents data made_up".split()]
 EVERY = [*(key for keys in KEYS.values() for key in keys), *MORE]
 OF_MESSAGES = [*LEARNED, *"reasoning_content tool_calls name text id made_up".split()]
 LEARNS = {"weight": [(int, 1), (float, 1.0)], "train": [(bool, True)]}
@@ -69,7 +69,7 @@ def disguised(rng, row):
     """The same row with columns that are null or say nothing here, in another order."""
     row = row | {key: rng.choice([None, [], {}]) for key in rng.sample(EVERY, rng.randint(0, 4))
                  if key not in row}
-    row |= {name: rng.choice(ODD) for name in rng.sample(sorted({*NEUTRAL, "text"}), rng.randint(0, 2))}
+    row |= {name: rng.choice(ODD) for name in rng.sample(sorted(NEUTRAL), rng.randint(0, 2))}
     return {key: row[key] for key in rng.sample([*row], len(row))}
 
 
@@ -102,6 +102,7 @@ def test_one_conversation_in_every_form_with_every_key(request):
         messages = [message(*turn) for turn in [*turns, ("assistant", answer)]]
         rows = [disguised(rng, in_a_form(rng, messages, context, form)[0]) for form in FORMS]
         turns[-1] = ("user", f"{asked}\n\n{context}" if context else asked)
+        rng.choice(rows)["text"] = f"{system} {turns[-1][1]} {answer}"          # which repeats the rest
         for row in rows:
             assert said_by(row) == (turns, answer), row
 
