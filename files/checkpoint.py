@@ -157,22 +157,11 @@ def parse_rope(rope, c):
 
 def read_config(folder):
     path = Path(folder) / "config.json"
-    check_folder(folder)
     config = read_json(path)
     try:
         return parse_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def check_folder(folder):
-    """ValueError if there is no checkpoint in a folder."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder here: expected a Hugging Face checkpoint")
-    if not (folder / "config.json").is_file():
-        what = "is an adapter" if (folder / "adapter_config.json").is_file() else "has no config.json"
-        raise ValueError(f"{folder} {what}: expected a Hugging Face checkpoint folder")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -185,7 +174,6 @@ def load_base(folder, device=None, dtype=None, bits=None):
     device = device or default_device()
     check_device(device)
     dtype = DTYPES[dtype] if dtype else default_dtype(device)
-    check_folder(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = load_model(folder, dtype, "cpu" if bits else device)
     if bits:
