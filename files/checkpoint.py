@@ -3,8 +3,6 @@
 A folder is read as a whole, `load_base`, or refused in one line that names what is missing or not supported.
 """
 
-import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,7 +223,8 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         model = Llama(config)
     want = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    if wrong := differences(want, {name: shape_of(stored, name) for name in stored}):
+    have = {name: tuple(tensor.get_shape()) for name, (_, tensor) in stored.items()}
+    if wrong := differences(want, have):
         raise ValueError(f"{folder}: {len(wrong)} tensors do not fit its config.json: {listed(wrong)}")
 
     state = {}
@@ -236,10 +235,6 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
             raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
     model.load_state_dict(state, assign=True)
     return model
-
-
-def shape_of(stored, name):
-    return tuple(stored[name][1].get_shape())
 
 
 def rename_tensors(config, stored):
@@ -265,21 +260,12 @@ def checkpoint_files(folder):
     """The safetensors files of a checkpoint folder: model.safetensors, before the shards of an index, as
     transformers has it. ValueError if any are missing."""
     one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if one.is_file() or not index.is_file():
-        files = [one]
-        if index.is_file():
-            print(f"{one} is read; the shards of {index.name} beside it are not", file=sys.stderr)
-    else:
-        try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]    # tensor name -> file name
-            files = sorted({folder / name for name in where.values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not an index of shards: expected a weight_map of names") from None
+    files = [one]
+    if index.is_file() and not one.is_file():
+        names = check_fields(read_json(index), index, {"weight_map": (dict, ...)}, nothing=object)
+        files = sorted({folder / str(name) for name in names["weight_map"].values()})
     if lacking := [f.name for f in files if not f.is_file()]:
-        suffixes = (".bin", ".pth", ".pt", ".safetensors")
-        have = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
-        there = f"; it has {listed(have, ', ')}" if have else ""
-        raise ValueError(f"{folder} lacks {listed(lacking)}{there}: expected the names as published")
+        raise ValueError(f"{folder} lacks {listed(lacking)}: expected safetensors, named as published")
     return files
 
 
