@@ -24,7 +24,7 @@ from cli.memory import ready_to_answer, step_bytes
 from cli.process import command
 from cli.settings import SETTINGS, Setting, new_parser, number, words
 from experiments import cost
-from files.checkpoint import DTYPES, check_device, default_device, default_dtype
+from files.checkpoint import placed
 from lora import linears
 from text.examples import Example, batches
 from train import make_optimizer, train_step
@@ -193,9 +193,7 @@ FLAGS = {
 @command
 def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
-    where = args.device or default_device()
-    check_device(where)
-    dtype, device = DTYPES[args.dtype] if args.dtype else default_dtype(where), torch.device(where)
+    device, dtype = placed(args.device, args.dtype)
     print(f"{args.preset}, {str(dtype)[6:]}, torch {torch.__version__},",
           torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
     model = random_model(args.preset, device, dtype)

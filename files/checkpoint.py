@@ -166,12 +166,9 @@ def read_config(folder):
 # Weights
 
 def load_base(folder, device=None, dtype=None, bits=None):
-    """The model of a checkpoint folder and its tokenizer, on the device (None: a GPU if there is one) in
-    the dtype (a word of DTYPES; None: bfloat16 on a GPU, float32 on a CPU), its linears in 8 bits if so
-    many are asked for."""
-    device = device or default_device()
-    check_device(device)
-    dtype = DTYPES[dtype] if dtype else default_dtype(device)
+    """The model of a checkpoint folder and its tokenizer, where and in what dtype `placed` says, its linears
+    in 8 bits if so many are asked for."""
+    device, dtype = placed(device, dtype)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = load_model(folder, dtype, "cpu" if bits else device)
     if bits:
@@ -184,21 +181,17 @@ def load_base(folder, device=None, dtype=None, bits=None):
     return model, tokenizer
 
 
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def default_dtype(device):
-    return torch.bfloat16 if device.startswith("cuda") else torch.float32
-
-
-def check_device(device):
+def placed(device, dtype):
+    """The device and the dtype that two words stand for; None: a GPU if there is one; bfloat16 on a GPU,
+    else float32. ValueError for a device that cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if torch.device(device).type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
         raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
+    return torch.device(device), DTYPES[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
 
 
 def load_model(folder, dtype=torch.float32, device="cpu"):
