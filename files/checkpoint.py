@@ -3,7 +3,7 @@
 A folder is read as a whole, `load_base`, or refused in one line that names what is missing or not supported.
 """
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -114,16 +114,10 @@ def parse_config(c):
         raise ValueError(f"{heads} heads of {head_dim} numbers, of which RoPE turns {turned}, and {groups} "
                          "key/value heads do not go together")
     bias = kind == "phi" or kind in ("llama", "qwen3", "gemma") and bool(c["attention_bias"])
-    return Config(
-        model_type=kind,
-        vocab_size=c["vocab_size"],
-        hidden_size=c["hidden_size"],
-        intermediate_size=c["intermediate_size"],
-        num_hidden_layers=c["num_hidden_layers"],
-        num_attention_heads=heads,
+    as_it_stands = {field.name: c[field.name] for field in fields(Config) if field.name in c}
+    return Config(**as_it_stands | dict(
         num_key_value_heads=groups,
         head_dim=head_dim,
-        max_position_embeddings=c["max_position_embeddings"],
         rope=parse_rope(rope, c),
         rotary_dim=turned,
         activation=c["hidden_act"],
@@ -135,7 +129,7 @@ def parse_config(c):
         o_bias=bias,
         mlp_bias=kind == "phi" or kind == "llama" and bool(c["mlp_bias"]),
         tie_word_embeddings=bool(c["tie_word_embeddings"]),
-    )
+    ))
 
 
 def parse_rope(rope, c):
