@@ -312,7 +312,7 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
 @pytest.mark.parametrize("heads, groups", [(9, 3), (8, 1), (4, 4), (14, 2), (1, 1)])
 def test_a_fingerprint_is_taken_of_any_number_of_heads(heads, groups):
     config = {"hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": groups}
-    assert fingerprint(tiny_bitune(config=config))["logits"]
+    assert len(fingerprint(tiny_bitune(config=config))) > 4
 
 
 def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, capsys):

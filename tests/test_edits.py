@@ -175,7 +175,7 @@ def test_segments_see_themselves_and_what_comes_before(tmp_path):
         assert torch.equal(mask[:n, :n], turn[:, None] >= turn) and not mask[:n, n:].any()
 
 
-OTHER = "was trained by code that computes something else (from the same made-up numbers another "
+OTHER = "was trained by code that computes something else: what has been edited since"
 
 
 def test_a_run_of_other_code_is_refused(flags, tmp_path, monkeypatch, capsys):
@@ -185,9 +185,8 @@ def test_a_run_of_other_code_is_refused(flags, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main(flags())
     for name, message in (
-        ("relu", f"{OTHER}cache and logits)"), ("window", f"{OTHER}cache and logits)"),
-        ("reversed", f"{OTHER}cache and logits)"), ("opening", f"{OTHER}opening and cache and logits)"),
-        ("gain", "missing base_model"), ("heads", OTHER),
+        ("relu", OTHER), ("window", OTHER), ("reversed", OTHER), ("opening", OTHER), ("heads", OTHER),
+        ("gain", "missing base_model"),
     ):
         with edited(tmp_path, name) as (module, _), pytest.raises(ValueError) as refused:
             module("files.run").load_bitune(module("files.checkpoint").load_model(base), run)
