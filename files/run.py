@@ -48,10 +48,8 @@ def base_of(run):
     ValueError if it is not here."""
     run, about = Path(run), read_about(run)
     base = run if about.get("whole") else about.get("base")
-    if not about and (run / "adapter_config.json").exists():
+    if not about:
         base = read_json(run / "adapter_config.json").get("base_model_name_or_path")
-    elif not about:
-        raise ValueError(f"{run} holds no run and no adapter: expected a folder with a bitune.json")
     if not base or not Path(base).is_dir():
         raise ValueError(f"{run} was finetuned from {base or 'a base it does not name'}, which is not a "
                          "folder here: give --model")
@@ -202,12 +200,9 @@ def load_run(run, model=None, device=None, dtype=None):
     finetuned one as the run that it is). device, dtype: as in `load_base`."""
     if not run and read_about(model).get("whole"):
         run = model
-    if not run:
-        base, tokenizer = load_base(model, device, dtype)
-        return Bitune(base, "causal").eval(), tokenizer, 0, {}
     model = model or base_of(run)
     base, tokenizer = load_base(model, device, dtype)
-    bitune, tensors, about = load_bitune(base, run, model)
+    bitune, tensors, about = load_bitune(base, run, model) if run else (Bitune(base, "causal"), 0, {})
     return bitune.eval(), tokenizer, tensors, about
 
 

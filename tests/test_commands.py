@@ -352,7 +352,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     bad = lambda *argv: exits(2, sample.main, [*argv, "--prompt", "x"], capsys)
     monkeypatch.chdir(tmp_path)
     assert "no run of the demonstration below runs/: python train.py makes one" in bad()
-    assert f"{tmp_path} holds no run and no adapter" in bad("--adapter", tmp_path)
+    assert f"{tmp_path} has no adapter_config.json" in bad("--adapter", tmp_path)
     assert "nowhere has no adapter_config.json" in bad(*on, "--adapter", "nowhere")
     assert "method causal mixes nothing; give a run that does" in bad(*with_run, "--show-mixing")
     argv = [*with_run, "--prompt", "x" * 300]

@@ -263,7 +263,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
             ("No such file", "--model", base, *arc, "--data", none),
             ("none has no tokenizer.json and no tokenizer.model", "--model", none, "--adapter", whole, *arc),
             ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
-            ("holds no run and no adapter", "--adapter", base, *arc)):
+            ("base has no adapter_config.json", "--adapter", base, *arc)):
         assert message in exits(2, evaluate.main, argv, capsys), message
     change_norm(base, 3e38)             # finite, but what it is multiplied with is not
     assert "of a choice is nan" in exits(1, evaluate.main, ["--model", base, *arc], capsys)
