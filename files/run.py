@@ -249,7 +249,7 @@ def load_state(path, bitune, optimizer):
 class Run:
     """A run in training: the model, its optimizer and examples, its settings, and its folder, which is new
     or resumed. `at` is the step in hand, `saved` the last one of which there is a save, `validated` the
-    steps whose validation is in the log. Where several processes train it, one `writes`, and the others only
+    losses in the log, by step. Where several processes train it, one `writes`, and the others only
     read. ValueError if the folder holds a run already, or the data of one that is resumed has changed."""
 
     def __init__(self, settings, tokenizer, bitune, optimizer, examples, val, dropped, writes=True):
@@ -272,8 +272,7 @@ class Run:
         self.alphas(), fingerprint(bitune)              # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
-        self.validated = {r["step"] for r in kept if "val_loss" in r}
-        self.best = min([r["val_loss"] for r in kept if "val_loss" in r and r["step"]], default=math.inf)
+        self.validated = {r["step"]: r["val_loss"] for r in kept if "val_loss" in r}
         if writes:
             write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
         self.file = open(self.folder / "log.jsonl" if writes else os.devnull, "a", buffering=1)
@@ -323,11 +322,11 @@ class Run:
     def log_validation(self, result):
         """Log it, with α layer by layer; returns what is logged. With --keep best, the save that has the
         lowest loss stays in the folder best/."""
-        if self.at and result["loss"] < self.best:              # at step 0 it is the base's loss
-            self.best = result["loss"]
-            if self.writes and self.settings.keep == "best":
-                with locked(self.folder / "best"):
-                    write_files(self.folder / "best", self.bytes())
+        self.validated[self.at] = result["loss"]
+        best = min((loss for step, loss in self.validated.items() if step), default=None)    # 0: the base's
+        if self.writes and self.settings.keep == "best" and result["loss"] == best:
+            with locked(self.folder / "best"):
+                write_files(self.folder / "best", self.bytes())
         record = {f"val_{name}": value for name, value in result.items()}
         record |= {f"alphas_{name}": by_layer for name, by_layer in self.alphas().items()}
         self.log(record)
