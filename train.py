@@ -117,7 +117,8 @@ def train(run, progress, heard=()):
     cut = partial(batches, tokens=s.micro_batch_tokens)
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at step 0, or cut short
         validation()
-    for step in run.steps_left():
+    for step in range(run.saved + 1, s.steps + 1):
+        run.at = step
         began = time.monotonic()
         batch = [examples[i] for i in draw(len(examples), s.batch_size, s.seed, step - 1)]
         rate = schedule(step - 1, s.steps, int(s.warmup * s.steps))

@@ -312,10 +312,6 @@ class Run:
         """The mixing's α by layer, name -> numbers, with the first prompt that has a context."""
         return alpha_by_layer(self.bitune, self.alpha_prompt)
 
-    def steps_left(self):
-        for self.at in range(self.saved + 1, self.settings.steps + 1):
-            yield self.at
-
     def log(self, record):
         print(json.dumps({"step": self.at, **record}), file=self.file)
 
