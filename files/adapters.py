@@ -90,13 +90,8 @@ def read_options(folder):
     c = check_fields(c, file, table, NEUTRAL, (None, False, 0, 0.0))
     patterns = {key: c[option.pattern] or {} for key, option in known.items() if option.pattern}
     for key, values in patterns.items():
-        field = known[key].pattern
-        check_fields(values, f"the {field} of {file}", dict.fromkeys(values, (form_of(known[key]), None)))
-        for pattern in values:
-            try:
-                re.compile(pattern)
-            except re.error as problem:
-                raise ValueError(f"{file}: {field} has {pattern!r}: {problem}") from None
+        where = f"the {known[key].pattern} of {file}"
+        check_fields(values, where, dict.fromkeys(values, (form_of(known[key]), None)))
     values = {key: c[o.field] for key, o in known.items()}
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
 
@@ -147,24 +142,22 @@ def load_adapter(model, name, folder):
     """
     folder = Path(folder)
     kind, options, of, names = read_options(folder)
-    if (folder / "adapter_model.bin").exists() and not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"{folder} has adapter_model.bin, a pickle, which is not read: convert it to "
-                         "adapter_model.safetensors")
     have = read_tensors(folder / "adapter_model.safetensors")
     paths = [p for p in linears(model) if any(n.startswith(f"{PREFIX}model.{p}.") for n in have)]
     if not paths:
         raise ValueError(f"{folder} does not fit the model: no tensors of its layers")
+    alike = {}                                  # layers by their options
     try:
         others = [p for p in paths if not names(p)]
-    except (TypeError, re.error, IndexError, ValueError):
-        raise ValueError(f"{folder}: target_modules, exclude_modules or layers_to_transform of its "
-                         "adapter_config.json are not what they should be") from None
+        for path in paths:
+            alike.setdefault(tuple(of(path).items()), []).append(path)
+    except (TypeError, re.error, IndexError, ValueError) as problem:
+        raise ValueError(f"{folder}: its adapter_config.json names layers in a form that is not "
+                         f"understood: {problem}") from None
     if others:
         raise ValueError(f"{folder} has tensors of layers that its adapter_config.json does not name, and "
                          f"PEFT would drop them: {listed(others)}")
-    alike, new = {}, {}                         # layers by their options
-    for path in paths:
-        alike.setdefault(tuple(of(path).items()), []).append(path)
+    new = {}
     for own, group in alike.items():
         new |= add_adapter(model, name, kind, group, **dict(own))
     model.sets[name] = kind, options
