@@ -89,7 +89,6 @@ def write_file(path, data):
     """Write one file whole or not at all, whoever else writes it at the same time."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_through(draft, data)
         os.replace(draft, path)
     finally:
@@ -120,15 +119,10 @@ def read_tensors(path):
         raise ValueError(f"{path.parent} has no {path.name}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    check_finite(path, tensors)
-    return tensors
-
-
-def check_finite(path, tensors):
-    """ValueError if one of a file's tensors, by name, holds NaN or infinity."""
     for name, t in tensors.items():
-        if t.is_floating_point() and not t.isfinite().all():
+        if not t.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged")
+    return tensors
 
 
 def fill(tensors, have, path):
