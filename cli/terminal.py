@@ -97,11 +97,9 @@ def announce(run):
 def bars(bitune, prompt):
     """Each α, layer by layer, as bars: how much of the cache of a prompt comes from a pass after the first.
     ValueError if there is none."""
-    if not bitune.mixes:
-        raise ValueError(f"method {bitune.method} mixes nothing; give a run that does")
     width, alphas = 30, alpha_by_layer(bitune, prompt)
     if not alphas:
-        raise ValueError("no α to show: there is none, or the prompt is one token and has no context")
+        raise ValueError(f"method {bitune.method} mixes nothing of this prompt: there is no α to show")
     lines = [f"{'layer':>5}" + "".join(f"  {f'α {name}':<{width + 6}}" for name in alphas)]
     for layer, values in enumerate(zip(*alphas.values())):
         drawn = [f"{a:.3f} " + ("█" * round(min(max(a, 0), 1) * width)).ljust(width, "·") for a in values]

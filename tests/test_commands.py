@@ -354,7 +354,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     assert "no run of the demonstration below runs/: python train.py makes one" in bad()
     assert f"{tmp_path} has no adapter_config.json" in bad("--adapter", tmp_path)
     assert "nowhere has no adapter_config.json" in bad(*on, "--adapter", "nowhere")
-    assert "method causal mixes nothing; give a run that does" in bad(*with_run, "--show-mixing")
+    assert "method causal mixes nothing of this prompt" in bad(*with_run, "--show-mixing")
     argv = [*with_run, "--prompt", "x" * 300]
     assert "are more than the model's max_position_embeddings of" in exits(2, sample.main, argv, capsys)
     other = write_checkpoint(tmp_path / "other", hidden_size=64, rope_theta=5e5)
