@@ -184,10 +184,10 @@ def prompts():
         try:
             if terminal:
                 print("> ", end="", file=sys.stderr, flush=True)
-            line = input() if terminal else next(sys.stdin).rstrip("\r\n").removeprefix("\ufeff")
-        except (EOFError, StopIteration, KeyboardInterrupt):
-            return
-        if not line and terminal:
+            line = input().rstrip("\r").removeprefix("\ufeff")
+        except (EOFError, KeyboardInterrupt):
             return
         if line:
             yield line
+        elif terminal:
+            return
