@@ -84,16 +84,12 @@ def kind_options():
     found = {}
     for kind, maker in KINDS.items():
         for name, option in maker.options.items():
-            found.setdefault(name, (option, []))[1].append(kind)
-    settings = {}
-    for name, (option, kinds) in found.items():
-        names = isinstance(option.default, tuple)
-        shown = " ".join(option.default) if names else option.default
-        if any(KINDS[kind].options[name].default != option.default for kind in kinds):
-            shown = "each kind's own"
-        form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
-        settings[name] = Setting(f"of {', '.join(kinds)}: {option.help} (default: {shown})", form)
-    return settings
+            names = isinstance(option.default, tuple)
+            form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
+            shown = " ".join(option.default) if names else option.default
+            help = found[name].help if name in found else option.help
+            found[name] = Setting(f"{help}; default of {kind}: {shown}", form)
+    return found
 
 
 SEED = number(int, 0, 2**63 - 1)
