@@ -251,20 +251,15 @@ def settings_of(typed):
 def resumed(typed):
     """The settings of the run that is resumed."""
     folder = typed["resume"]
-    if not (Path(folder) / "settings.json").exists():
-        raise ValueError(f"{folder} has no settings.json: expected a run of train.py")
     table = {name: ((in_files(setting.form), None), None) for name, setting in SETTINGS.items()}
     before = check_fields(read_settings(folder)[0], f"{folder}/settings.json", table)
-    if typed.get("steps", before["steps"]) != before["steps"]:
-        raise ValueError(f"{folder} cannot be made longer or shorter: each step's learning rate hangs on "
-                         f"their number, {before['steps']}. For another stage, start from what it has "
-                         f"learned: --adapter {folder} --steps {typed['steps']}, and another --out")
     other = [flag(name) for name, value in typed.items() if not SETTINGS[name].may_change
              and name != "resume" and value != before.get(name)]
     if other:
         may = " ".join(flag(name) for name, s in SETTINGS.items() if s.may_change)
         raise ValueError(f"--resume continues a run with its own settings, which {' '.join(sorted(other))} "
-                         f"would change; only these may be given with it: {may}")
+                         f"would change; only these may be given with it: {may}. To train it further, "
+                         f"start from it: --adapter {folder}, and another --out")
     if finished(folder):
         raise ValueError(f"{folder} is finished: all of its {before['steps']} steps are done")
     if not (Path(folder) / "state.safetensors").exists():
