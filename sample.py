@@ -10,7 +10,7 @@ into the template the run was trained with, or into a base's own chat markup, if
 from cli.chat import conversation
 from cli.memory import ready_to_answer
 from cli.process import Failed, command
-from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser, unseen
+from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser
 from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, stop_id, template_named
@@ -54,7 +54,7 @@ def main(argv=None):
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)
     say(mixing)
     if demonstrates and args.prompt is None:
-        say(f"It knows the words of experiments/demo/language.py. Unseen questions:\n\n{unseen()}\n")
+        say("It knows the words of experiments/demo/language.py. Unseen questions: data/test.jsonl there.")
     failed = False
     for prompt in prompts() if args.prompt is None else [args.prompt]:
         try:

@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 from argparse import Namespace
-from itertools import chain, count, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from files.checkpoint import DTYPES
 from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
 from text.examples import TEMPLATES
-from text.rows import TASKS, read_rows
+from text.rows import TASKS
 from text.words import check_fields, number_within, read_json
 
 
@@ -319,12 +319,6 @@ def last_demonstration():
         raise ValueError("no run of the demonstration below runs/: python train.py makes one in a minute; "
                          "or give --model or --adapter")
     return max(saves, key=lambda f: f.stat().st_mtime).parent
-
-
-def unseen():
-    """Questions on which the demonstration was not trained, line by line."""
-    rows = read_rows(Path(DEMO["val_data"]).with_name("test.jsonl"))
-    return "\n".join(row["prompt"] for _, row in islice(rows, 3))
 
 
 def free_name(path):
