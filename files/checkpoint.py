@@ -168,10 +168,7 @@ def load_base(folder, device=None, dtype=None, bits=None):
     if bits:
         eight_bits(model)
         model.to(device)
-    try:
-        tokenizer.limit(model.config.vocab_size)
-    except ValueError as problem:
-        raise ValueError(f"{folder}: {problem}") from None
+    tokenizer.limit(model.config.vocab_size)
     return model, tokenizer
 
 
