@@ -6,7 +6,7 @@ settings.json is written at the start, log.jsonl as it goes, all the others by e
 import json
 import math
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from files.disk import fill, finish_saves, json_bytes, locked, read_tensors, ten
 from lora import KINDS, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
-from text.words import check_fields, digest, listed, read_json, to_type
+from text.words import check_fields, digest, read_json, to_type
 
 FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 
@@ -29,7 +29,7 @@ FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
 
 ABOUT = {"method": (tuple(METHODS), ...), "c": ((int, float), ...), "template": (tuple(TEMPLATES), "plain"),
          "step": (int, None), "whole": (bool, False), "base": (str, ...),
-         "base_config": (dict, ...), "base_digest": (str, ...), "fingerprint": (list, ...)}
+         "base_digest": (str, ...), "fingerprint": (list, ...)}
 
 
 def read_about(folder):
@@ -88,22 +88,11 @@ def fingerprint(bitune):
 
 
 def base_digest(model):
-    """Tells a base from others of its shape, whatever the dtype it is loaded in: a digest of some numbers,
-    as bfloat16, of the weights that 8 bits leave as they are."""
+    """Tells a base from others, whatever the dtype it is loaded in: a digest of its config, and of some
+    numbers, as bfloat16, of the weights that 8 bits leave as they are."""
     own = [t for name, t in model.state_dict().items() if "layernorm" in name or "embed_tokens" in name]
     numbers = torch.cat([t.flatten()[::max(1, t.numel() // 16)].bfloat16() for t in own])
-    return digest(numbers.tolist())
-
-
-def check_base(folder, about, model, base):
-    """ValueError if a run was finetuned from a base that computes otherwise than `model`."""
-    here, there = asdict(model.config), about["base_config"]
-    if differ := [key for key in here if key in there and there[key] != here[key]]:
-        raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: " +
-                         listed([f"{key} is {there[key]} there and {here[key]} here" for key in differ]))
-    if not about["whole"] and about["base_digest"] != base_digest(model):
-        raise ValueError(f"{folder} was finetuned from {about['base']}, of which {base} has the shape, but "
-                         "not the weights")
+    return digest((model.config, numbers.tolist()))
 
 
 def check_code(folder, about, bitune):
@@ -151,8 +140,7 @@ def run_bytes(bitune, base, **about):
     whole = KINDS[kind].trains_base
     files = {"bitune.json": json_bytes({
         "method": bitune.method, "c": bitune.c, **about, "whole": whole, "base": base,
-        "base_config": asdict(bitune.model.config), "base_digest": base_digest(bitune.model),
-        "fingerprint": fingerprint(bitune)})}
+        "base_digest": base_digest(bitune.model), "fingerprint": fingerprint(bitune)})}
     if own := own_tensors(bitune):
         files["mixing.safetensors"] = tensor_bytes(own)
     for name in reversed(adapter_sets(bitune.method)):
@@ -174,8 +162,9 @@ def load_bitune(model, folder, base="", method=None, c=None):
     if about.get("whole") and Path(base).resolve() != folder.resolve():
         raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, "
                          "give no other")
-    if about:
-        check_base(folder, about, model, base)
+    if about and not about["whole"] and about["base_digest"] != base_digest(model):
+        raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: it has another "
+                         "config, or other weights")
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
     for name in adapter_sets(method or own):
         if about.get("whole") and (name == "answer" or name not in there):

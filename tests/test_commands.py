@@ -331,7 +331,7 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert f"{run} was finetuned from {tmp_path / 'model'}, which {other} is not" in line
     other = write_checkpoint(tmp_path / "another", seed=1)
     line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
-    assert f"of which {other} has the shape, but not the weights" in line
+    assert f"which {other} is not: it has another config, or other weights" in line
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(lines[:-1]))         # as if killed in the last validation
     rows, parts = (tmp_path / "data.jsonl").read_text().splitlines(), (tmp_path / "a", tmp_path / "b")
@@ -359,7 +359,6 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     other = write_checkpoint(tmp_path / "other", hidden_size=64, rope_theta=5e5)
     line = bad("--model", other, *with_run)
     assert f"{run} was finetuned from {model}, which {other} is not" in line
-    assert "hidden_size is 32 there and 64 here" in line and "rope is" in line
     change(model / "tokenizer_config.json", added_tokens_decoder={"300": {"content": "<s>"}}, eos_token=None)
     assert "the tokenizer's ids go up to 300, but the model's vocabulary has 300" in bad(*on)
 
