@@ -346,8 +346,9 @@ def logged(path, step):
     lines = path.read_text().splitlines() if step and path.exists() else []
     try:
         whole = map(json.loads, takewhile(lambda line: line.endswith("}"), lines))
-        return list(takewhile(lambda record: record["step"] <= step, whole))
-    except (ValueError, TypeError, KeyError, RecursionError):
+        until = lambda record: record["step"] <= step and math.isfinite(record.get("val_loss", 0))
+        return list(takewhile(until, whole))
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         raise ValueError(f"{path} is damaged: expected a JSON object with a step on each line") from None
 
 
