@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import sample
 from bitune import Bitune
@@ -19,10 +18,10 @@ from files.disk import write_files
 from lora import adapters, add_adapter, fold
 from model import may_attend
 from test_commands import change, exits
-from test_evaluate import change_norm, write_rows
+from test_evaluate import write_rows
 from text.examples import encode_prompt, load_examples, stop_id
 from text.tokenizer import Tokenizer
-from tiny import CASES, CONFIG, scatter, tiny_bitune, tiny_model, write_checkpoint
+from tiny import CASES, CONFIG, rewrite, scatter, tiny_bitune, tiny_model, write_checkpoint
 from train import make_optimizer
 
 # The first 8 logits of the last token, by transformers 5.24 and, of adapters on their base, peft 0.21.2.
@@ -75,9 +74,8 @@ def test_quantised_checkpoints_are_refused_in_one_line():
 
 def test_a_head_equal_to_the_embedding_stays_tied(tmp_path):
     folder = write_checkpoint(tmp_path, tie_word_embeddings=True)
-    state = load_file(folder / "model.safetensors")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    save_file(state, folder / "model.safetensors")
+    head = lambda tensors: {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    rewrite(folder / "model.safetensors", lambda tensors: tensors.update(head(tensors)))
     assert load_model(folder).config.tie_word_embeddings
 
 
@@ -144,9 +142,7 @@ def test_what_a_config_says_and_is_not_understood_is_refused(changes, message):
 
 def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
     folder = shutil.copytree(CASES / "adapter-embeddings-saved-along", tmp_path / "adapter")
-    tensors = load_file(folder / "adapter_model.safetensors")
-    tensors["base_model.model.lm_head.weight"] += 1
-    save_file(tensors, folder / "adapter_model.safetensors")
+    rewrite(folder / "adapter_model.safetensors", lambda t: t["base_model.model.lm_head.weight"].add_(1))
     with pytest.raises(ValueError, match="brings its own lm_head.weight"):
         load_adapter(load_model(folder / "base"), "answer", folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -207,7 +203,7 @@ def test_ranks_and_scales_of_single_layers(tmp_path):
 
 def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
     folder = write_checkpoint(tmp_path / "base")
-    change_norm(folder, float("nan"))
+    rewrite(folder / "model.safetensors", lambda t: t["model.norm.weight"].fill_(torch.nan))
     with pytest.raises(ValueError, match="model.safetensors: model.norm.weight holds NaN or infinity"):
         load_model(folder)
     model = tiny_model(torch.float16)
@@ -236,7 +232,7 @@ def test_what_a_windows_file_adds_is_no_part_of_a_prompt(monkeypatch):
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_without_numbers_ends_in_one_line(temperature, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "base")
-    change_norm(folder, 3e38)
+    rewrite(folder / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))     # finite itself
     argv = ["--model", folder, "--prompt", "x", "--temperature", temperature]
     assert "the model gives no numbers: its logits are not" in exits(1, sample.main, argv, capsys)
 

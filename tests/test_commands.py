@@ -29,7 +29,7 @@ from files.disk import finish_saves, locked, write_files
 from files.run import alpha_by_layer, fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
 from text.examples import Example, batches, load_examples
-from tiny import (ANSWERS, RAGGED, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data,
+from tiny import (ANSWERS, RAGGED, rewrite, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data,
                   write_run)
 
 ASK = "--prompt", "x", "--max-new-tokens", 2
@@ -479,8 +479,7 @@ def test_a_merge_says_what_its_dtype_keeps(tmp_path, capsys):
     base, bitune = write_checkpoint(tmp_path / "model"), tiny_bitune("causal")
     for adapter in adapters(bitune.model, "answer").values():
         adapter.lora_B.data *= 1e-5                             # too little to move a bfloat16 weight
-    state = {name: t.bfloat16() for name, t in load_file(base / "model.safetensors").items()}
-    save_file(state, base / "model.safetensors")
+    rewrite(base / "model.safetensors", lambda t: t.update({name: w.bfloat16() for name, w in t.items()}))
     argv = ["--adapter", write_run(tmp_path / "run", bitune, base), "--out", tmp_path / "merged"]
     line = exits(2, merge.main, argv, capsys)
     assert "more than half of what was learned would be rounded away: give --dtype float32" in line

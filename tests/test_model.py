@@ -17,20 +17,13 @@ from files.checkpoint import load_model, parse_config
 from files.disk import finish_saves, json_bytes, write_files
 from lora import adapters, add_adapter
 from model import ACTIVATIONS, may_attend, rotary
-from tiny import ANSWERS, CONFIG, RAGGED, scatter, tiny_bitune, tiny_model, write_checkpoint
+from tiny import ANSWERS, CONFIG, RAGGED, rewrite, scatter, tiny_bitune, tiny_model, write_checkpoint
 
 
 def logits(model, ids=RAGGED[3]):
     positions = torch.arange(len(ids))[None]
     with torch.inference_mode():
         return model(torch.tensor([ids]), positions, may_attend(positions, positions))[0]
-
-
-def rewritten(folder, change):
-    """The checkpoint in a folder, with what change(its tensors) makes of them."""
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file)
-    return folder
 
 
 @pytest.fixture
@@ -102,10 +95,11 @@ def test_padding_sees_only_padding():
 def test_every_tensor_that_does_not_fit_is_in_one_error(folder):
     def spoil(state):
         del state["model.norm.weight"], state["model.layers.1.mlp.up_proj.weight"]
-        return state | {"model.layers.0.extra": torch.zeros(2), "lm_head.weight": torch.zeros(299, 32)}
+        state |= {"model.layers.0.extra": torch.zeros(2), "lm_head.weight": torch.zeros(299, 32)}
 
+    rewrite(folder / "model.safetensors", spoil)
     with pytest.raises(ValueError) as error:
-        load_model(rewritten(folder, spoil))
+        load_model(folder)
     for part in ("4 tensors do not fit", "missing model.norm.weight (32,)",
                  "missing model.layers.1.mlp.up_proj.weight (48, 32)",
                  "unexpected model.layers.0.extra (2,)", "lm_head.weight is (299, 32), expected (300, 32)"):
@@ -117,7 +111,8 @@ def test_other_files_are_refused_by_name(folder, tmp_path, request):
         with pytest.raises(ValueError, match=message):
             load_model(folder)
 
-    rewritten(folder, lambda state: state | {"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    norm = {"model.norm.weight": torch.ones(32, dtype=torch.int8)}
+    rewrite(folder / "model.safetensors", lambda tensors: tensors.update(norm))
     refused(folder, "model.norm.weight is I8, expected floats")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, "lacks model.safetensors: expected safetensors")
@@ -132,7 +127,8 @@ def test_other_files_are_refused_by_name(folder, tmp_path, request):
 def test_bfloat16_weights_are_read_into_the_dtype_asked_for(folder):
     """Beside RoPE's frequencies, which old exports hold."""
     want, more = logits(load_model(folder)), {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    rewritten(folder, lambda state: {n: t.bfloat16() for n, t in (state | more).items()})
+    half = lambda tensors: {name: t.bfloat16() for name, t in (tensors | more).items()}
+    rewrite(folder / "model.safetensors", lambda tensors: tensors.update(half(tensors)))
     for dtype in (torch.float32, torch.bfloat16):
         model = load_model(folder, dtype)
         assert {p.dtype for p in model.parameters()} == {dtype}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bitune import Bitune, adapter_sets
 from files.checkpoint import parse_config
@@ -84,6 +84,13 @@ def write_checkpoint(folder, seed=0, **config):
         "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
         "added_tokens_decoder": {"256": {"content": "<s>"}, "257": {"content": "</s>"}}}))
     return folder
+
+
+def rewrite(file, edit):
+    """A file of tensors, as edit(its tensors, by name) leaves them."""
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file)
 
 
 def tokenizer_of(spec, folder, **config):
