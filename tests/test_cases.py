@@ -90,6 +90,7 @@ def test_a_head_equal_to_the_embedding_stays_tied(tmp_path):
     ("llama", {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 2.0}},
      {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
     ("llama", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),   # the reference does not look at it
+    ("llama", {"logit_scale": None, "made_up": False, "_name_or_path": "x"}, {}),
 ])
 def test_configs(kind, changes, want):
     config = parse_config(CONFIG | {"model_type": kind, "head_dim": 8} | changes)
@@ -130,11 +131,16 @@ ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq
     ({"num_key_value_heads": 3}, "and 3 key/value heads do not go together"),
     ({"attention_bias": 1}, "the attention_bias 1, expected true or false or null"),
     ({"vocab_size": True}, "the vocab_size True, expected a whole number above 0"),
+    ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "its RoPE has the type 'yarn', expected"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs low_freq_factor, high_freq_factor"),
+    ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
+    ({"hidden_size": None}, "config.json: it lacks hidden_size"),
 ])
-def test_what_a_config_says_and_is_not_understood_is_refused(changes, message):
+def test_what_a_config_says_and_is_not_understood_is_refused(changes, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
     with pytest.raises(ValueError, match=message):
-        parse_config(CONFIG | changes)
-    parse_config(CONFIG | {"logit_scale": None, "made_up": False, "_name_or_path": "x"})
+        load_model(tmp_path)
 
 
 # ---- adapters, data, numbers and prompts -----------------------------------------------------------------
@@ -150,7 +156,10 @@ def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
         load_adapter(load_model(folder / "base"), "answer", folder)
 
 
-@pytest.mark.parametrize("fields, message", [
+LORA_A = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight".format
+
+
+@pytest.mark.parametrize("spoil, message", [
     ({"made_up": 1, "also": False}, "has made_up, which is not known here"),
     ({"kasa_config": {}}, "has kasa_config, which is not known here"),
     ({"init_lora_weights": "OLoRA"}, "has the init_lora_weights 'OLoRA', expected null or true"),
@@ -160,24 +169,24 @@ def test_an_adapter_that_brings_another_embedding_is_refused(tmp_path):
     ({"r": 2.0}, "the r 2.0, expected a whole number from 1 to 65536"),
     ({"rank_pattern": {"[": 2}}, "names layers in a form that is not understood: unterminated character"),
     ({"modules_to_save": [], "layers_to_transform": [0, 1, 2], "layers_pattern": "layers"}, None),
+    ({"r": 5}, r"is \(2, 32\), expected \(5, 32\)"),
+    ({"peft_type": "LOHA"}, "an adapter of kind 'LOHA': expected FULL or IA3 or LORA"),
+    ({"modules_to_save": ["x"], "bias": "all"}, "has the modules_to_save .'x'., expected null or false"),
+    (lambda tensors: tensors.pop(LORA_A(0)), "missing .*layers.0.self_attn.q_proj.lora_A"),
+    (lambda tensors: tensors.update({LORA_A(9): torch.zeros(4, 32)}), "unexpected .*layers.9"),
+    (dict.clear, "no tensors"),
 ])
-def test_what_an_adapter_says_and_is_not_understood_is_refused(fields, message, tmp_path):
+def test_what_an_adapter_says_and_does_not_fit_is_refused(spoil, message, tmp_path):
+    """Other fields of its adapter_config.json, or other tensors."""
     model = tiny_model()
     add_adapter(model, "answer", targets=["q_proj"], rank=2)
     write_files(tmp_path, adapter_bytes(model, "answer"))
-    change(tmp_path / "adapter_config.json", **fields)
+    if isinstance(spoil, dict):
+        change(tmp_path / "adapter_config.json", **spoil)
+    else:
+        rewrite(tmp_path / "adapter_model.safetensors", spoil)
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         load_adapter(tiny_model(), "answer", tmp_path)
-
-
-def test_an_adapter_and_weights_of_another_name_are_no_model(tmp_path):
-    lone = write_checkpoint(tmp_path / "lone")
-    (lone / "model.safetensors").rename(lone / "pytorch.safetensors")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    for folder, message in ((tmp_path, "has no tokenizer.json and no tokenizer.model"),
-                            (lone, "lacks model.safetensors: expected safetensors")):
-        with pytest.raises(ValueError, match=message):
-            load_base(folder, "cpu")
 
 
 def test_ranks_and_scales_of_single_layers(tmp_path):

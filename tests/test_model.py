@@ -1,7 +1,6 @@
 """Reading checkpoints and adapters, what is supported and what is said of the rest; how adapters start and
 what they adapt; and files written whole or not at all."""
 
-import json
 import math
 import os
 import shutil
@@ -9,15 +8,13 @@ from itertools import count
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from bitune import Bitune
-from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_model, parse_config
 from files.disk import finish_saves, json_bytes, write_files
 from lora import adapters, add_adapter
 from model import ACTIVATIONS, may_attend, rotary
-from tiny import ANSWERS, CONFIG, RAGGED, rewrite, scatter, tiny_bitune, tiny_model, write_checkpoint
+from tiny import ANSWERS, CONFIG, RAGGED, rewrite, scatter, tiny_model, write_checkpoint
 
 
 def logits(model, ids=RAGGED[3]):
@@ -32,20 +29,6 @@ def folder(tmp_path):
 
 
 # ---- the config ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2}}, "its RoPE has the type 'yarn', expected"),
-    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2}},
-     "needs low_freq_factor, high_freq_factor"),
-    ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
-    ({"hidden_size": None}, "config.json: it lacks hidden_size"),
-])
-def test_an_unsupported_config_is_named_with_what_is_supported(tmp_path, change, message):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
-    with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
-
 
 def test_linear_rope_stretches_positions():
     """In both spellings, of transformers 4 and 5."""
@@ -196,28 +179,6 @@ def test_dropout_drops_inputs():
     stays = dropped.any(dim=1)
     torch.testing.assert_close(dropped, 2 * whole * stays[:, None])
     assert 0 < stays.sum() < 32
-
-
-NAME = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda c, t: t.pop(NAME.format(0)), "missing .*layers.0.self_attn.q_proj.lora_A"),
-    (lambda c, t: t.update({NAME.format(9): torch.zeros(4, 32)}), "unexpected .*layers.9"),
-    (lambda c, t: c.update(r=5), r"is \(4, 32\), expected \(5, 32\)"),
-    (lambda c, t: t.clear(), "no tensors"),
-    (lambda c, t: c.update(peft_type="LOHA"), "an adapter of kind 'LOHA': expected FULL or IA3 or LORA"),
-    (lambda c, t: c.update(modules_to_save=["x"], bias="all"), "has the modules_to_save .'x'., expected null or false"),
-])
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path, spoil, message):
-    write_files(tmp_path, adapter_bytes(tiny_bitune("causal").model, "answer"))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    spoil(config, tensors)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=message):
-        load_adapter(tiny_model(), "answer", tmp_path)
 
 
 # ---- to the disk -----------------------------------------------------------------------------------------
