@@ -89,6 +89,8 @@ def test_a_head_equal_to_the_embedding_stays_tied(tmp_path):
      {"rotary_dim": 2, "activation": "gelu_new"}),
     ("llama", {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 2.0}},
      {"rope": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+     {"rope": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}}),
     ("llama", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),   # the reference does not look at it
     ("llama", {"logit_scale": None, "made_up": False, "_name_or_path": "x"}, {}),
 ])

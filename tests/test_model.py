@@ -30,16 +30,6 @@ def folder(tmp_path):
 
 # ---- the config ------------------------------------------------------------------------------------------
 
-def test_linear_rope_stretches_positions():
-    """In both spellings, of transformers 4 and 5."""
-    plain, at = parse_config(CONFIG | {"rope_theta": 5e5}), torch.arange(32)[None]
-    for spelled in ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
-                    {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}}):
-        linear = parse_config(CONFIG | spelled)
-        for a, b in zip(rotary(linear, 4 * at, torch.float32), rotary(plain, at, torch.float32)):
-            torch.testing.assert_close(a, b)
-
-
 @pytest.mark.reference
 def test_rope_s_angles_are_not_rounded_before_their_cosine():
     """2104.09864's, p θ^(-2i/d), of a bfloat16 model: bfloat16 itself has 17.25 for 173 / 10."""
