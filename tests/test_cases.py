@@ -1,6 +1,5 @@
 """Files of others, as they were met: each is read as its reference implementation reads it, or refused."""
 
-import io
 import json
 import shutil
 from contextlib import nullcontext
@@ -10,8 +9,6 @@ import torch
 
 import sample
 from bitune import Bitune
-from cli.terminal import prompts
-from experiments.evaluate import load_questions
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
@@ -84,6 +81,8 @@ def test_a_head_equal_to_the_embedding_stays_tied(tmp_path):
      {"num_key_value_heads": 4, "qkv_bias": False}),
     ("qwen2", {"mlp_bias": True},
      {"qkv_bias": True, "o_bias": False, "mlp_bias": False, "sliding_window": None}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
+     {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
     ("gemma", {"hidden_act": "gelu"}, {"activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
     ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}},
      {"rotary_dim": 2, "activation": "gelu_new"}),
@@ -235,23 +234,12 @@ def test_weight_decay_is_for_matrices(kind, decays):
     assert all(p.dim() == 2 for p in named.values())
 
 
-def test_what_a_windows_file_adds_is_no_part_of_a_prompt(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffthe all\r\n\r\nthe\r\n", newline=""))
-    assert list(prompts()) == ["the all", "the"]
-
-
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_without_numbers_ends_in_one_line(temperature, tmp_path, capsys):
     folder = write_checkpoint(tmp_path / "base")
     rewrite(folder / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))     # finite itself
     argv = ["--model", folder, "--prompt", "x", "--temperature", temperature]
     assert "the model gives no numbers: its logits are not" in exits(1, sample.main, argv, capsys)
-
-
-def test_an_empty_choice_cannot_be_scored(tokenizer, tmp_path):
-    rows = write_rows(tmp_path / "rows", [{"question": "a", "choices": ["b", ""], "answer": 0}])
-    with pytest.raises(ValueError, match="line 1: choice 2 has no tokens"):
-        load_questions(rows, "rows", tokenizer, "alpaca", 200)      # no space before an answer
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------

@@ -413,10 +413,11 @@ def test_bitune_starts_from_a_peft_adapter_whose_ranks_differ(flags, tmp_path, c
 # ---- asking ----------------------------------------------------------------------------------------------
 
 def test_lines_of_standard_input_are_prompts(tmp_path):
-    """To a base model, which goes on with the text as it stands."""
+    """To a base model, which goes on with the text as it stands, without what Windows adds."""
     folder = write_checkpoint(tmp_path / "model")
     command = [sys.executable, ROOT / "sample.py", "--model", folder, "--max-new-tokens", "4"]
-    done = subprocess.run(command, capture_output=True, input=b"ab\n\n" + b"x" * 300 + b"\ncd\n")
+    lines = b"\xef\xbb\xbfab\r\n\r\n" + b"x" * 300 + b"\ncd\n"
+    done = subprocess.run(command, capture_output=True, input=lines)
     assert done.returncode == 1 and done.stderr.count(b"tokens/s; answer") == 2
     assert b"error: 302 tokens are more than the model's max_position_embeddings of 256" in done.stderr
     answers = Bitune(tiny_model(), "causal").generate([[256, 97, 98], [256, 99, 100]], 4, stop_ids={257})

@@ -108,11 +108,12 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
     ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "none of its choices, nor"),
     ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
     ("rows", {"prompt": "x", "choices": ["y", "\udc00"], "answer": 0}, "(a lone surrogate)"),
+    ("rows", {"prompt": "x", "choices": ["y", ""], "answer": 0}, "choice 2 has no tokens"),
 ])
 def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):
     file = write_rows(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match="data.jsonl, line 1: ") as error:
-        evaluate.load_questions(file, task, tokenizer, "paper", 512)
+        evaluate.load_questions(file, task, tokenizer, "alpaca", 512)       # no space before an answer
     assert message in str(error.value)
 
 
