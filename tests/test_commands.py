@@ -234,15 +234,11 @@ def test_as_many_tokens_go_at_a_time_as_fit(flags, tmp_path, monkeypatch, capsys
     assert "step 0: not enough memory (out of memory): try a smaller --micro-batch-tokens. Nothing" in line
 
 
-@pytest.mark.parametrize("fault, advice", [
-    (OSError(28, "No space left on device"), "No space left on device. "),
-    (torch.OutOfMemoryError("out of memory"), "try a smaller --micro-batch-tokens"),
-])
-def test_what_goes_wrong_later_loses_no_save(fault, advice, flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 4, Mock(side_effect=fault)))
+def test_what_goes_wrong_later_loses_no_save(flags, tmp_path, monkeypatch, capsys):
+    fault = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 4, fault))
     line = exits(1, train.main, flags(), capsys)
-    assert "step 4" in line and advice in line
-    assert "The save of step 3 is whole: python train.py --resume" in line
+    assert "step 4: [Errno 28] No space left on device. The save of step 3 is whole: python train.py" in line
     call(train, "--resume", tmp_path / "run", "--micro-batch-tokens", 90)
     assert len(log(tmp_path / "run")) == 6
 
