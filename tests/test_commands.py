@@ -26,7 +26,7 @@ from experiments import evaluate, merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import finish_saves, locked, write_files
-from files.run import alpha_by_layer, fingerprint, load_run, own_tensors, read_settings
+from files.run import fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
 from text.examples import Example, batches, load_examples
 from tiny import (ANSWERS, RAGGED, rewrite, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data,
@@ -445,17 +445,6 @@ def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch
             out, err = capsys.readouterr()
             assert out == said + "\n" and asked.pop() == "ab\nc\n\nd"
             assert (err.strip().endswith(cut) if cut else "cut by" not in err), (argv, err)
-
-
-@pytest.mark.reference          # of today's method
-def test_mixing_is_drawn_layer_by_layer(tmp_path, capsys):
-    bitune = tiny_bitune()
-    run = write_run(tmp_path / "run", bitune, write_checkpoint(tmp_path / "model"))
-    call(sample, "--adapter", run, "--show-mixing", *ASK)
-    lines = capsys.readouterr().err.splitlines()
-    assert "α key" in lines[1] and [line.split()[0] for line in lines[2:5]] == ["0", "1", "2"]
-    alpha = alpha_by_layer(bitune, RAGGED[0])["key"]
-    assert [float(line.split()[1]) for line in lines[2:5]] == pytest.approx(alpha, abs=5e-4)
 
 
 # ---- merge -----------------------------------------------------------------------------------------------

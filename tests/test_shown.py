@@ -5,11 +5,12 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
+import sample
 import train
 from experiments import curves, evaluate
 from experiments.real import alphas
 from files.run import load_run
-from test_commands import call, exits, log
+from test_commands import ASK, call, exits, log
 from test_evaluate import PUBLISHED, write_rows
 from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, write_checkpoint
 
@@ -17,13 +18,16 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.reference          # of today's method
-def test_the_log_has_alpha_layer_by_layer_and_curves_draw_it(flags, tmp_path, capsys):
+def test_the_log_has_alpha_layer_by_layer_and_sample_and_curves_draw_it(flags, tmp_path, capsys):
     run, plain, out = tmp_path / "run", tmp_path / "plain", tmp_path / "curves.svg"
     train.main(flags("--lr", 0.5))
     train.main(flags("--method", "causal", "--out", plain))
     by_layer = log(run, "alphas_key")
     assert by_layer[0] == [0.5] * 3 and by_layer[-1] != by_layer[0] and len(by_layer) == 3
     capsys.readouterr()
+    call(sample, "--adapter", run, "--show-mixing", *ASK)
+    drawn = [line.split() for line in capsys.readouterr().err.splitlines()[2:5]]
+    assert [float(key) for _, key, *_ in drawn] == pytest.approx(by_layer[-1], abs=5e-4)
     call(curves, run, plain, "--out", out)
     assert capsys.readouterr().out == f"wrote {out}\n"
     panels = [*ElementTree.parse(out).getroot().iter(f"{SVG}g")]
