@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from itertools import count, product
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -22,7 +22,7 @@ import train
 from bitune import Bitune, adapter_sets
 from cli import memory
 from edits import ROOT
-from experiments import evaluate, merge
+from experiments import merge
 from files.adapters import adapter_bytes
 from files.checkpoint import load_base
 from files.disk import finish_saves, locked, write_files
@@ -500,32 +500,3 @@ def test_what_cannot_be_merged_says_why(tmp_path, capsys):
         run = write_run(tmp_path / method, tiny_bitune(method, peft), argv[1])
         assert message in exits(2, merge.main, [*argv, run], capsys)
     assert not (tmp_path / "merged").exists()
-
-
-# ---- which folder is which -------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("method, peft", [("causal", "full"), ("bitune", "lora")])
-def test_a_folder_is_the_same_however_it_is_written(method, peft, flags, tmp_path, monkeypatch):
-    """With a slash, relative, through a link, and beside another of its name."""
-    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
-    write_run(tmp_path / "run", tiny_bitune(method, peft), model)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/run").symlink_to(tmp_path / "run")
-    want = logits(tmp_path / "run")
-    for way in ("run/", "./run", "other/../run", "other/run", f"{tmp_path}//run/"):
-        assert torch.equal(logits(way), want)
-    for way, out in (("run/", "next"), ("other/run", "link")):
-        call(train, "--adapter", way, "--data", data, *"--steps 1 --lr 0 --val-size 0 --out".split(), out)
-        assert torch.equal(logits(out), want)
-
-
-def test_scores_on_files_and_of_bases_of_one_name_stay_apart(tmp_path, monkeypatch, capsys):
-    bases, rows = [write_checkpoint(tmp_path / f"{n}/base", seed=n) for n in range(2)], []
-    for n in range(2):
-        rows.append(tmp_path / f"{n}/q.jsonl")
-        rows[n].write_text(json.dumps({"question": "x", "choices": ["a", "b"], "answer": n}) + "\n")
-    monkeypatch.chdir(tmp_path)
-    for base, file in [*product(bases, rows)] * 2:              # the second time, what is there is shown
-        call(evaluate, "--model", base, "--task", "rows", "--data", file)
-    assert len(list((tmp_path / "runs/base/base").glob("*.json"))) == 4

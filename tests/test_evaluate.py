@@ -8,12 +8,10 @@ import torch
 
 from bitune import METHODS, Bitune
 from experiments import evaluate
-from files.disk import write_files
-from files.run import run_bytes
 from test_commands import exits
 from text.examples import load_examples
 from text.rows import read_rows
-from tiny import ANSWERS, RAGGED, rewrite, tiny_bitune, write_checkpoint
+from tiny import ANSWERS, RAGGED, rewrite, tiny_bitune, write_checkpoint, write_run
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
 NESTED = {"stem": "Sky?", "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]}
@@ -179,16 +177,16 @@ def results(folder):
         json.loads(file.with_suffix(".json").read_text())
 
 
-def test_the_command_scores_a_run_and_the_bare_model(tmp_path, capsys):
+def test_the_command_scores_a_run_and_the_bare_model(tmp_path, monkeypatch, capsys):
     base, asked = write_checkpoint(tmp_path / "base"), ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
     data = write_rows(tmp_path / "arc.jsonl", [PUBLISHED["arc"][0][0] | {"question": q} for q in asked])
-    write_files(tmp_path / "run", run_bytes(tiny_bitune(), str(base), template="paper", step=1))
-    run, bare = ["--adapter", tmp_path / "run"], ["--model", base, "--out", tmp_path / "own"]
-    for method, argv in (("bitune", run), (None, bare)):
+    run, bare = write_run(tmp_path / "run", tiny_bitune(), base), tmp_path / "runs/base/base"
+    monkeypatch.chdir(tmp_path)
+    for method, folder, *argv in (("bitune", run, "--adapter", run), (None, bare, "--model", base)):
         score("--task", "arc", "--data", data, "--batch-size", 3, *argv)
         said = capsys.readouterr().out.splitlines()
         assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
-        rows, summary = results(argv[-1])
+        rows, summary = results(folder)
         assert [r["prompt"].split("\n")[0] for r in rows] == asked and summary["method"] == method
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
 
@@ -254,8 +252,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
     base, whole = write_checkpoint(tmp_path / "base"), tmp_path / "whole"
     data, none = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0]), tmp_path / "none"
     arc = ["--task", "arc", "--data", data, "--out", tmp_path]
-    write_files(whole, run_bytes(tiny_bitune("causal", "full"), str(base), template="paper"))
-    score("--model", whole, *arc)
+    score("--model", write_run(whole, tiny_bitune("causal", "full"), base), *arc)
     shown = [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]    # not where --model is not there
     for message, *argv in (
             ("neither --model nor --adapter", *arc),
