@@ -10,7 +10,6 @@ import train
 from experiments import ablate, compare, evaluate
 from test_commands import at_step, exits, stop
 from test_evaluate import PUBLISHED, write_rows
-from tiny import write_checkpoint, write_data
 
 
 def cells(text):
@@ -50,12 +49,10 @@ def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
 
 
 @pytest.fixture
-def argv(tmp_path):
-    model, data = write_checkpoint(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+def argv(flags, tmp_path):
     arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    line = f"--model {model} --data {data} --steps 4 --save-every 2 --batch-size 2 --evaluate arc={arc} " \
-           f"--seeds 42 43 --lrs 0.01 --out {tmp_path / 'grid'}"
-    return line.split()
+    line = flags(*f"--steps 4 --save-every 2 --eval-every 1 --evaluate arc={arc} --seeds 42 43".split())
+    return [part.replace("--lr", "--lrs") for part in line]
 
 
 def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys):
@@ -78,18 +75,18 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     head, *rows = cells(said)
     assert [row[0] for row in rows] == ["base model", "LoRA rank 8", "LoRA rank 16", "Bitune"]
     assert head[5:] == ["arc acc", "arc acc_norm"] and rows[0][5].endswith("%")
-    assert (tmp_path / "grid/tables.md").read_text() in said
+    assert (tmp_path / "run/tables.md").read_text() in said
 
     *counts, said = made("--methods", "bitune", "naive-bidir", "--seeds", "42", "42")
     assert counts == [4, 1] and "naive-bidir" in said
     assert made("--limit", "1")[:2] == (0, 7)                   # other questions: only scored again
-    os.rename(tmp_path / "grid", tmp_path / "elsewhere")
+    os.rename(tmp_path / "run", tmp_path / "elsewhere")
     assert made("--limit", "1", "--out", str(tmp_path / "elsewhere"))[:2] == (0, 0)
-    os.rename(tmp_path / "elsewhere", tmp_path / "grid")
+    os.rename(tmp_path / "elsewhere", tmp_path / "run")
     line = exits(2, ablate.main, [*argv, "--steps", "5", "--template", "plain"], capsys)
     assert "is there with other settings: template was paper and is plain; steps was 4 and is 5" in line
 
-    tables, log = tmp_path / "grid/tables.md", tmp_path / "grid/bitune-lr0.01-seed42/log.jsonl"
+    tables, log = tmp_path / "run/tables.md", tmp_path / "run/bitune-lr0.01-seed42/log.jsonl"
     lines, before = log.read_text().splitlines(keepends=True), cells(tables.read_text())
     assert '"step": 4, "val_loss"' in lines[-1]
     log.write_text("".join(lines[:-1]))                         # as if killed in its last validation
@@ -133,7 +130,7 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
     assert made[:9] == [(name, lr, 42, False) for name in names for lr in (0.01, 0.02, 0.03)]
     assert made[9:] == [(name, lr, seed, True) for name, lrs in zip(names, ([0.01], [0.01], [0.01, 0.02]))
                         for lr in lrs for seed in (42, 43)]
-    reached, gaps = map(cells, (tmp_path / "grid/tables.md").read_text().split("\n\n"))
+    reached, gaps = map(cells, (tmp_path / "run/tables.md").read_text().split("\n\n"))
     assert [(row[0], row[2]) for row in reached[2:]] == [
         ("LoRA rank 8", "0.01 (best)"), ("LoRA rank 16", "0.01 (best)"),
         ("Bitune", "0.01"), ("Bitune", "0.02 (best)")]
@@ -171,4 +168,4 @@ def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, cap
     hard = write_rows(tmp_path / "hard/arc.jsonl", PUBLISHED["arc"][0])
     same = bad("--evaluate", f"arc={hard}", f"arc={tmp_path / 'arc.jsonl'}")
     assert "two files would both be called 'arc'" in same
-    assert not (tmp_path / "grid").exists()
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The published files of the paper's tasks, and the scores on them."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from bitune import METHODS, Bitune
 from experiments import evaluate
-from test_commands import exits
+from test_commands import call, exits
 from text.examples import load_examples
 from text.rows import read_rows
 from tiny import ANSWERS, RAGGED, rewrite, tiny_bitune, write_checkpoint, write_run
@@ -166,8 +167,7 @@ def test_an_answer_ends_before_the_next_question(tokenizer, monkeypatch):
     assert len(asked) == len("Yes. Question:")
 
 
-def score(*argv):
-    evaluate.main([str(a) for a in argv])
+score = partial(call, evaluate)
 
 
 def results(folder):
