@@ -168,7 +168,7 @@ def test_resumed_is_uninterrupted(method, peft, flags, tmp_path, monkeypatch, ca
     assert (about["method"], about["template"], about["step"]) == (method, "plain", 4)
 
 
-def test_a_first_save_killed_between_two_renames_is_whole_and_not_overwritten(flags, tmp_path, capsys):
+def test_a_first_save_killed_between_two_renames_is_whole(flags, tmp_path):
     """By SIGKILL: also its lock has died with the process."""
     replace, run = os.replace, tmp_path / "run"
 
@@ -183,7 +183,6 @@ def test_a_first_save_killed_between_two_renames_is_whole_and_not_overwritten(fl
     assert child.exitcode == -signal.SIGKILL
     assert (run / "renaming.json").exists() and not (run / "adapter_config.json").exists()
     assert load_run(shutil.copytree(run, tmp_path / "copy"))[3]["step"] == 3        # to read it is to finish it
-    assert "already holds a run: continue it with --resume" in exits(2, train.main, flags(), capsys)
     call(train, "--resume", run)
     train.main(flags("--out", tmp_path / "whole"))
     assert_same_run(run, tmp_path / "whole")
@@ -298,7 +297,6 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "device 'tpu' cannot be used" in bad("--device", "tpu")
     assert "takes float32" in bad("--peft", "full", "--dtype", "bfloat16")
     assert "--val-size: all of --val-data" in bad("--val-data", tmp_path / "data.jsonl", "--val-size", 5)
-    assert "nowhere has no adapter_config.json" in bad("--adapter", tmp_path / "nowhere")
     for row in ('{"question"', '{"prompt": "a", "prompt": "b", "answer": "c"}'):
         (tmp_path / "data.jsonl").write_text(f"{row}\n")
         assert "data.jsonl, line 1: not JSON" in bad()
@@ -322,9 +320,6 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     line = bad("--resume", run, "--steps", 9)
     assert "which --steps would change" in line and f"start from it: --adapter {run}, and another --out" in line
     assert "--rank: adapters and mixing are those of" in bad(*flags("--adapter", run, "--rank", 3))
-    other = write_checkpoint(tmp_path / "other", rope_theta=5e5)
-    line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
-    assert f"{run} was finetuned from {tmp_path / 'model'}, which {other} is not" in line
     other = write_checkpoint(tmp_path / "another", seed=1)
     line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
     assert f"which {other} is not: it has another config, or other weights" in line
