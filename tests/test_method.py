@@ -4,7 +4,7 @@ An edit of the method may turn these red."""
 import pytest
 import torch
 
-from bitune import Bitune, adapter_sets
+from bitune import Bitune
 from identities import F64, answer_logits, assert_same
 from lora import add_adapter
 from model import may_attend
@@ -37,23 +37,6 @@ def test_alpha_1_with_equal_adapters_is_one_forward_under_a_prefix_mask():
         mask = may_attend(positions, positions) | (prefix[:, None, :, None] & prefix[:, None, None, :])
         one, _ = bitune.model(ids, positions, mask, adapter="answer")
         assert_same([logits], [one[0, P - 1:-1]])
-
-
-def test_full_finetuning_of_two_equal_sets_splits_the_gradient_of_one():
-    """By the chain rule: what a weight gets that both passes use is the sum of what its two copies get."""
-    def gradients(method):
-        model = tiny_model(F64, model_type="qwen2")             # whose keys have a bias
-        for name in adapter_sets(method):
-            add_adapter(model, name, "full")
-        Bitune(model, method).losses(RAGGED, ANSWERS).sum().backward()
-        return {n: p.grad for n, p in model.named_parameters()}
-
-    one, two, k_proj = gradients("shared-weights"), gradients("bitune"), "model.layers.1.self_attn.k_proj."
-    for part in ("weight", "bias"):
-        base, copy = two[k_proj + part], two[f"{k_proj}sets.prompt.{part}"]
-        assert_same([base + copy], [one[k_proj + part]])
-        assert copy.abs().max() > 1e-3 and base.abs().max() > 1e-3
-    assert_same([two["model.embed_tokens.weight"]], [one["model.embed_tokens.weight"]])
 
 
 def test_at_the_start_theta_of_layer_0_has_no_gradient():

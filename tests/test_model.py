@@ -12,7 +12,7 @@ import torch
 from bitune import Bitune
 from files.checkpoint import load_model, parse_config
 from files.disk import finish_saves, json_bytes, write_files
-from lora import adapters, add_adapter
+from lora import add_adapter
 from model import ACTIVATIONS, may_attend, rotary
 from tiny import ANSWERS, CONFIG, RAGGED, rewrite, scatter, tiny_model, write_checkpoint
 
@@ -51,16 +51,6 @@ def test_a_text_longer_than_the_sliding_window_is_refused():
     logits(model, [1] * 12)
     with pytest.raises(ValueError, match="13 tokens are more than the model's sliding_window of 12"):
         logits(model, [1] * 13)
-
-
-def test_padding_sees_only_padding():
-    positions = torch.tensor([[0, 1, 2, -1]])
-    for sees, want in {
-        "causal": [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
-        "bidirectional": [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]],
-        "anticausal": [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
-    }.items():
-        assert may_attend(positions, positions, sees)[0, 0].int().tolist() == want
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------
@@ -135,15 +125,6 @@ def test_lora_starts_as_peft_s():
     (adapter, *_) = add_adapter(tiny_model(), "answer", targets=["down_proj"]).values()
     A, most = adapter.lora_A, 1 / math.sqrt(48)
     assert A.shape == (8, 48) and 0.9 * most < A.abs().max() <= most
-
-
-def test_targets_and_sets_are_independent():
-    model = tiny_model()
-    add_adapter(model, "answer", targets=("q_proj", "v_proj"))
-    add_adapter(model, "prompt", rank=2, targets=("down_proj",))
-    assert {p.split(".")[-1] for p in adapters(model, "answer")} == {"q_proj", "v_proj"}
-    assert {p.split(".")[-1] for p in adapters(model, "prompt")} == {"down_proj"}
-    Bitune(model)(RAGGED, ANSWERS)
 
 
 @pytest.mark.reference
