@@ -120,13 +120,11 @@ def test_what_a_config_leaves_out(kind):
     assert c.rotary_dim == (4 if kind == "phi" else c.head_dim)
 
 
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}
-
-
 @pytest.mark.parametrize("changes, message", [
     ({"logit_scale": 0.5, "use_cache": True}, "it has logit_scale, which is not known here"),
     ({f"new_{i}": 1 for i in range(9)}, "new_0, new_1, new_2, new_3, new_4, and 4 more, which is not"),
-    ({"rope_scaling": ROPE}, "low_freq_factor is not below high_freq_factor"),
+    ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+     "low_freq_factor is not below high_freq_factor"),
     ({"rope_parameters": {"rope_type": "default", "mscale": 2.0}}, "its RoPE has mscale, which is not"),
     ({"rms_norm_eps": "1e-6"}, "the rms_norm_eps '1e-6', expected a number above 0"),
     ({"num_key_value_heads": 3}, "and 3 key/value heads do not go together"),

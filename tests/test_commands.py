@@ -358,7 +358,6 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     ("bitune.json", Path.unlink, "has no bitune.json, which says how its two sets are used"),
     ("bitune.json", partial(Path.write_text, data="[]"), "is not what it should be: expected an object"),
     ("bitune.json", partial(change, method=None), "bitune.json lacks method"),
-    ("bitune.json", partial(change, method="bituna"), "has the method 'bituna', expected"),
     ("bitune.json", partial(change, c="x"), "has the c 'x', expected a whole number or a number"),
     ("bitune.json", partial(change, template="x"), "has the template 'x', expected"),
     ("adapter_config.json", partial(change, r=None), "adapter_config.json lacks r"),
