@@ -29,8 +29,8 @@ from files.disk import finish_saves, locked, write_files
 from files.run import fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
 from text.examples import Example, batches, load_examples
-from tiny import (ANSWERS, RAGGED, rewrite, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint, write_data,
-                  write_run)
+from tiny import (ANSWERS, RAGGED, rewrite, scatter, some_of, tiny_bitune, tiny_model, write_checkpoint,
+                  write_data, write_run)
 
 ASK = "--prompt", "x", "--max-new-tokens", 2
 
@@ -362,6 +362,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     ("bitune.json", partial(change, template="x"), "has the template 'x', expected"),
     ("adapter_config.json", partial(change, r=None), "adapter_config.json lacks r"),
     ("adapter_model.safetensors", partial(Path.write_text, data="x"), "safetensors cannot be read"),
+    ("adapter_model.safetensors", lambda f: f.rename(f.with_suffix(".bin")), "a pickle, which is not"),
     pytest.param("mixing.safetensors", Path.unlink, "has no mixing.safetensors", marks=pytest.mark.reference),
     pytest.param("mixing.safetensors", partial(save_file, {"theta_key": torch.ones(2)}),
                  "missing theta_value (3,); theta_key is (2,), expected", marks=pytest.mark.reference),
