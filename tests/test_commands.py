@@ -139,7 +139,7 @@ def test_validation_numbers():
 
 # ---- interrupted -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, peft", [("bitune", "lora"), ("causal", "full")])
+@pytest.mark.parametrize("method, peft", [("bitune", "lora"), ("bitune", "full")])
 def test_resumed_is_uninterrupted(method, peft, flags, tmp_path, monkeypatch, capsys):
     """Bit for bit, with dropout drawing random numbers on the way: saves draw none. SIGTERM in step 3 of a
     run, and of a second stage, which starts where the first ended."""
