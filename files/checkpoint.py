@@ -267,7 +267,10 @@ def merged_tensors(model, name):
         raise ValueError(f"adapters of the kind {kind} cannot be merged: there is no plain layer like them")
     tensors = {n: t for n, t in model.state_dict().items() if ".sets." not in n}
     for path, adapter in adapters(model, name).items():
-        tensors |= {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
+        own = {f"{path}.{part}": t for part, t in adapter.state_dict().items()}
+        if unknown := own.keys() - tensors.keys():
+            raise ValueError(f"merged, the model has {min(unknown)}: checkpoints have no place for it")
+        tensors |= own
     return tensors
 
 
