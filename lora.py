@@ -127,7 +127,7 @@ class IA3(Adapter):
 
     def __init__(self, linear, path, feedforward):
         super().__init__()
-        self.of_input = path.endswith(tuple(feedforward))
+        self.of_input = path.split(".")[-1] in feedforward
         shape = (1, linear.in_features) if self.of_input else (linear.out_features, 1)         # PEFT's
         self.ia3_l = nn.Parameter(torch.ones(shape, dtype=torch.float32, device=linear.weight.device))
 
@@ -183,10 +183,12 @@ def is_target(name):
 
 def add_adapter(model, name, kind="lora", targets=(), **options):
     """Put a new set `name` of a kind of KINDS on the linears whose name, or path, is of `targets` (none: see
-    `is_target`), and freeze the base; returns the adapters by path. ValueError for an unknown target."""
+    `is_target`), and freeze the base; returns the adapters by path. ValueError for an unknown name."""
     maker, layers, first = KINDS[kind], linears(model), not model.sets
     names = {path.split(".")[-1] for path in layers}
-    if unknown := " or ".join(sorted(set(targets) - names - set(layers))):
+    lists = {n for key, option in maker.options.items() if isinstance(option.default, tuple)
+             for n in set(options.get(key, ())) - set(option.default)}
+    if unknown := " or ".join(sorted((set(targets) - set(layers) | lists) - names)):
         raise ValueError(f"no linear is named {unknown}: expected {', '.join(sorted(names))}")
     targets = targets or [name for name in names if is_target(name)]
     options = {key: option.default for key, option in maker.options.items()} | options

@@ -276,6 +276,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.sets = {}          # the adapter sets that its layers carry, by name: see lora.py
+        self.digest = ""        # tells the checkpoint it was read from: see files/checkpoint.py
         self.checkpointing = False      # let each block keep its input alone for the backward pass
         phi = config.model_type == "phi"
         block, self.final = (PhiBlock, "final_layernorm") if phi else (Block, "norm")
@@ -318,8 +319,3 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        from files.checkpoint import load_model             # which says what is read, and how
-        return load_model(folder, dtype, device)

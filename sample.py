@@ -11,7 +11,7 @@ from cli.chat import conversation
 from cli.memory import ready_to_answer
 from cli.process import Failed, command
 from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser
-from cli.terminal import Stream, bars, prompts, say, say_loaded, whole_prompt
+from cli.terminal import Stream, at_terminal, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, stop_id, template_named
 
@@ -25,8 +25,10 @@ def ask(bitune, tokenizer, prompt, stop_ids, args):
                                       args.seed):
             if shown.add(token):
                 break
-    except KeyboardInterrupt:                           # enough of this answer
-        shown.ended = True
+    except KeyboardInterrupt:
+        if args.prompt is not None or not at_terminal():
+            raise
+        shown.ended = True                              # enough of this answer
     say(shown.finish(len(prompt), limit))
     return shown.shown
 

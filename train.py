@@ -44,7 +44,7 @@ def parameter_groups(bitune, lr, weight_decay):
     groups = defaultdict(list)
     for name, p in bitune.named_parameters():
         if p.requires_grad:
-            matrix = name.startswith("model.") and p.dim() > 1 and min(p.shape) > 1
+            matrix = name.startswith("model.") and p.dim() > 1 and not name.endswith("ia3_l")
             peak, decay = lr, weight_decay if matrix else 0.0      # a rate of its own for a name goes here
             groups[peak, decay].append(p)
     return [{"params": params, "peak": peak, "weight_decay": decay}

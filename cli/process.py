@@ -33,9 +33,9 @@ def command(main):
     """A decorator for the main of a command: it ends as the head of this file says."""
     @wraps(main)
     def ends(argv=None):
-        for stream in (sys.stdin, sys.stdout, sys.stderr):      # what a terminal cannot show ends no run
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):                  # what a terminal cannot show ends no run
+                stream.reconfigure(errors="strict" if stream is sys.stdin else "replace")
         try:
             main(argv)
             return sys.stdout.flush() if sys.stdout else None

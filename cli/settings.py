@@ -305,6 +305,8 @@ def check(s):
                          "expected a base model, or a run of method causal")
     if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
         raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
+    if KINDS[s.peft].trains_base and s.targets:
+        raise ValueError(f"--targets: --peft {s.peft} trains all weights")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")
 

@@ -124,8 +124,10 @@ def say_loaded(name, tensors, bitune, about, template, tokenizer):
 
 def whole_prompt(text):
     """The one prompt that is asked for: the text itself or, for a dash, all of standard input."""
-    if text != "-" or sys.stdin is None:
+    if text != "-":
         return text
+    if sys.stdin is None:
+        raise ValueError("--prompt -: standard input is closed")
     return sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
@@ -171,12 +173,15 @@ def settled(text, stops):
     return text[:len(text) - max(begun, default=0)], False
 
 
+def at_terminal():
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def prompts():
     """The lines of standard input; in a terminal they are asked for, and an empty one ends."""
     if sys.stdin is None:               # it is closed
         return
-    terminal = sys.stdin.isatty()
-    if terminal:
+    if terminal := at_terminal():
         with suppress(ImportError):     # without it a terminal cuts lines at 4,095 characters
             importlib.import_module("readline")
         say("Ask; an empty line or Ctrl-D ends.")
@@ -187,7 +192,10 @@ def prompts():
             line = input().rstrip("\r").removeprefix("\ufeff")
         except (EOFError, KeyboardInterrupt):
             return
+        if terminal and not line:
+            return
         if line:
             yield line
-        elif terminal:
-            return
+        else:
+            print()                     # answers stay beside their lines
+            say("an empty line asks nothing")

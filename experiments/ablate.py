@@ -30,7 +30,7 @@ from experiments.compare import chosen, percent, report
 from experiments.evaluate import SCORED, SCORING, load_questions, score
 from files.checkpoint import read_config
 from files.disk import InUse, write_file
-from files.run import finished, logged, read_settings
+from files.run import finished, logged, read_about, read_settings
 from lora import KINDS, add_adapter
 from model import Llama
 from text.examples import template_named
@@ -83,7 +83,7 @@ def planned(models, lrs, seeds, common, out):
     runs = {}
     for name, own in models.items():
         for lr, seed in product(lrs, seeds):
-            folder = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr:g}-seed{seed}"
+            folder = out / f"{name.lower().replace(', ', '-').replace(' ', '-')}-lr{lr}-seed{seed}"
             s = runs[name, lr, seed] = join(common, own, {"lr": lr, "seed": seed, "out": str(folder)})
             check(s)
             before = read_settings(folder)[0] if (folder / "settings.json").exists() else {}
@@ -124,7 +124,8 @@ def run_one(key, s, tasks, common):
     return {"name": name, "lr": lr, "seed": seed, "trainable": derived["trainable_parameters"],
             "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
             "val_loss": validations[-1]["val_loss"] if validations else None, "validations": validations,
-            "scores": verdicts(tasks, title, adapter=s.out, dtype=derived["dtype"]), "run": s.out}
+            "scores": verdicts(tasks, title, adapter=s.out, dtype=derived["dtype"]), "run": s.out,
+            "of": (read_about(s.out)["base_digest"], derived["data_hash"])}
 
 
 def grid(runs, tasks, common):
@@ -134,7 +135,9 @@ def grid(runs, tasks, common):
     while left:
         for key, s in [*left.items()]:
             try:
-                records[key] = run_one(key, s, tasks, common)
+                records[key] = one = run_one(key, s, tasks, common)
+                if others := [r["run"] for r in records.values() if r and r["of"] != one["of"]]:
+                    raise ValueError(f"{one['run']} has other data or another base than {listed(others)}")
             except InUse:
                 continue
             except Failed as problem:

@@ -29,7 +29,7 @@ from cli.process import command
 from cli.settings import SETTINGS, Setting, new_parser, number, words
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
-from lora import KINDS, add_adapter
+from lora import KINDS, LoRA, add_adapter
 from model import KVCache, Llama
 from text.examples import Example
 
@@ -220,6 +220,8 @@ def main(argv=None):
     args = new_parser(__doc__, flags).parse_args(argv)
     if args.card and args.checkpointing:
         raise ValueError("--card counts steps without --checkpointing: give one of the two")
+    if args.base_bits and not issubclass(KINDS[args.peft], LoRA):
+        raise ValueError(f"--base-bits goes with --peft lora or dora, not with {args.peft}")
     print_table(on_card(args) if args.card else in_training(args))
 
 

@@ -16,6 +16,7 @@ import statistics
 import time
 from contextlib import suppress
 from copy import copy
+from inspect import getsourcefile
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +28,14 @@ from cli.memory import ready_to_answer
 from cli.process import command, work
 from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
 from cli.terminal import Progress, clock
+from files.checkpoint import read_config
 from files.disk import json_bytes, lock_file, write_file
 from files.run import base_of, load_run, read_about
-from model import Past
+from lora import LoRA
+from model import Llama, Past
 from text.examples import TEMPLATES, batches, encode_answer, encode_prompt, joined, stop_id
 from text.rows import TASKS, read_rows
+from text.tokenizer import Tokenizer
 from text.turns import learned_answers, parse_row
 from text.words import digest, read_json
 
@@ -105,19 +109,19 @@ def log_probs(bitune, prompts, choices):
     return [group.tolist() for group in sums.split([*map(len, choices)])]
 
 
-def write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens):
-    """What greedy decoding writes after the prompts, up to "Question:", a stop token or the limit."""
+def write_answers(bitune, tokenizer, prompts, stop_ids, max_new_tokens, end=None):
+    """What greedy decoding writes after the prompts, up to a text `end`, a stop token or the limit."""
     if len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > bitune.model.config.max_length:
         alone = ([p] for p in prompts)                          # each up to its own limit
-        return [write_answers(bitune, tokenizer, p, stop_ids, max_new_tokens)[0] for p in alone]
+        return [write_answers(bitune, tokenizer, p, stop_ids, max_new_tokens, end)[0] for p in alone]
     said, ended = [[] for _ in prompts], [False] * len(prompts)
     for step in bitune.answer(prompts, max_new_tokens, stop_ids):
         for b, token in enumerate(step):
             said[b] += [] if ended[b] or token is None else [token]
-            ended[b] = ended[b] or token is None or "Question:" in tokenizer.decode(said[b][-16:])
+            ended[b] = ended[b] or token is None or bool(end) and end in tokenizer.decode(said[b][-16:])
         if all(ended):
             break
-    return [tokenizer.decode(ids).split("Question:")[0] for ids in said]
+    return [tokenizer.decode(ids).split(end)[0] if end else tokenizer.decode(ids) for ids in said]
 
 
 def score_choices(question, sums):
@@ -166,8 +170,9 @@ def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
         if choices[0]:
             kind, points, found = "log_probs", score_choices, log_probs(bitune, prompts, choices)
         else:
-            kind, points = "said", score_gsm8k if args.task == "gsm8k" else score_text
-            found = write_answers(bitune, tokenizer, prompts, stop_ids, args.max_new_tokens)
+            kind, points, end = ("said", score_gsm8k, "Question:") if args.task == "gsm8k" else \
+                ("said", score_text, None)
+            found = write_answers(bitune, tokenizer, prompts, stop_ids, args.max_new_tokens, end)
         kept.add([q.shown | {kind: said} | points(q, said) for q, said in zip(batch, found)])
         rate = (len(kept) - before) / (time.monotonic() - begun)
         progress.update(f"{args.task}: {len(kept)}/{n}  ETA {clock((n - len(kept)) / rate)}  "
@@ -185,7 +190,7 @@ class Kept(dict):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file, self.questions = lock_file(path, "is being scored by another process"), questions
         for line in self.file.read().splitlines():
-            with suppress(ValueError):                          # torn as it was written
+            with suppress(ValueError, TypeError, KeyError):     # torn as it was written
                 result = json.loads(line)
                 self[result["place"]] = result
 
@@ -212,7 +217,7 @@ SCORING = ASKED | {
     "task": Setting("what the file is", words(*SCORED) | {"required": True}),
     "data": Setting("the questions, as published: JSONL, or MMLU's CSV; or a folder of such files",
                     text("FILE", required=True)),
-    "limit": Setting("only the first N questions (of each file)", number(int, 1) | text("N")),
+    "limit": Setting("only the first N questions (of each file)", number(int, 1, 10**9) | text("N")),
     "batch_size": Setting(f"questions at a time (default: of {TOKENS} tokens)", number(int, 1)),
     "forced_causal": Setting("with α = 0: what does the second reading add?", SWITCH),
     "twice": Setting("each prompt's text twice: what does repeating it add?", SWITCH),
@@ -221,14 +226,16 @@ SCORING = ASKED | {
 }
 
 
-def scored(args):
-    """A few letters that stand for all that scores hang on: the weights, the questions, the flags."""
-    flags = "task", "limit", "max_new_tokens", "dtype", "device", "forced_causal", "twice"
-    parts = [*(getattr(args, flag) for flag in flags), *rows_of(args.data, args.task, args.limit)]
-    for folder in filter(None, (args.model or base_of(args.adapter), args.adapter)):
+def scored(args, base, *parts):
+    """A few letters that stand for all that scores hang on: the questions and other parts, the flags, the
+    weights and what computes with them."""
+    flags = "task", "max_new_tokens", "dtype", "device", "forced_causal"
+    parts = [*parts, *(getattr(args, flag) for flag in flags), read_config(base)]
+    for folder in filter(None, (base, args.adapter)):
         files = (f for f in sorted(Path(folder).rglob("*.safetensors")) if f.name != "state.safetensors")
         parts.append([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-    return digest(parts)[:8]
+    code = [Path(getsourcefile(of)).read_bytes() for of in (Llama, LoRA, Bitune)]
+    return digest(parts + code)[:8]
 
 
 def score(args, progress):
@@ -238,23 +245,25 @@ def score(args, progress):
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
     own = args.adapter or read_about(args.model).get("whole") and args.model
+    about, base = read_about(own) if own else {}, args.model or base_of(args.adapter)
+    template, tokenizer = about.get("template", "paper"), Tokenizer.from_pretrained(base)
+    stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
+    questions, left_out = load_questions(args.data, args.task, tokenizer, template,
+                                         read_config(base).max_length, args.limit, args.twice)
     folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
-    file = folder / f"{args.task}-{Path(args.data).resolve().stem}-{scored(args)}.json"
+    letters = scored(args, base, questions, left_out, sorted(stop_ids))
+    file = folder / f"{args.task}-{Path(args.data).resolve().stem}-{letters}.json"
     if file.exists():
         return read_json(file) | {"file": str(file)}
 
     bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
-    template = about.get("template", "paper")
-    stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
     if args.forced_causal and not bitune.mixes:
         raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
     bitune = bitune.twin(CausalOnly) if args.forced_causal else bitune
-    questions, left_out = load_questions(args.data, args.task, tokenizer, template,
-                                         bitune.model.config.max_length, args.limit, args.twice)
     kept, begun = Kept(file.with_suffix(".part"), len(questions)), time.monotonic()
     if kept:
         progress.note(f"{kept.where()} are from an earlier try")
-    with kept.file, work(kept, "--batch-size"):
+    with work(kept, "--batch-size"), kept.file:
         ready_to_answer(bitune)
         results = evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept)
         summary = {**vars(args), "method": bitune.method if about else None, "step": about.get("step"),

@@ -36,7 +36,7 @@ def main(argv=None):
     base = args.model or base_of(run)
     dtype = DTYPES[args.dtype] if args.dtype else checkpoint_dtype(base)
     bitune, _, _ = load_bitune(load_model(base), run, base)
-    before, learned, kept = bitune.model.state_dict(), 0.0, 0.0
+    before, learned, kept = bitune.eval().model.state_dict(), 0.0, 0.0
     after = {name: (t, t.to(dtype)) for name, t in merged_tensors(bitune.model, "answer").items()}
     for name, (t, written) in after.items():
         if not written.isfinite().all():

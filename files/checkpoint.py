@@ -14,7 +14,7 @@ from files.int8 import eight_bits
 from lora import KINDS, Full, adapters, fold
 from model import ACTIVATIONS, Config, Llama
 from text.tokenizer import Tokenizer
-from text.words import check_fields, listed, read_json
+from text.words import check_fields, digest, listed, read_json
 
 
 def above_0(value):
@@ -41,6 +41,7 @@ FIELDS = {
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
                     ((bool, None), False)),
     **dict.fromkeys(("qk_layernorm", "use_bidirectional_attention"), ((False, None), False)),
+    "is_causal": ((True, None), None),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), ((dict, None), None)),
     "model_type": (str, ...), "hidden_act": (tuple(ACTIVATIONS), "silu"),
     "max_position_embeddings": (whole, 2048),
@@ -201,7 +202,7 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}): is the download complete?") from None
     for name, (file, tensor) in stored.items():
-        if "F" not in tensor.get_dtype():                                       # F32, F16, BF16
+        if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{file}: {name} is {tensor.get_dtype()}, expected floats")
     config = rename_tensors(config, stored)
     with torch.device("meta"):
@@ -218,7 +219,15 @@ def load_model(folder, dtype=torch.float32, device="cpu"):
         if not torch.stack(state[name].aminmax()).isfinite().all():
             raise ValueError(f"{file}: {name} holds NaN or infinity: the base itself is damaged")
     model.load_state_dict(state, assign=True)
+    model.digest = base_digest(config, state)
     return model
+
+
+def base_digest(config, state):
+    """Tells a base from others, whatever the dtype it is loaded in: a digest of its config, and of some
+    numbers of each tensor, as bfloat16."""
+    numbers = torch.cat([t.flatten()[::max(1, t.numel() // 16)].bfloat16() for t in state.values()])
+    return digest((config, numbers.tolist()))
 
 
 def rename_tensors(config, stored):
@@ -254,9 +263,10 @@ def checkpoint_files(folder):
 
 
 def checkpoint_dtype(folder):
-    """The dtype that a checkpoint's weights are stored in."""
-    with safe_open(checkpoint_files(Path(folder))[0], framework="pt") as f:
-        return f.get_tensor(next(iter(f.keys()))).dtype
+    """The dtype that a checkpoint's weights are stored in; float32 where there are several."""
+    files = [safe_open(file, framework="pt") for file in checkpoint_files(Path(folder))]
+    dtypes = {f.get_slice(name)[:0].dtype for f in files for name in f.keys()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def merged_tensors(model, name):

@@ -116,7 +116,8 @@ def read_tensors(path):
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
+        pickled = ", and its .bin, a pickle, is not read: convert it" * path.with_suffix(".bin").exists()
+        raise ValueError(f"{path.parent} has no {path.name}{pickled}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for name, t in tensors.items():

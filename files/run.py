@@ -87,14 +87,6 @@ def fingerprint(bitune):
     return [float(len(small.split(ids)[1])), *cache, *said]
 
 
-def base_digest(model):
-    """Tells a base from others, whatever the dtype it is loaded in: a digest of its config, and of some
-    numbers, as bfloat16, of the weights that 8 bits leave as they are."""
-    own = [t for name, t in model.state_dict().items() if "layernorm" in name or "embed_tokens" in name]
-    numbers = torch.cat([t.flatten()[::max(1, t.numel() // 16)].bfloat16() for t in own])
-    return digest((model.config, numbers.tolist()))
-
-
 def check_code(folder, about, bitune):
     """ValueError if a run was trained by code that computes something else than this one."""
     ours, theirs = fingerprint(bitune), about["fingerprint"]
@@ -140,7 +132,7 @@ def run_bytes(bitune, base, **about):
     whole = KINDS[kind].trains_base
     files = {"bitune.json": json_bytes({
         "method": bitune.method, "c": bitune.c, **about, "whole": whole, "base": base,
-        "base_digest": base_digest(bitune.model), "fingerprint": fingerprint(bitune)})}
+        "base_digest": bitune.model.digest, "fingerprint": fingerprint(bitune)})}
     if own := own_tensors(bitune):
         files["mixing.safetensors"] = tensor_bytes(own)
     for name in reversed(adapter_sets(bitune.method)):
@@ -162,9 +154,11 @@ def load_bitune(model, folder, base="", method=None, c=None):
     if about.get("whole") and Path(base).resolve() != folder.resolve():
         raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, "
                          "give no other")
-    if about and not about["whole"] and about["base_digest"] != base_digest(model):
+    if about and not about["whole"] and about["base_digest"] != model.digest:
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: it has another "
                          "config, or other weights")
+    if about.get("whole"):
+        model.digest = about["base_digest"]             # still that of the base
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
     for name in adapter_sets(method or own):
         if about.get("whole") and (name == "answer" or name not in there):

@@ -10,6 +10,7 @@ import train
 from experiments import ablate, compare, evaluate
 from test_commands import at_step, exits, stop
 from test_evaluate import PUBLISHED, write_rows
+from tiny import write_data
 
 
 def cells(text):
@@ -94,6 +95,10 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     assert [row[4] for row in cells(tables.read_text())] == [row[4] for row in before]
     assert log.read_text().splitlines(keepends=True)[-1] == lines[-1]
 
+    write_data(tmp_path / "data.jsonl", 41)
+    line = exits(2, ablate.main, [*argv, "--methods", "bitune", "naive-bidir"], capsys)
+    assert " has other data or another base than" in line
+
 
 def test_a_run_that_fails_does_not_end_the_grid(argv, monkeypatch, capsys):
     step = train.train_step
@@ -122,7 +127,7 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
         (name, lr, seed), scores = key, {"arc acc": [0, 1]} if tasks else {}
         made.append((name, lr, seed, bool(tasks)))
         return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores,
-                "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
+                "run": "", "of": (), "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
 
     monkeypatch.setattr(ablate, "run_one", run_one)
     ablate.main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])

@@ -128,6 +128,7 @@ def test_what_a_config_leaves_out(kind):
     ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs low_freq_factor, high_freq_factor"),
     ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
     ({"hidden_size": None}, "config.json: it lacks hidden_size"),
+    ({"is_causal": False}, "it has the is_causal False, expected true or null"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised, by gptq: expected weights"),
 ])
 def test_what_a_config_says_and_is_not_understood_is_refused(changes, message, tmp_path):
@@ -210,7 +211,9 @@ def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
 @pytest.mark.parametrize("kind, decays", [
     ("full", {"weight"}), ("dora", {"lora_A", "lora_B"}), ("ia3", set())])
 def test_weight_decay_is_for_matrices(kind, decays):
-    bitune = tiny_bitune("bitune", kind, {"attention_bias": True})
+    """Also for those of rank 1."""
+    own = {"adapters": {"rank": 1}} if kind == "dora" else {}
+    bitune = tiny_bitune("bitune", kind, {"attention_bias": True}, **own)
     groups = make_optimizer(bitune, 0.01, 1e-6, 0.1).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     named = {name: p for name, p in bitune.named_parameters() if id(p) in decayed}

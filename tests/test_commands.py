@@ -24,7 +24,7 @@ from cli import memory
 from edits import ROOT
 from experiments import merge
 from files.adapters import adapter_bytes
-from files.checkpoint import load_base
+from files.checkpoint import checkpoint_dtype, load_base
 from files.disk import finish_saves, locked, write_files
 from files.run import fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
@@ -296,6 +296,8 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "no example left; dropped: 40 too long (first: line 1)" in bad("--max-length", 5)
     assert "device 'tpu' cannot be used" in bad("--device", "tpu")
     assert "takes float32" in bad("--peft", "full", "--dtype", "bfloat16")
+    assert "--targets: --peft full trains all weights" in bad("--peft", "full", "--targets", "q_proj")
+    assert "no linear is named dwn_proj" in bad("--peft", "ia3", "--feedforward", "dwn_proj")
     assert "--val-size: all of --val-data" in bad("--val-data", tmp_path / "data.jsonl", "--val-size", 5)
     for row in ('{"question"', '{"prompt": "a", "prompt": "b", "answer": "c"}'):
         (tmp_path / "data.jsonl").write_text(f"{row}\n")
@@ -320,7 +322,8 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     line = bad("--resume", run, "--steps", 9)
     assert "which --steps would change" in line and f"start from it: --adapter {run}, and another --out" in line
     assert "--rank: adapters and mixing are those of" in bad(*flags("--adapter", run, "--rank", 3))
-    other = write_checkpoint(tmp_path / "another", seed=1)
+    other = shutil.copytree(tmp_path / "model", tmp_path / "other")     # with what an adapter has changed
+    rewrite(other / "model.safetensors", lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(1.1))
     line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
     assert f"which {other} is not: it has another config, or other weights" in line
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
@@ -362,7 +365,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     ("bitune.json", partial(change, template="x"), "has the template 'x', expected"),
     ("adapter_config.json", partial(change, r=None), "adapter_config.json lacks r"),
     ("adapter_model.safetensors", partial(Path.write_text, data="x"), "safetensors cannot be read"),
-    ("adapter_model.safetensors", lambda f: f.rename(f.with_suffix(".bin")), "a pickle, which is not"),
+    ("adapter_model.safetensors", lambda f: f.rename(f.with_suffix(".bin")), "a pickle, is not read: convert it"),
     pytest.param("mixing.safetensors", Path.unlink, "has no mixing.safetensors", marks=pytest.mark.reference),
     pytest.param("mixing.safetensors", partial(save_file, {"theta_key": torch.ones(2)}),
                  "missing theta_value (3,); theta_key is (2,), expected", marks=pytest.mark.reference),
@@ -413,7 +416,9 @@ def test_lines_of_standard_input_are_prompts(tmp_path):
     assert b"error: 302 tokens are more than the model's max_position_embeddings of 256" in done.stderr
     answers = Bitune(tiny_model(), "causal").generate([[256, 97, 98], [256, 99, 100]], 4, stop_ids={257})
     one, two = (bytes(i for i in ids if i < 256).decode(errors="replace") for ids in answers)
-    assert done.stdout.decode() == f"{one}\n\n{two}\n"
+    assert done.stdout.decode() == f"{one}\n\n\n{two}\n" and b"an empty line asks nothing" in done.stderr
+    done = subprocess.run([*command, "--prompt", "-"], capture_output=True, input=b"caf\xe9")
+    assert done.returncode == 2 and b"can't decode byte 0xe9" in done.stderr
 
 
 def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch):
@@ -440,6 +445,9 @@ def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch
             out, err = capsys.readouterr()
             assert out == said + "\n" and asked.pop() == "ab\nc\n\nd"
             assert (err.strip().endswith(cut) if cut else "cut by" not in err), (argv, err)
+    monkeypatch.setattr(Bitune, "answer", lambda *args: map(signal.raise_signal, [signal.SIGINT]))
+    with pytest.raises(SystemExit, match="130"):        # an answer that is cut by hand is no answer
+        call(sample, "--model", folder, "--prompt", "ab")
 
 
 # ---- merge -----------------------------------------------------------------------------------------------
@@ -447,7 +455,9 @@ def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("model_type, peft", [("qwen2", "lora"), ("qwen2", "dora"), ("phi", "ia3")])
 def test_a_merged_checkpoint_answers_as_base_and_adapter_do(model_type, peft, tmp_path, capsys):
     config, merged = {"model_type": model_type, "num_key_value_heads": 4}, tmp_path / "merged"
-    bitune, model = tiny_bitune("causal", peft, config), write_checkpoint(tmp_path / "model", **config)
+    own = {} if peft == "ia3" else {"adapters": {"dropout": 0.5}}
+    bitune = tiny_bitune("causal", peft, config, **own)
+    model = write_checkpoint(tmp_path / "model", **config)
     argv = ["--adapter", write_run(tmp_path / "run", bitune, model), "--out", merged]
     call(merge, *argv)
     adapted, _ = bitune(RAGGED, ANSWERS)
@@ -466,6 +476,8 @@ def test_a_merge_says_what_its_dtype_keeps(tmp_path, capsys):
     assert "more than half of what was learned would be rounded away: give --dtype float32" in line
     call(merge, *argv, "--dtype", "float32")
     assert "float32 keeps 100.0% of what was learned" in capsys.readouterr().out
+    rewrite(base / "model.safetensors", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}))
+    assert checkpoint_dtype(base) == torch.float32              # of several, the one that keeps all
 
 
 # ---- full finetuning -------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def test_an_answer_ends_before_the_next_question(tokenizer, monkeypatch):
 
     asked, bitune = [], tiny_bitune()
     monkeypatch.setattr(bitune, "answer", answer)
-    written = lambda limit: evaluate.write_answers(bitune, tokenizer, said, {257}, limit)
+    written = lambda limit, end="Question:": evaluate.write_answers(bitune, tokenizer, said, {257}, limit, end)
+    assert written(99, None)[0] == "Yes. Question: 1"
     assert written(14) == ["Yes. ", "#### 2", "Never ends ..."]
     said.pop()
     asked.clear()
@@ -233,14 +234,16 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
     assert results(out)[0] == results(tmp_path / "whole")[0] and not part.exists()
 
 
-def test_scores_of_other_flags_rows_or_weights_lie_beside(tmp_path, capsys):
+def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeypatch, capsys):
     base, data = write_checkpoint(tmp_path / "base"), tmp_path / "q.jsonl"
     argv = ["--model", base, "--data", data, "--task", "rows", "--out", tmp_path / "out"]
     chosen, said = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
     for n, row, *more in ((1, chosen), (1, chosen, "--batch-size", 1), (2, chosen, "--limit", 1),
                           (3, chosen, "--twice"), (4, chosen, "--dtype", "bfloat16"), (5, said),
-                          (6, said, "--max-new-tokens", 2), (6, said, "--max-new-tokens", 2), (7, said)):
+                          (6, said, "--max-new-tokens", 2), (6, said, "--max-new-tokens", 2), (7, said), (8, said)):
         write_rows(data, [row] * 2)
+        if n == 8:
+            monkeypatch.setattr(evaluate, "getsourcefile", lambda of: __file__)
         if n == 7:
             (base / "model.safetensors").touch()
         score(*argv, *more)

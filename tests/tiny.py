@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitune import Bitune, adapter_sets
-from files.checkpoint import parse_config
+from files.checkpoint import load_model, parse_config
 from files.disk import write_files
 from files.run import run_bytes
 from lora import KINDS, add_adapter
@@ -102,6 +102,8 @@ def tokenizer_of(spec, folder, **config):
 
 def write_run(folder, bitune, base="base", **about):
     """The run of a Bitune on the base in a folder, but for what only training leaves."""
+    there = (Path(base) / "config.json").exists()
+    bitune.model.digest = load_model(base).digest if there else ""
     write_files(folder, run_bytes(bitune, str(base), **{"template": "paper", "step": 1} | about))
     return folder
 

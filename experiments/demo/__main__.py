@@ -57,7 +57,8 @@ def demonstrate(task, models, lrs, seeds, steps, out):
             said = tokenizer.decode(ids).strip()
             print(f"    {name:<16}{said}{'  ✓' if said == row['completion'] else ''}")
     print(f"\nBitune's mixing coefficients:\n{bars(bitune, asked[0])}\n")
-    print(f"Exact match over steps: {out / 'curves.svg'}. Ask the last run yourself: {to_type('sample.py')}")
+    ask = to_type("sample.py", "--adapter", best["Bitune"][0]["run"])
+    print(f"Exact match over steps: {out / 'curves.svg'}. Ask it yourself: {ask}")
 
 
 SHOWN = {

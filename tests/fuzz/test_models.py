@@ -86,7 +86,7 @@ RARE = dict.fromkeys("""      hidden_activation qk_layernorm pretraining_tp use_
     rotary_dim use_qk_norm is_decoder add_cross_attention is_encoder_decoder cross_attention_hidden_size
     quantization_config auto_map rotary_pct resid_pdrop embd_pdrop num_labels return_dict qkv_bias
     output_hidden_states chunk_size_feed_forward tie_encoder_decoder no_rope_layers num_experts
-    per_layer_config text_config attn_implementation made_up""".split(), ODD)   # hardly any file has these
+    per_layer_config text_config attn_implementation is_causal made_up""".split(), ODD)   # hardly any file has these
 
 
 def random_config(rng):
