@@ -24,7 +24,7 @@ def list_of_names(value):
 # Fields of adapter_config.json besides those of a kind of adapters; see `words.check_fields`. Other ways to
 # start than these change the base as well.
 FIELDS = {
-    **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"), (object, None)),
+    **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"), ((None, []), None)),
     "peft_type": (str, ...), "target_modules": ((str, list_of_names), ...),
     "modules_to_save": ((None, False, []), None),
     "init_lora_weights": ((None, True, False, "gaussian", "eva", "orthogonal"), None),
@@ -105,26 +105,14 @@ def read_options(folder):
             own["lora_alpha"] *= own["rank"] ** 0.5
         return own
 
-    return kind, options, of, partial(targeted, c)
+    return kind, options, of, partial(targeted, c["target_modules"])
 
 
-def targeted(c, path):
-    """Whether an adapter_config.json's fields name the layer at a path, as PEFT has it."""
-    def ends(names):
-        return path in names or any(path.endswith(f".{name}") for name in names)
-
-    targets, excluded, layers = c["target_modules"], c["exclude_modules"], c["layers_to_transform"]
-    if excluded and (re.fullmatch(excluded, path) if isinstance(excluded, str) else ends(excluded)):
-        return False
+def targeted(targets, path):
+    """Whether an adapter_config.json's target_modules name the layer at a path, as PEFT has it."""
     if isinstance(targets, str):
         return targets == "all-linear" or bool(re.fullmatch(targets, path))
-    if path in targets or not ends(targets) or layers in (None, []):
-        return ends(targets)
-    patterns = c["layers_pattern"] or r"[^.]*"
-    found = [re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", path)
-             for pattern in ([patterns] if isinstance(patterns, str) else patterns)]
-    index = next((int(match[1]) for match in found if match), None)
-    return index in (layers if isinstance(layers, list) else [layers])
+    return any(f".{path}".endswith(f".{name}") for name in targets)
 
 
 def form_of(option):
@@ -151,9 +139,9 @@ def load_adapter(model, name, folder):
         others = [p for p in paths if not names(p)]
         for path in paths:
             alike.setdefault(tuple(of(path).items()), []).append(path)
-    except (TypeError, re.error, IndexError, ValueError) as problem:
-        raise ValueError(f"{folder}: its adapter_config.json names layers in a form that is not "
-                         f"understood: {problem}") from None
+    except re.error as problem:
+        raise ValueError(f"{folder}: its adapter_config.json names layers by no regular expression: "
+                         f"{problem}") from None
     if others:
         raise ValueError(f"{folder} has tensors of layers that its adapter_config.json does not name, and "
                          f"PEFT would drop them: {listed(others)}")
