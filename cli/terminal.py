@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from contextlib import suppress
 
 from files.run import alpha_by_layer
@@ -81,9 +82,11 @@ class Progress:
 
 def announce(run):
     """Before the first step: every setting and derived number, what was dropped, the first example."""
-    derived = dict(run.derived)
-    dropped = derived.pop("dropped")
+    dropped, counts = run.derived["dropped"], Counter()
+    for reasons in dropped.values():
+        counts.update({reason: n for reason, (n, _) in reasons.items()})
     shown = lambda values: ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
+    derived = run.derived | {"dropped": dict(counts)}
     for text in (f"settings: {shown(vars(run.settings))}", f"derived: {shown(derived)}",
                  *(f"dropped of {file}: {dropped_in_words(rows)}" for file, rows in dropped.items() if rows)):
         print(textwrap.fill(text, 110, subsequent_indent="  "))
