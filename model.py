@@ -319,3 +319,8 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        from files.checkpoint import load_model             # which says what is read, and how
+        return load_model(folder, dtype, device)

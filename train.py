@@ -3,8 +3,7 @@
     python train.py --model FOLDER --data FILE --out RUN [--method bitune]
 
 The defaults are the paper's (2405.14862). Without --model and --data it trains the demonstration's model.
---resume RUN goes on with a run that was killed; --adapter RUN starts from what a run, or a PEFT adapter, has
-learned. Several cards train one run: torchrun --standalone --nproc-per-node N train.py ...
+Several cards train one run: torchrun --standalone --nproc-per-node N train.py ...
 """
 
 import math
@@ -47,8 +46,7 @@ def parameter_groups(bitune, lr, weight_decay):
             matrix = name.startswith("model.") and p.dim() > 1 and not name.endswith("ia3_l")
             peak, decay = lr, weight_decay if matrix else 0.0      # a rate of its own for a name goes here
             groups[peak, decay].append(p)
-    return [{"params": params, "peak": peak, "weight_decay": decay}
-            for (peak, decay), params in groups.items()]
+    return [{"params": own, "peak": peak, "weight_decay": decay} for (peak, decay), own in groups.items()]
 
 
 def make_optimizer(bitune, lr, eps, weight_decay):
@@ -117,11 +115,10 @@ def train(run, progress, heard=()):
     cut = partial(batches, tokens=s.micro_batch_tokens)
     if run.val and due(s.eval_every) and run.at not in run.validated:   # at step 0, or cut short
         validation()
-    for step in range(run.saved + 1, s.steps + 1):
-        run.at = step
+    for run.at in range(run.saved + 1, s.steps + 1):
         began = time.monotonic()
-        batch = [examples[i] for i in draw(len(examples), s.batch_size, s.seed, step - 1)]
-        rate = schedule(step - 1, s.steps, int(s.warmup * s.steps))
+        batch = [examples[i] for i in draw(len(examples), s.batch_size, s.seed, run.at - 1)]
+        rate = schedule(run.at - 1, s.steps, int(s.warmup * s.steps))
         loss, norm = train_step(bitune, optimizer, batch, cut, rate, s.clip)
 
         seconds = time.monotonic() - began
@@ -134,7 +131,7 @@ def train(run, progress, heard=()):
         if validates or due(s.save_every) or asked:
             validate(bitune, [max(batch, key=length)], cut)     # raises if this step has ruined the model
             run.save()
-        if asked and step < s.steps:
+        if asked and run.at < s.steps:
             raise KeyboardInterrupt
         if validates:
             validation()

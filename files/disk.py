@@ -116,8 +116,9 @@ def read_tensors(path):
     try:
         tensors = load_file(path)
     except FileNotFoundError:
-        pickled = ", and its .bin, a pickle, is not read: convert it" * path.with_suffix(".bin").exists()
-        raise ValueError(f"{path.parent} has no {path.name}{pickled}") from None
+        pickle = path.with_suffix(".bin")
+        beside = f", and {pickle.name}, a pickle, is not read: convert it" if pickle.exists() else ""
+        raise ValueError(f"{path.parent} has no {path.name}{beside}") from None
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for name, t in tensors.items():
