@@ -53,7 +53,7 @@ class Question(NamedTuple):
 def rows_of(path, task, limit):
     """The first `limit` rows of a file, or of each file in a folder, as (place, row)."""
     path, ends = Path(path), (".csv", ".json", ".jsonl")
-    for file in sorted(f for f in path.iterdir() if f.suffix in ends) if path.is_dir() else [path]:
+    for file in sorted(f for f in path.iterdir() if f.suffix.lower() in ends) if path.is_dir() else [path]:
         for place, row in islice(read_rows(file, task), limit):
             yield place if file == path else f"{file.name}, {place}", row
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from text.words import check_kind, listed
 
 
-def which(label, labels):
-    """The place of a row's right choice, which has one of these labels."""
+def which(label, labels, choices):
+    """The place of a row's right choice, which has one of the labels; each choice has one."""
+    if not all(isinstance(part, list) for part in (labels, choices)) or len(choices) != len({*labels}):
+        raise ValueError("its choices are no list, or have not a label each")
     if str(label) not in labels:
         raise ValueError(f"its right choice is {label!r:.40}: expected one of {listed(labels, ', ')}")
     return labels.index(str(label))
@@ -21,13 +23,14 @@ def which(label, labels):
 
 # Texts are joined by a +, which takes nothing else: no null becomes a word.
 
-def with_choices(question, choices, answer):
+def with_choices(question, choices, label, labels):
     """The choices' own texts are the answers."""
-    return {"prompt": question + "\n\nChoices:\n" + "\n".join(choices), "choices": choices, "answer": answer}
+    return {"prompt": question + "\n\nChoices:\n" + "\n".join(choices), "choices": choices,
+            "answer": which(label, labels, choices)}
 
 
 def piqa(row):              # goal, sol1, sol2; 0 or 1 in valid-labels.lst beside valid.jsonl
-    return with_choices(row["goal"], [row["sol1"], row["sol2"]], which(row["label"], ["0", "1"]))
+    return with_choices(row["goal"], [row["sol1"], row["sol2"]], row["label"], ["0", "1"])
 
 
 def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
@@ -37,26 +40,26 @@ def lettered(row):          # ARC and CSQA: the original nesting, and the hub's
     choices = row["choices"]
     if isinstance(choices, list):
         choices = {key: [choice[key] for choice in choices] for key in ("label", "text")}
-    return with_choices(question, choices["text"], which(row["answerKey"], [*choices["label"]]))
+    return with_choices(question, choices["text"], row["answerKey"], choices["label"])
 
 
-def numbered(question, choices, answer, mark=""):
+def numbered(question, choices, label, labels, mark=""):
     """The choices' numbers are the answers."""
     numbers = [f"({i})" for i in range(len(choices))]
     lines = "".join(f"\n{number}{mark} " + choice for number, choice in zip(numbers, choices))
-    return {"prompt": question + lines, "choices": numbers, "answer": answer}
+    return {"prompt": question + lines, "choices": numbers, "answer": which(label, labels, choices)}
 
 
 def siqa(row):              # context, question, answerA ...; 1, 2 or 3 in dev-labels.lst beside dev.jsonl,
                             # or, in other releases, "correct": "A"
     question = "Given the context, answer correctly the question.\nContext: " + row["context"] + \
                "\nQuestion: " + row["question"] + "\n\nChoices:"
-    answer = which(row["correct"], [*"ABC"]) if "correct" in row else which(row["label"], ["1", "2", "3"])
-    return numbered(question, [row[f"answer{letter}"] for letter in "ABC"], answer)
+    label, labels = (row["correct"], "ABC") if "correct" in row else (row["label"], "123")
+    return numbered(question, [row[f"answer{letter}"] for letter in "ABC"], label, [*labels])
 
 
 def mmlu(row):              # question, choices, answer; in the CSV files the answer is a letter
-    return numbered(row["question"], row["choices"], row["answer"], ".")
+    return numbered(row["question"], row["choices"], row["answer"], [*"0123"], ".")
 
 
 def ultrafeedback(row):     # up to four models' completions, and what GPT-4 wrote is learned: many rows have
@@ -73,7 +76,7 @@ def read_rows(path, task="rows"):
     """The rows of a file, one by one, as (place, dict): its line or item, and the row as the task's reader
     makes it. ValueError names the place of one that is malformed."""
     path = Path(path)
-    in_csv = path.suffix == ".csv"
+    in_csv = path.suffix.lower() == ".csv"
     if in_csv and task != "mmlu":
         raise ValueError(f"{path}: CSV is read of mmlu alone, expected JSON Lines or a JSON list")
     try:
