@@ -1,4 +1,4 @@
-"""Make the demonstration's base: a Llama of 190,000 parameters, pretrained on `language.document`s.
+"""Make the demonstration's base: a Llama of 187,000 parameters, pretrained on `language.document`s.
 
     python -m experiments.demo.pretrain --out FOLDER
 
