@@ -56,7 +56,7 @@ def tokens_that_fit(bitune, examples, s):
     times what one example takes, as measured, fits into the memory that gradients and moments leave. Then
     such a micro-batch runs forward and backward, for nothing: if memory is short all the same, it shows now
     and not some night."""
-    longest = max(examples, key=length)
+    longest, buffers = max(examples, key=length), [b.clone() for b in bitune.buffers()]
     with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
         n = s.batch_size
         if s.micro_batch_tokens:
@@ -70,12 +70,15 @@ def tokens_that_fit(bitune, examples, s):
         while True:
             try:
                 bitune.losses(*zip(*[longest] * n)).sum().backward()
-                return n * length(longest)
+                break
             except RuntimeError as problem:
                 if n == 1 or not out_of_memory(problem):
                     raise
             bitune.zero_grad()
             n = -(-n // 2)
+    for buffer, before in zip(bitune.buffers(), buffers):
+        buffer.copy_(before)
+    return n * length(longest)
 
 
 @torch.no_grad()

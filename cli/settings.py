@@ -200,7 +200,8 @@ def new_parser(description, *tables, typed_only=False):
     for name, s in (pair for table in tables for pair in table.items()):
         group = groups.setdefault(s.group, parser.add_argument_group(s.group))
         values = s.default if isinstance(s.default, (list, tuple)) else [s.default]
-        shown = "" if s.default in (None, False, []) else f" (default: {' '.join(map(str, values))})"
+        nothing = s.default is False or s.default in (None, [])
+        shown = "" if nothing else f" (default: {' '.join(map(str, values))})"
         own = {} if typed_only or s.form == SWITCH else {"default": s.default}
         group.add_argument(flag(name), help=s.help + shown, **own, **s.form)
     return parser

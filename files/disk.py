@@ -108,7 +108,8 @@ def json_bytes(value):
 
 
 def tensor_bytes(tensors):
-    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {"format": "pt"})
+    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}   # not shared
+    return save(own, {"format": "pt"})
 
 
 def read_tensors(path):

@@ -63,7 +63,7 @@ def fingerprint(bitune):
     passes, opening, masks, mixing, adapters or the decoder itself."""
     c = bitune.model.config
     shared = {c.num_attention_heads: 4, 1: 1}           # of its 4 heads; any other number becomes 2
-    config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
+    config = replace(c, vocab_size=64, hidden_size=32, intermediate_size=48, head_dim=8,
                      num_attention_heads=4, num_key_value_heads=shared.get(c.num_key_value_heads, 2),
                      rotary_dim=8 if c.rotary_dim == c.head_dim else 4, max_position_embeddings=512,
                      sliding_window=None)
@@ -71,14 +71,15 @@ def fingerprint(bitune):
         torch.manual_seed(0)
         model = Llama(config)
         targets = {path.split(".")[-1] for path, linear in linears(bitune.model).items() if linear.sets}
-        for name, (kind, options) in bitune.model.sets.items():
+        for name in adapter_sets(bitune.method):
+            kind, options = bitune.model.sets[name]
             add_adapter(model, name, kind, targets, **options)
         small = type(bitune)(model, bitune.method, bitune.c)
         for n, p in enumerate(small.parameters()):      # away from where it starts
             wave = torch.sin(1.7 * n + torch.arange(p.numel()).view(p.shape))
             p.copy_(wave / p.shape[-1] ** 0.5 if p.dim() > 1 else p + wave / 4)
     small.double().eval()
-    ids = [7 * i * i % 61 for i in range(90)]
+    ids = [7 * i * i % 61 for i in range(300)]
     wave = lambda t: torch.cos(torch.arange(t.numel()).view(t.shape) * 0.37)
     past = small.encode(small.lay_out([ids], [[]])[0])
     cache = [(t * wave(t)).sum().item() for kv in past.layers for t in kv] if past else []
@@ -160,16 +161,21 @@ def load_bitune(model, folder, base="", method=None, c=None):
     if about.get("whole"):
         model.digest = about["base_digest"]             # still that of the base
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
-    for name in adapter_sets(method or own):
+    wanted = adapter_sets(method or own)
+    for name in dict.fromkeys([*there, *wanted]):
         if about.get("whole") and (name == "answer" or name not in there):
             add_adapter(model, name, FULL)
         else:
             source = name if name in there else "answer"
             n += load_adapter(model, name, folder / folder_of(source))
-    c = about["c"] if about and method in (None, own) else c
+    if about:
+        check_code(folder, about, Bitune(model, own, about["c"]))
+    for name in model.sets.keys() - wanted:
+        del model.sets[name]
+        for linear in linears(model).values():
+            linear.sets.pop(name) if name in linear.sets else None
+    c = about.get("c") if c is None else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
-    if about and bitune.method == own:
-        check_code(folder, about, bitune)
     mixing, file = own_tensors(bitune), folder / "mixing.safetensors"
     if mixing and (bitune.method == own or file.exists()):
         fill(mixing, read_tensors(file), file)
