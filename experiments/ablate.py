@@ -11,7 +11,6 @@ plain finetuning, by which the paper chose it. What is there is not made again: 
 or give it several times at once, on all machines that share the folder.
 """
 
-import json
 import sys
 import time
 from argparse import Namespace
@@ -101,10 +100,9 @@ def verdicts(tasks, title, **model):
     """What a model, the flags of experiments.evaluate, gets for each question, 1 or 0: column -> list."""
     found = {}
     for label, own in tasks.items():
-        summary = score(Namespace(**own | model), Progress(title))
-        lines = Path(summary["file"]).with_suffix(".jsonl").read_text().splitlines()
+        _, summary, results = score(Namespace(**own | model), Progress(title))
         for metric in summary["scores"]:
-            found[f"{label} {metric}"] = [json.loads(line)[metric] for line in lines]
+            found[f"{label} {metric}"] = [result[metric] for result in results]
     return found
 
 

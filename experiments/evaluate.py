@@ -239,9 +239,9 @@ def scored(args, base, *parts):
 
 
 def score(args, progress):
-    """The summary of a model's scores, written beside the answers; the one that is there, if it is of the
-    same. They lie in the run's folder, or in the base's below runs/base. Failed if the work goes wrong; what
-    is scored by then is kept."""
+    """The file of a model's scores, the summary that it holds, and every question's result, which lies
+    beside; those that are there, if they are of the same. Failed if the work goes wrong; what is scored by
+    then is kept."""
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
     own = args.adapter or read_about(args.model).get("whole") and args.model
@@ -253,8 +253,9 @@ def score(args, progress):
     folder = Path(args.out or own or Path("runs/base") / Path(args.model).resolve().name)
     letters = scored(args, base, questions, left_out, sorted(stop_ids))
     file = folder / f"{args.task}-{Path(args.data).resolve().stem}-{letters}.json"
+    lines = file.with_suffix(".jsonl")
     if file.exists():
-        return read_json(file) | {"file": str(file)}
+        return file, read_json(file), [*map(json.loads, lines.read_text().splitlines())]
 
     bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
     if args.forced_causal and not bitune.mixes:
@@ -269,10 +270,10 @@ def score(args, progress):
         summary = {**vars(args), "method": bitune.method if about else None, "step": about.get("step"),
                    "template": template, "questions": len(results), "left_out": left_out,
                    "seconds": round(time.monotonic() - begun, 1), "scores": mean_scores(results)}
-        write_file(file.with_suffix(".jsonl"), "".join(json.dumps(r) + "\n" for r in results).encode())
+        write_file(lines, "".join(json.dumps(r) + "\n" for r in results).encode())
         write_file(file, json_bytes(summary))
         file.with_suffix(".part").unlink()
-    return summary | {"file": str(file)}
+    return file, summary, results
 
 
 def page(results):
@@ -288,18 +289,16 @@ def page(results):
 @command
 def main(argv=None):
     args = new_parser(__doc__, SCORING).parse_args(argv)
-    summary = score(args, Progress())
+    file, summary, results = score(args, Progress())
     out = summary["left_out"]
     beyond = f", {len(out)} too long left out, first: {out[0]}" if out else ""
     scores = ", ".join(f"{name} {of['mean']:.2%} ± {of['stderr']:.2%}"
                        for name, of in summary["scores"].items())
     print(f"{args.task}: {scores} ({summary['questions']} questions{beyond}, {clock(summary['seconds'])})")
-    file = Path(summary["file"])
     written = [file, file.with_suffix(".jsonl")]
     if args.samples:
-        results = [json.loads(line) for line in written[1].read_text().splitlines()[:args.samples]]
         written.append(file.with_suffix(".md"))
-        write_file(written[2], page(results).encode())
+        write_file(written[2], page(results[:args.samples]).encode())
     print(f"wrote {', '.join(map(str, written))}")
 
 

@@ -50,12 +50,12 @@ def test_every_spelling_means_the_same(tmp_path, request, monkeypatch):
         ways |= {} if own else {"out": spelled(rng, tmp_path / "a b" / f"out{n}")}
         argv = [f"--{flag}={way}" for flag, way in ways.items()]
         try:
-            summary = score(new_parser("", SCORING).parse_args(["--task=rows", *argv]), Progress())
+            file, *_ = score(new_parser("", SCORING).parse_args(["--task=rows", *argv]), Progress())
             check(settings := settings_of(typed(["--out=new", *argv])))
         except (ValueError, OSError) as problem:
             assert wrong and "\n" not in str(problem), ways
             return "refused"
-        file, means = Path(summary["file"]).resolve(), vars(settings) | {"out": None}
+        file, means = file.resolve(), vars(settings) | {"out": None}
         means |= {key: means[key] and Path(means[key]).resolve() for key in ("model", "adapter", "data")}
         said = means, file, file.with_suffix(".jsonl").read_text()
         assert not wrong and found.setdefault((name, n, own), said) == said, ways
