@@ -13,8 +13,9 @@ from typing import NamedTuple
 from text.bpe import BPE, BYTES, LETTERS
 from text.pieces import BYTE_LEVEL, LLAMA3_PATTERN, characters, decoder, functions, normalizer
 from text.pieces import pre_tokenizer, steps
-from text.words import check_fields, check_kind, fits, read_json
+from text.words import check_fields, check_kind, fits, number_within, read_json
 
+is_id = number_within(int)
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
                   "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
@@ -132,11 +133,6 @@ class Tokenizer:
         chat = read_chat(file.parent, config)
         tokenizer.chat = (chat, bos, eos) if chat else None
         return tokenizer
-
-
-def is_id(value):
-    """a whole number"""
-    return type(value) is int and value >= 0
 
 
 ADDED = dict.fromkeys(Added._fields, (bool, False)) | {"content": (str, ...), "id": (is_id, ...)}

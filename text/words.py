@@ -59,7 +59,7 @@ def check_fields(part, where, table, neutral=(), nothing=()):
     return {name: part.get(name, default) for name, (_, default) in table.items()}
 
 
-def number_within(kind, low, high):
+def number_within(kind, low=0, high=sys.float_info.max):
     """A form of `check_fields`: a number of a kind, int or float, from low to high."""
     def within(value):
         return type(value) in (int, kind) and low <= value <= high
