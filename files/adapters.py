@@ -74,12 +74,13 @@ def read_options(folder):
     """The kind of the adapters in a folder, their options, and two functions of a layer's path: its options,
     which may be others, and whether the file names it. ValueError for what no kind of lora.KINDS does."""
     file = folder / "adapter_config.json"
-    c = read_json(file, "peft_type")
+    c = read_json(file)
+    theirs = c.get("peft_type")
     unlike = {kind: sum(c.get(field, value) not in (value, None) for field, value in maker.peft.items())
-              for kind, maker in KINDS.items() if peft_type(maker) == c["peft_type"]}
+              for kind, maker in KINDS.items() if peft_type(maker) == theirs}
     if not unlike:
         known = " or ".join(sorted({peft_type(maker) for maker in KINDS.values()}))
-        raise ValueError(f"{folder} holds an adapter of kind {c['peft_type']!r:.60}: expected {known}")
+        raise ValueError(f"{folder} holds an adapter of kind {theirs!r:.60}: expected {known}")
     kind = min(unlike, key=unlike.get)
     known, table = KINDS[kind].options, dict(FIELDS)
     for field, value in KINDS[kind].peft.items():       # rank-stabilised: its scale is lora_alpha / sqrt(r)

@@ -20,9 +20,9 @@ def check_kind(path, begins):
         raise ValueError(f"{path} is {kinds[0]}")
 
 
-def read_json(path, *needs, kind=dict, absent=None):
+def read_json(path, kind=dict, absent=None):
     """The contents of a JSON file, or what stands for one that is `absent`. ValueError if there is nothing,
-    or not what it should be: of the kind, with the keys it needs."""
+    or nothing of the kind."""
     if absent is not None and not path.is_file():
         return absent
     if not path.exists():
@@ -34,8 +34,6 @@ def read_json(path, *needs, kind=dict, absent=None):
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path} is not what it should be: expected {TYPES[kind]}")
-    if lacking := [k for k in needs if value.get(k) is None]:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}")
     return value
 
 
