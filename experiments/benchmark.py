@@ -2,13 +2,11 @@
 
     python -m experiments.benchmark [--preset 56M] [--against hf] [--device cuda]
 
-Training: a Bitune step over a LoRA step of the same code, beside the ratio of the tokens the two must
-process, (2(P-1) + A) / (P + A - 1). Answering at batch 1, as sample.py does: the time to the first token,
-then tokens a second, beside the bound of reading every weight once a token: as fast as memory gives them
-(`of memory`), or as a matrix-vector product far larger than a model's takes them (`of product`).
-With --against hf also transformers' `generate`, and a step of peft's LoRA, where they are installed. On a
-GPU of --tflops, --gbytes and --launch, `of card`: the part of the time that it needs (experiments.cost).
-What is timed is called in turn, so that a busy machine slows all alike; figures are medians.
+Training: a Bitune step over a LoRA step, beside the ratio of the tokens that they must process, the bound.
+Answering at batch 1: the time to the first token, then tokens a second, beside the bound of reading every
+weight once a token, at the rate of a sum (`of memory`) or of a large matrix-vector product (`of product`).
+On a GPU, `of card`: the part of the time that a card of these rates needs, by experiments.cost. What is
+timed is called in turn, so that a busy machine slows all alike; figures are medians.
 """
 
 import os

@@ -3,16 +3,12 @@
     python -m experiments.cost [--models llama-2-7b] [--peft lora] [--prompt 256] [--answer 256]
 
 One example at a time, in bfloat16 (full finetuning: float32). The weights' bytes; 16 for each parameter that
-trains; the tensors that autograd keeps from the forward pass, as a fused attention kernel would leave
-them, and the logits that are there at once; the operations of forward and backward, counted by PyTorch,
-and the hours that 3,000 steps of 10 examples take at --tflops. What a kernel needs for a moment comes on
-top.
+trains; what autograd keeps, with a fused attention kernel, and the logits that are there at once; the
+operations of forward and backward, and the hours of 3,000 steps of 10 examples at --tflops. What a kernel
+needs for a moment comes on top.
 
 --card TOKENS ...: instead, what a step, the first token of an answer and its last token take at least on a
-card of such rates, half of the tokens prompt. Three things take time, and the longest of them is given: the
-operations; the bytes of weights, each time an operator reads them (in a step also twice what autograd keeps,
-and 40 for each parameter that trains, for clipping and AdamW); and the launches, one for each operator that
-is no view.
+card of such rates, half of the tokens prompt: the longest of its operations, reads and launches.
 """
 
 from itertools import product
@@ -57,8 +53,7 @@ CARD = {                # an A100's data sheet; a launch is a guess
 
 
 class FusedAttention(torch.autograd.Function):
-    """Of scaled_dot_product_attention, what a fused kernel keeps for its backward pass: q, k, v, the mask in
-    their dtype, the output, and a number a row. It computes nothing."""
+    """Computes nothing, and keeps what a fused kernel of attention keeps for its backward pass."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
@@ -117,7 +112,8 @@ def work_of(bitune, call):
 
 
 def step_work(bitune, examples):
-    """The same of a step on these examples."""
+    """The same of a step on these examples, which also reads and writes what autograd keeps, and 40 bytes
+    for each parameter that trains, in clipping and AdamW."""
     flops, read, launches = work_of(bitune, lambda: bitune.losses(*zip(*examples)).sum().backward())
     with Fused():
         read += 2 * step_bytes(bitune, examples)
