@@ -17,24 +17,22 @@ from argparse import Namespace
 from itertools import product
 from pathlib import Path
 
-import torch
-
-from bitune import METHODS, Bitune, adapter_sets
+from bitune import METHODS, Bitune
 from cli.cards import several
 from cli.process import Failed, command
 from cli.settings import SETTINGS, SWITCH, Setting, check, default, join, new_parser, options
 from cli.settings import settings_of, text, words
 from cli.terminal import Progress
 from experiments.compare import chosen, percent, report
+from experiments.cost import without_memory
 from experiments.evaluate import SCORED, SCORING, load_questions, score
 from files.checkpoint import read_config
 from files.disk import InUse, write_file
 from files.run import finished, logged, read_about, read_settings
 from lora import KINDS, add_adapter
-from model import Llama
 from text.examples import template_named
 from text.tokenizer import Tokenizer
-from text.words import listed
+from text.words import listed, read_json
 from train import finetune
 
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
@@ -89,10 +87,8 @@ def planned(models, lrs, seeds, common, out):
             if differ := [f"{key} was {before[key]} and is {value}" for key, value in vars(s).items()
                           if before.get(key, value) != value and key not in FREE]:
                 raise ValueError(f"{folder} is there with other settings: {listed(differ)}")
-        with torch.device("meta"):
-            model = Llama(read_config(s.model))
-        for set_name in adapter_sets(s.method):
-            add_adapter(model, set_name, s.peft, s.targets or (), **options(s, set_name))
+        how = options(s, "answer") | {"targets": s.targets or ()}
+        without_memory(read_json(Path(s.model) / "config.json"), s.method, s.peft, how)
     return runs
 
 
