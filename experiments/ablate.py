@@ -176,7 +176,7 @@ def main(argv=None):
     rest = {name: s for name, s in SETTINGS.items() if name not in OWN}
     given = vars(new_parser(__doc__, GRID, rest, typed_only=True).parse_args(argv))
     args = Namespace(**{name: given.get(name, s.default) for name, s in GRID.items()})
-    common = {name: value for name, value in given.items() if name in rest and name not in GRID}
+    common = {name: value for name, value in given.items() if name in rest}
     if several():
         raise ValueError("a grid under torchrun: start experiments.ablate by itself, as often as you like")
     check(join(common, {"out": args.out}))

@@ -2,9 +2,8 @@
 
     python -m experiments.curves RUN ... [--out curves.svg]
 
-All is read from the runs' log.jsonl, in which α by layer stands at each validation. A line is a run, or the
-mean of several in a band from the lowest to the highest. α is a map: layers upwards, validations to the
-right, the darker or brighter the more.
+All is read from the runs' log.jsonl. α is a map: layers upwards, validations to the right, the darker or
+brighter the more.
 """
 
 import math
@@ -46,9 +45,9 @@ def axes(title, across, columns, rows):
 
 
 def panel(title, lines, colour, losses=False, level=None, across="steps"):
-    """One diagram as a list of SVG elements, from the height 0 downwards. lines: name -> [(step, values)],
-    a value for each seed, from 0 to 1; or `losses`, which fall by factors. colour: name -> colour. level:
-    (value, words) of a dashed line. across: what a "step" is."""
+    """One diagram as a list of SVG elements. lines: name -> [(step, values)], a value for each seed, from 0
+    to 1; or `losses`, which fall by factors. A line is the seeds' mean, in a band from the lowest to the
+    highest. level: (value, words) of a dashed line. across: what a "step" is."""
     scale, unscale = (lambda v: math.log(max(v, 1e-6)), math.exp) if losses else (float, float)
     values = [scale(v) for line in lines.values() for _, seeds in line for v in seeds] if losses else [0, 1]
     low, high = min(values), max(*values, min(values) + 1e-9)

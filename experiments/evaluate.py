@@ -12,13 +12,13 @@ has one for each subject. A command that was stopped goes on where it was when i
 import json
 import math
 import re
-import statistics
 import time
 from contextlib import suppress
 from copy import copy
 from inspect import getsourcefile
 from itertools import islice
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -150,12 +150,10 @@ def score_text(question, said):
 
 def mean_scores(results):
     """Each metric's mean and its standard error (0 for a sample of one, which has none)."""
-    scores = {}
-    for metric in (key for key, value in results[0].items() if isinstance(value, float)):
-        values = [result[metric] for result in results]
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-        scores[metric] = {"mean": statistics.fmean(values), "stderr": error}
-    return scores
+    error = lambda values: stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    metrics = [key for key, value in results[0].items() if isinstance(value, float)]
+    columns = {metric: [result[metric] for result in results] for metric in metrics}
+    return {name: {"mean": fmean(values), "stderr": error(values)} for name, values in columns.items()}
 
 
 def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):

@@ -242,9 +242,9 @@ def read_merges(merges, vocab):
 
 
 def read_all_added(listed, later, vocab):
-    """The entries of added_tokens, by their texts, and those of tokenizer_config.json, `later`, which may
-    give a known one other flags, but special it stays. The tokenizers library does not look at their ids, but gives each its own
-    in the vocabulary, or the next free one: ValueError where that is another."""
+    """The added_tokens by their texts, and those of tokenizer_config.json, `later`, which may give a known
+    one other flags, but special it stays. ValueError for an id that is not the one which the tokenizers
+    library gives: the vocabulary's, or the next free one."""
     added, ids, free = {}, {*vocab.values()}, len(vocab)
     for token, again in [*((read_added(t), False) for t in listed), *((t, True) for t in later)]:
         before = added.get(token.content) if again else None
