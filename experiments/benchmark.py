@@ -73,8 +73,8 @@ def training(model, args, device):
     optimizers = {name: make_optimizer(b, 1e-4, eps=1e-6, weight_decay=0.0) for name, b in tasks.items()}
     for B, P in product(args.batches, args.prompts):
         ids = torch.randint(model.config.vocab_size, (B, P + A)).tolist()
-        examples, cut = [Example(t[:P], t[P:]) for t in ids], partial(batches, size=B)
-        steps = {name: partial(train_step, b, optimizers[name], examples, cut, 1.0, 1.0)
+        examples = [Example(t[:P], t[P:]) for t in ids]              # of one length: one batch
+        steps = {name: partial(train_step, b, optimizers[name], examples, batches, 1.0, 1.0)
                  for name, b in tasks.items()}
         seconds = medians(device, args.repeats, steps)
         row = {"P": P, "batch": B, **{f"{name}_ms": 1e3 * t for name, t in seconds.items()},

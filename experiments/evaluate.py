@@ -59,9 +59,8 @@ def rows_of(path, task, limit):
 
 
 def load_questions(path, task, tokenizer, template, longest, limit=None, twice=False):
-    """The questions of rows, and the places of those that were left out because the prompt with its longest
-    choice, or with the first token of an answer, has more than `longest` tokens. twice: the text of each
-    prompt comes a second time."""
+    """The questions of rows, and the places of those left out, whose prompt with the longest choice, or one
+    token of an answer, has more than `longest` tokens. twice: each prompt's text comes a second time."""
     questions, left_out = [], []
     for place, row in rows_of(path, task, limit):
         try:
@@ -180,8 +179,8 @@ def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
 
 
 class Kept(dict):
-    """Results by place, which lie in a file, too, a line each: those of an earlier try are there again.
-    ValueError if another process is writing it."""
+    """Results by place, which lie in a file, too: those of an earlier try are there again. InUse if another
+    process is writing it."""
 
     def __init__(self, path, questions):
         super().__init__()
@@ -237,9 +236,8 @@ def scored(args, base, *parts):
 
 
 def score(args, progress):
-    """The file of a model's scores, the summary that it holds, and every question's result, which lies
-    beside; those that are there, if they are of the same. Failed if the work goes wrong; what is scored by
-    then is kept."""
+    """The file of a model's scores, its summary, and every question's result; those that are there, if they
+    are of the same. Failed if the work goes wrong; what is scored by then is kept."""
     if not (args.model or args.adapter):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
     own = args.adapter or read_about(args.model).get("whole") and args.model
