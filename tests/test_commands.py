@@ -417,8 +417,6 @@ def test_lines_of_standard_input_are_prompts(tmp_path):
     answers = Bitune(tiny_model(), "causal").generate([[256, 97, 98], [256, 99, 100]], 4, stop_ids={257})
     one, two = (bytes(i for i in ids if i < 256).decode(errors="replace") for ids in answers)
     assert done.stdout.decode() == f"{one}\n\n\n{two}\n" and b"an empty line asks nothing" in done.stderr
-    done = subprocess.run([*command, "--prompt", "-"], capture_output=True, input=b"caf\xe9")
-    assert done.returncode == 2 and b"can't decode byte 0xe9" in done.stderr
 
 
 def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch):
@@ -445,6 +443,10 @@ def test_stops_limits_and_prompts_of_several_lines(tmp_path, capsys, monkeypatch
             out, err = capsys.readouterr()
             assert out == said + "\n" and asked.pop() == "ab\nc\n\nd"
             assert (err.strip().endswith(cut) if cut else "cut by" not in err), (argv, err)
+    file.write_bytes(b"caf\xe9")
+    monkeypatch.setattr("sys.stdin", file.open(encoding="utf-8", errors="replace"))
+    argv = ["--model", folder, "--prompt", "-"]
+    assert "can't decode byte 0xe9" in exits(2, sample.main, argv, capsys)
     monkeypatch.setattr(Bitune, "answer", lambda *args: map(signal.raise_signal, [signal.SIGINT]))
     with pytest.raises(SystemExit, match="130"):        # an answer that is cut by hand is no answer
         call(sample, "--model", folder, "--prompt", "ab")
