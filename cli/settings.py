@@ -82,13 +82,13 @@ def group(title, settings):
 def kind_options():
     """Every option of a kind of adapters, by its name, as a Setting."""
     found = {}
-    for kind, maker in KINDS.items():
-        for name, option in maker.options.items():
-            names = isinstance(option.default, tuple)
-            form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
-            shown = " ".join(option.default) if names else option.default
-            help = found[name].help if name in found else option.help
-            found[name] = Setting(f"{help}; default of {kind}: {shown}", form)
+    for name in dict.fromkeys(name for maker in KINDS.values() for name in maker.options):
+        of = {kind: maker.options[name] for kind, maker in KINDS.items() if name in maker.options}
+        option = next(iter(of.values()))
+        names = isinstance(option.default, tuple)
+        shown = " or ".join({" ".join(o.default) if names else str(o.default): o for o in of.values()})
+        form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
+        found[name] = Setting(f"of {', '.join(of)}: {option.help} (default: {shown})", form)
     return found
 
 
@@ -99,40 +99,33 @@ SETTINGS = {
         "model": Setting("base model: a Hugging Face checkpoint folder", text("FOLDER"), None, True),
         "data": Setting("training data, in a form of docs/data.md", text("FILE"), None, True),
         "out": Setting("folder to write the run to", text("RUN")),
-        "adapter": Setting("start from what this run, or PEFT adapter, has learned: its base, adapters, "
-                           "template, method and mixing; a further set of --method's starts as a copy",
-                           text("RUN")),
+        "adapter": Setting("start from what this run, or PEFT adapter, has learned", text("RUN")),
         "resume": Setting("continue RUN from its last save, with its own settings", text("RUN")),
     }),
     **group("method", {
         "method": Setting("how the prompt is read", words(*METHODS), default(Bitune, "method")),
-        "c": Setting("the constant in α, where every θ starts: the smaller, the faster α moves",
-                     number(float, 1e-9, 1e9), default(Bitune, "c")),
+        "c": Setting("constant in α, where θ starts", number(float, 1e-9, 1e9), default(Bitune, "c")),
         "peft": Setting("kind of adapters", words(*KINDS), default(add_adapter, "kind")),
         **kind_options(),
         "targets": Setting("linears to adapt (default: those of lora.is_target)", text("NAME", nargs="+")),
     }),
     **group("data", {
-        "task": Setting("form of the data: rows of the forms in docs/data.md, or a task's published files",
-                        words(*TASKS), "rows"),
-        "template": Setting("words around prompt and answer; chat: the model's own chat markup, auto: the "
-                            "same if it is one of chat-*, else paper", TEMPLATE, "auto"),
-        "max_length": Setting("longest example in tokens, longer ones are dropped (default: 512, or what "
-                              "the model can read)", number(int, 2)),
+        "task": Setting("rows, or whose published files the data are", words(*TASKS), "rows"),
+        "template": Setting("words around a row; chat: the model's own; auto: that, if it is one of chat-*, "
+                            "else paper", TEMPLATE, "auto"),
+        "max_length": Setting("longer examples are dropped (default: 512, or the model's)", number(int, 2)),
         "val_data": Setting("validation data (default: the last of --data)", text("FILE"), None, True),
         "val_size": Setting("how many of the last of --data, at most a tenth; 0: none", number(int), 1000),
     }),
     **group("optimisation", {
         "steps": Setting("optimizer steps", number(int, 1, 10**9), 3000),
         "batch_size": Setting("examples a step", number(int, 1, 10**9), 10),
-        "micro_batch_tokens": Setting("tokens at a time, of examples of like length (same result; default: "
-                                      "as many as the memory has room for)", number(int, 1), None, True),
+        "micro_batch_tokens": Setting("tokens at a time, same result (default: what memory has room for)",
+                                      number(int, 1), None, True),
         "lr": Setting("peak learning rate", number(float), 3e-4),
         "warmup": Setting("part of the steps in which the rate rises", number(float, 0, 1), 0.1),
-        "checkpointing": Setting("compute each block twice, and keep its input alone: less memory, half "
-                                 "more time (same result)", SWITCH, False, True),
-        "base_bits": Setting("the linears' frozen weights in 8 bits, with lora or dora: half the memory of "
-                             "bfloat16, slower, a little off (default: as --dtype)", number(int, 8, 8)),
+        "checkpointing": Setting("less memory, half more time, same result", SWITCH, False, True),
+        "base_bits": Setting("of frozen linears: less memory, slower, a little off", number(int, 8, 8)),
         "clip": Setting("largest gradient norm", number(float, 1e-9), 1.0),
         "eps": Setting("AdamW's epsilon", number(float, 1e-12), 1e-6),
         "weight_decay": Setting("AdamW's weight decay", number(float), 0.0),
@@ -141,12 +134,11 @@ SETTINGS = {
     **group("running", {
         "eval_every": Setting("steps between validations (default: a tenth of --steps)", number(int, 1)),
         "save_every": Setting("steps between saves (default: a tenth of --steps)", number(int, 1)),
-        "keep": Setting("best: beside the last save, in RUN/best, the one of the lowest validation loss",
-                        words("last", "best"), "last"),
-        "dtype": Setting("of the base model (default: bfloat16 on a GPU, float32 on a CPU and where the "
-                         "base trains)", words(*DTYPES)),
-        "device": Setting("cpu, cuda or mps (default: cuda if there is one, else cpu)", text("DEVICE"), None,
-                          True),
+        "keep": Setting("best: also that of the lowest validation loss, in RUN/best", words("last", "best"),
+                        "last"),
+        "dtype": Setting("of the base (default: bfloat16 on a GPU where it is frozen, else float32)",
+                         words(*DTYPES)),
+        "device": Setting("cpu, cuda or mps (default: cuda or cpu)", text("DEVICE"), None, True),
     }),
 }
 SAMPLING = group("sampling", {
@@ -163,12 +155,11 @@ ASKED = {               # what is asked or scored
     "dtype": SETTINGS["dtype"], "device": SETTINGS["device"],
 }
 PROMPT = {
-    "prompt": Setting("what to ask; -: all of standard input, as one prompt of several lines", text("TEXT")),
-    "template": Setting("words around the text (default: the run's; without one auto: the model's own chat "
-                        "markup if it is one of chat-*, else plain)", TEMPLATE),
-    "chat": Setting("each line goes on from those before; recompute (the default) reads all again, "
-                    "alternating only what is new", words("recompute", "alternating") |
-                    {"nargs": "?", "const": "recompute"}),
+    "prompt": Setting("what to ask; -: all of standard input, as one prompt", text("TEXT")),
+    "template": Setting("words around the text (default: the run's, else auto: chat or plain)", TEMPLATE),
+    "chat": Setting("each line goes on from those before; recompute, the default, reads all again, "
+                    "alternating only what is new",
+                    words("recompute", "alternating") | {"nargs": "?", "const": "recompute"}),
     "system": Setting("what the system says before the first line", text("TEXT")),
     "stop": Setting("ends an answer, too; may be repeated", text("TEXT", action="append"), []),
     "show_mixing": Setting("how --prompt is mixed, layer by layer", SWITCH),
