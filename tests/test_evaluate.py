@@ -96,7 +96,7 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
 
 @pytest.mark.parametrize("task, row, message", [
     ("piqa", {"goal": "x", "sol1": "y"}, "a row of piqa has 'sol2', this has goal, sol1"),
-    ("piqa", PIQA | {"label": -1}, "its right choice is -1: expected one of 0, 1"),
+    ("piqa", PIQA | {"label": -1}, "its right choice is -1: expected one of ['0', '1'], one"),
     ("piqa", PIQA | {"label": 0.9}, "its right choice is 0.9"),
     ("piqa", PIQA | {"label": 0, "goal": None}, "'NoneType'"),
     ("piqa", PIQA, "and no data-labels.lst lies beside it"), ("rows", PIQA, "(or a --task)"),
@@ -105,9 +105,9 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
     ("siqa", SIQA | {"label": 1, "context": None}, "NoneType"),
     ("mmlu", "1 + 1", "expected an object, got str"),
     ("mmlu", {"question": "x", "choices": ["7", "8", "9", "1"], "answer": "(1)"}, "its right choice is '(1)'"),
-    ("mmlu", {"question": "x", "choices": "abcd", "answer": 1}, "its choices are no list"),
+    ("mmlu", {"question": "x", "choices": "abcd", "answer": 1}, "expected one of ['0', '1', '2', '3'], one a choice"),
     ("arc", {"question": "x", "choices": {"text": ["a", "b", "c"], "label": ["A", "A", "B"]},
-             "answerKey": "A"}, "have not a label each"),
+             "answerKey": "A"}, "one of ['A', 'A', 'B'], one a choice"),
     ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "none of its choices, nor"),
     ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
     ("rows", {"prompt": "x", "choices": ["y", "\udc00"], "answer": 0}, "(a lone surrogate)"),

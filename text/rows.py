@@ -14,10 +14,9 @@ from text.words import check_kind, listed
 
 def which(label, labels, choices):
     """The place of a row's right choice, which has one of the labels; each choice has one."""
-    if not all(isinstance(part, list) for part in (labels, choices)) or len(choices) != len({*labels}):
-        raise ValueError("its choices are no list, or have not a label each")
-    if str(label) not in labels:
-        raise ValueError(f"its right choice is {label!r:.40}: expected one of {listed(labels, ', ')}")
+    fits = isinstance(choices, list) and isinstance(labels, list) and len(choices) == len({*labels})
+    if not fits or str(label) not in labels:
+        raise ValueError(f"its right choice is {label!r:.40}: expected one of {labels!r:.60}, one a choice")
     return labels.index(str(label))
 
 
