@@ -127,7 +127,8 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
         (name, lr, seed), scores = key, {"arc acc": [0, 1]} if tasks else {}
         made.append((name, lr, seed, bool(tasks)))
         return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores,
-                "run": "", "of": (), "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
+                "run": "", "of": (),
+                "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
 
     monkeypatch.setattr(ablate, "run_one", run_one)
     ablate.main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])

@@ -104,8 +104,8 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
     ("siqa", SIQA | {"correct": ""}, "its right choice is ''"),
     ("siqa", SIQA | {"label": 1, "context": None}, "NoneType"),
     ("mmlu", "1 + 1", "expected an object, got str"),
-    ("mmlu", {"question": "x", "choices": ["7", "8", "9", "1"], "answer": "(1)"}, "its right choice is '(1)'"),
-    ("mmlu", {"question": "x", "choices": "abcd", "answer": 1}, "expected one of ['0', '1', '2', '3'], one a choice"),
+    ("mmlu", {"question": "x", "choices": [*"7891"], "answer": "(1)"}, "its right choice is '(1)'"),
+    ("mmlu", {"question": "x", "choices": "abcd", "answer": 1}, "'3'], one a choice"),
     ("arc", {"question": "x", "choices": {"text": ["a", "b", "c"], "label": ["A", "A", "B"]},
              "answerKey": "A"}, "one of ['A', 'A', 'B'], one a choice"),
     ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "none of its choices, nor"),
@@ -163,12 +163,12 @@ def test_an_answer_ends_before_the_next_question(tokenizer, monkeypatch):
 
     asked, bitune = [], tiny_bitune()
     monkeypatch.setattr(bitune, "answer", answer)
-    written = lambda limit, end="Question:": evaluate.write_answers(bitune, tokenizer, said, {257}, limit, end)
-    assert written(99, None)[0] == "Yes. Question: 1"
-    assert written(14) == ["Yes. ", "#### 2", "Never ends ..."]
+    written = lambda *more: evaluate.write_answers(bitune, tokenizer, said, {257}, *more)
+    assert written(99)[0] == "Yes. Question: 1"
+    assert written(14, "Question:") == ["Yes. ", "#### 2", "Never ends ..."]
     said.pop()
     asked.clear()
-    assert written(99) == ["Yes. ", "#### 2"]
+    assert written(99, "Question:") == ["Yes. ", "#### 2"]
     assert len(asked) == len("Yes. Question:")
 
 
@@ -244,7 +244,8 @@ def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeyp
     chosen, said = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
     for n, row, *more in ((1, chosen), (1, chosen, "--batch-size", 1), (2, chosen, "--limit", 1),
                           (3, chosen, "--twice"), (4, chosen, "--dtype", "bfloat16"), (5, said),
-                          (6, said, "--max-new-tokens", 2), (6, said, "--max-new-tokens", 2), (7, said), (8, said)):
+                          (6, said, "--max-new-tokens", 2), (6, said, "--max-new-tokens", 2),
+                          (7, said), (8, said)):
         write_rows(data, [row] * 2)
         if n == 8:
             monkeypatch.setattr(evaluate, "getsourcefile", lambda of: __file__)

@@ -221,7 +221,7 @@ def read_tokenizer_json(file, config):
     asked = config.get("add_prefix_space")              # some of transformers' classes put it in
     if asked is not None and any(step["type"] == "ByteLevel" and step.get("add_prefix_space") != asked
                                  for step in steps(pre, "pre_tokenizer")):
-        raise ValueError(f"its ByteLevel has not the add_prefix_space {asked!r:.40} of tokenizer_config.json")
+        raise ValueError(f"its ByteLevel lacks the add_prefix_space {asked!r:.40} of tokenizer_config.json")
     bpe = BPE(vocab, ranks, unk, model["fuse_unk"], model["byte_fallback"], whole)
     bos = sum(functions(top["post_processor"], "post_processor", POST_PROCESSORS), [])
     ids = [*vocab.values(), *(t.id for t in added.values())]
