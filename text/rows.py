@@ -14,7 +14,7 @@ from text.words import check_kind, listed
 
 def which(label, labels, choices):
     """The place of a row's right choice, which has one of the labels; each choice has one."""
-    fits = isinstance(choices, list) and isinstance(labels, list) and len(choices) == len({*labels})
+    fits = type(labels) is type(choices) is list and len(choices) == len(labels) == len({*labels})
     if not fits or str(label) not in labels:
         raise ValueError(f"its right choice is {label!r:.40}: expected one of {labels!r:.60}, one a choice")
     return labels.index(str(label))
