@@ -106,21 +106,21 @@ class Tokenizer:
         if not files:
             raise ValueError(f"{path} has no tokenizer.json and no tokenizer.model")
         file = files[0]
-        config, named, generation, model = (
+        config, special, generation, model = (
             read_json(file.parent / f"{name}.json", absent={})
             for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config"))
-        config |= {} if "added_tokens_decoder" in config else named         # as transformers has it
+        config |= {} if "added_tokens_decoder" in config else special       # as transformers has it
         try:
             tokenizer = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
         ids = tokenizer.vocab | tokenizer.added | tokenizer.special
-        named = config.get("bos_token"), config.get("eos_token") # null, "</s>" or {"content": "</s>", ...}
-        bos, eos = (token.get("content") if isinstance(token, dict) else token for token in named)
+        tokens = config.get("bos_token"), config.get("eos_token")   # null, "</s>", {"content": "</s>", ...}
+        bos, eos = (token.get("content") if isinstance(token, dict) else token for token in tokens)
         if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
-            raise ValueError(f"{file.parent}/tokenizer_config.json has bos_token {bos!r:.60} and eos_token "
-                             f"{eos!r:.60}, expected tokens of {file.name}")
+            raise ValueError(f"{file.parent}: bos_token is {bos!r:.60} and eos_token {eos!r:.60}, expected "
+                             f"tokens of {file.name}")
         if file.suffix != ".json" and tokenizer.bos_id is None and config.get("add_bos_token"):
             tokenizer.bos_id = ids.get(bos)             # a tokenizer.json says itself what begins a text
         stop = [c["eos_token_id"] for c in (generation, model) if c.get("eos_token_id") is not None][:1]
@@ -244,12 +244,12 @@ def read_merges(merges, vocab):
 def read_all_added(listed, later, vocab):
     """The added_tokens by their texts, and those of tokenizer_config.json, `later`, which may give a known
     one other flags, but special it stays. ValueError for an id that is not the one which the tokenizers
-    library gives: the vocabulary's, or the next free one."""
+    library gives: the vocabulary's, or the next free one; a token without text gets none."""
     added, ids, free = {}, {*vocab.values()}, len(vocab)
     for token, again in [*((read_added(t), False) for t in listed), *((t, True) for t in later)]:
         before = added.get(token.content) if again else None
         new = not before and token.content not in vocab
-        expected = before.id if before else vocab.get(token.content, free)
+        expected = before.id if before else vocab.get(token.content, free if token.content else None)
         if token.id != expected or token.content in added and not before or new and token.id in ids:
             raise ValueError(f"its added token {token.content!r} is there twice, or has the id {token.id}, "
                              f"and would get {expected}")
