@@ -187,12 +187,9 @@ def placed(device, dtype):
 
 
 def load_model(folder, dtype=torch.float32, device="cpu"):
-    """Read config.json and model.safetensors, or shards with their index, into a Llama.
-
-    Built without memory, then filled tensor by tensor, so that the host holds no more than the weights and
-    the largest tensor. All missing, unexpected and misshapen tensors are in one ValueError, raised before
-    any is read.
-    """
+    """Read config.json and model.safetensors, or shards with their index, into a Llama. It is built without
+    memory, then filled tensor by tensor: the host holds no more than the weights and the largest tensor. All
+    missing, unexpected and misshapen tensors are in one ValueError, raised before any is read."""
     folder = Path(folder)
     config, stored = read_config(folder), {}            # tensor name -> its file, and itself, not yet read
     for file in checkpoint_files(folder):

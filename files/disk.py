@@ -108,7 +108,10 @@ def json_bytes(value):
 
 
 def tensor_bytes(tensors):
-    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}   # not shared
+    here = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    memory = lambda t: t.untyped_storage().data_ptr()
+    owner = {memory(t): name for name, t in here.items()}
+    own = {name: t if owner[memory(t)] == name else t.clone() for name, t in here.items()}      # none shared
     return save(own, {"format": "pt"})
 
 
