@@ -34,8 +34,8 @@ def main(argv=None):
                          "the base; only causal can be merged. Ask it: "
                          f"{to_type('sample.py', '--adapter', run)}")
     base = args.model or base_of(run)
+    bitune, _, _ = load_bitune(load_model(base), run, base)             # which refuses a damaged base
     dtype = DTYPES[args.dtype] if args.dtype else checkpoint_dtype(base)
-    bitune, _, _ = load_bitune(load_model(base), run, base)
     before, learned, kept = bitune.eval().model.state_dict(), 0.0, 0.0
     after = {name: (t, t.to(dtype)) for name, t in merged_tensors(bitune.model, "answer").items()}
     for name, (t, written) in after.items():

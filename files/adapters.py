@@ -138,7 +138,7 @@ def load_adapter(model, name, folder):
         others = [p for p in paths if not names(p)]
         for path in paths:
             alike.setdefault(tuple(of(path).items()), []).append(path)
-    except re.error as problem:
+    except (re.error, OverflowError, RecursionError) as problem:
         raise ValueError(f"{folder}: its adapter_config.json names layers by no regular expression: "
                          f"{problem}") from None
     if others:

@@ -262,7 +262,7 @@ def checkpoint_files(folder):
 def checkpoint_dtype(folder):
     """The dtype that a checkpoint's weights are stored in; float32 where there are several."""
     files = [safe_open(file, framework="pt") for file in checkpoint_files(Path(folder))]
-    dtypes = {f.get_slice(name)[:0].dtype for f in files for name in f.keys()}
+    dtypes = {f.get_slice(name)[:0].dtype for f in files for name in f.keys() if "inv_freq" not in name}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 

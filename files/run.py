@@ -50,7 +50,7 @@ def base_of(run):
     base = run if about.get("whole") else about.get("base")
     if not about:
         base = read_json(run / "adapter_config.json").get("base_model_name_or_path")
-    if not base or not Path(base).is_dir():
+    if not base or not Path(str(base)).is_dir():
         raise ValueError(f"{run} was finetuned from {base or 'a base it does not name'}, which is not a "
                          "folder here: give --model")
     return base

@@ -139,7 +139,6 @@ def test_what_a_config_says_and_is_not_understood_is_refused(changes, message, t
 
 # ---- adapters, data, numbers and prompts -----------------------------------------------------------------
 
-
 HEAD = "base_model.model.lm_head.weight"
 LORA_A = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight".format
 
@@ -153,6 +152,7 @@ LORA_A = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight".forma
     ({"layers_to_transform": 0}, "has the layers_to_transform 0, expected null"),
     ({"r": 2.0}, "the r 2.0, expected a whole number from 1 to 65536"),
     ({"rank_pattern": {"[": 2}}, "names layers by no regular expression: unterminated character"),
+    ({"target_modules": "q{99999999999}"}, "names layers by no regular expression: the repetition number"),
     ({"modules_to_save": [], "layers_to_transform": [], "layers_pattern": None}, None),
     ({"r": 5}, r"is \(2, 32\), expected \(5, 32\)"),
     ({"peft_type": "LOHA"}, "an adapter of kind 'LOHA': expected FULL or IA3 or LORA"),

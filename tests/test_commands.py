@@ -473,6 +473,7 @@ def test_a_merge_says_what_its_dtype_keeps(tmp_path, capsys):
     for adapter in adapters(bitune.model, "answer").values():
         adapter.lora_B.data *= 1e-5                             # too little to move a bfloat16 weight
     rewrite(base / "model.safetensors", lambda t: t.update({name: w.bfloat16() for name, w in t.items()}))
+    rewrite(base / "model.safetensors", lambda t: t.update({"layers.0.rotary_emb.inv_freq": torch.ones(4)}))
     argv = ["--adapter", write_run(tmp_path / "run", bitune, base), "--out", tmp_path / "merged"]
     line = exits(2, merge.main, argv, capsys)
     assert "more than half of what was learned would be rounded away: give --dtype float32" in line
