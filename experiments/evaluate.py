@@ -167,8 +167,8 @@ def evaluate(args, bitune, tokenizer, questions, stop_ids, progress, kept):
         if choices[0]:
             kind, points, found = "log_probs", score_choices, log_probs(bitune, prompts, choices)
         else:
-            kind, points, end = ("said", score_gsm8k, "Question:") if args.task == "gsm8k" else \
-                ("said", score_text, None)
+            end = "Question:" if args.task == "gsm8k" else None
+            kind, points = "said", score_gsm8k if end else score_text
             found = write_answers(bitune, tokenizer, prompts, stop_ids, args.max_new_tokens, end)
         kept.add([q.shown | {kind: said} | points(q, said) for q, said in zip(batch, found)])
         rate = (len(kept) - before) / (time.monotonic() - begun)

@@ -16,7 +16,7 @@ from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import checkpoint_bytes, load_base, merged_tensors
 from files.disk import fill, finish_saves, json_bytes, locked, read_tensors, tensor_bytes, write_files
-from lora import KINDS, add_adapter, linears
+from lora import KINDS, adapters, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
 from text.words import check_fields, digest, read_json, to_type
@@ -147,19 +147,19 @@ def run_bytes(bitune, base, **about):
 
 def load_bitune(model, folder, base="", method=None, c=None):
     """The run, or the bare PEFT adapter, in `folder` on its base `model`, how many tensors it holds, and its
-    bitune.json. With another `method`, that one starts from what the run has learned, with the constant c:
-    a set that the run lacks starts as a copy of its set "answer". ValueError if the run is not this base's,
-    or not this code's. A fully finetuned run is its own base."""
+    bitune.json. Another `method`, or constant `c`, starts from what the run has learned: a set that the run
+    lacks starts as a copy of its set "answer". ValueError if the run is not this base's, or not this code's.
+    A fully finetuned run is its own base."""
     folder, about = Path(folder), read_about(folder)
     own = about.get("method", "causal")
     if about.get("whole") and Path(base).resolve() != folder.resolve():
         raise ValueError(f"{folder} is a whole checkpoint, not an adapter of {base}: it is its own base, "
                          "give no other")
-    if about and not about["whole"] and about["base_digest"] != model.digest:
+    if about.get("whole"):
+        model.digest = about["base_digest"]             # of the base that it was
+    if about and about["base_digest"] != model.digest:
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: it has another "
                          "config, or other weights")
-    if about.get("whole"):
-        model.digest = about["base_digest"]             # still that of the base
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
     wanted = adapter_sets(method or own)
     for name in dict.fromkeys([*there, *wanted]):
@@ -170,10 +170,10 @@ def load_bitune(model, folder, base="", method=None, c=None):
             n += load_adapter(model, name, folder / folder_of(source))
     if about:
         check_code(folder, about, Bitune(model, own, about["c"]))
-    for name in model.sets.keys() - wanted:
+    for name in model.sets.keys() - wanted:             # which the check alone needed
         del model.sets[name]
-        for linear in linears(model).values():
-            linear.sets.pop(name) if name in linear.sets else None
+        for path in adapters(model, name):
+            del model.get_submodule(path).sets[name]
     c = about.get("c") if c is None else c
     bitune = Bitune(model, method or own, *([] if c is None else [c]))
     mixing, file = own_tensors(bitune), folder / "mixing.safetensors"
