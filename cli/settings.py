@@ -110,7 +110,7 @@ SETTINGS = {
         "targets": Setting("linears to adapt (default: those of lora.is_target)", text("NAME", nargs="+")),
     }),
     **group("data", {
-        "task": Setting("rows, or whose published files the data are", words(*TASKS), "rows"),
+        "task": Setting("form of the data: rows, or a published task's", words(*TASKS), "rows"),
         "template": Setting("words around a row; chat: the model's own; auto: that, if it is one of chat-*, "
                             "else paper", TEMPLATE, "auto"),
         "max_length": Setting("longer examples are dropped (default: 512, or the model's)", number(int, 2)),
