@@ -124,9 +124,9 @@ def form_of(option):
 
 
 def load_adapter(model, name, folder):
-    """Add the set saved in `folder` to the model under `name`; returns how many tensors were read. ValueError
-    for a kind that is not of lora.KINDS, and for tensors, which it lists, of layers that the model lacks,
-    without their other half, or of another shape."""
+    """Add the set saved in `folder` to the model under `name`; returns how many tensors were read.
+    ValueError for a kind that is not of lora.KINDS, and for tensors, which it lists, of layers that the
+    model lacks, without their other half, or of another shape."""
     folder = Path(folder)
     kind, options, of, names = read_options(folder)
     have = read_tensors(folder / "adapter_model.safetensors")
