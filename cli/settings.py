@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
-from bitune import METHODS, Bitune
+from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import read_options
 from files.checkpoint import DTYPES
 from files.run import FULL, base_of, finished, read_about, read_settings
@@ -297,7 +297,7 @@ def check(s):
                          "expected a base model, or a run of method causal")
     if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
         raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
-    if KINDS[s.peft].trains_base and s.targets:
+    if KINDS[s.peft].trains_base and s.targets and adapter_sets(s.method) == ["answer"]:
         raise ValueError(f"--targets: --peft {s.peft} trains all weights")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):
         raise ValueError(f"--dtype {s.dtype}: --peft {s.peft} trains the weights, which takes float32")

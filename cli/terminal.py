@@ -193,8 +193,12 @@ def prompts():
             if terminal:
                 print("> ", end="", file=sys.stderr, flush=True)
             line = input().rstrip("\r").removeprefix("\ufeff")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
+        except KeyboardInterrupt:
+            if terminal:
+                return
+            raise
         if terminal and not line:
             return
         if line:

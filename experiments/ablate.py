@@ -30,9 +30,9 @@ from files.checkpoint import read_config
 from files.disk import InUse, write_file
 from files.run import finished, logged, read_about, read_settings
 from lora import KINDS, add_adapter
-from text.examples import template_named
+from text.examples import load_data, template_named
 from text.tokenizer import Tokenizer
-from text.words import listed, read_json
+from text.words import digest, listed, read_json
 from train import finetune
 
 KIND, C = default(add_adapter, "kind"), default(Bitune, "c")
@@ -119,7 +119,7 @@ def run_one(key, s, tasks, common):
             "seconds": sum(r.get("seconds", 0) for r in log),               # without validation
             "val_loss": validations[-1]["val_loss"] if validations else None, "validations": validations,
             "scores": verdicts(tasks, title, adapter=s.out, dtype=derived["dtype"]), "run": s.out,
-            "of": (read_about(s.out)["base_digest"], derived["data_hash"])}
+            "base": read_about(s.out)["base_digest"]}
 
 
 def grid(runs, tasks, common):
@@ -130,8 +130,8 @@ def grid(runs, tasks, common):
         for key, s in [*left.items()]:
             try:
                 records[key] = one = run_one(key, s, tasks, common)
-                if others := [r["run"] for r in records.values() if r and r["of"] != one["of"]]:
-                    raise ValueError(f"{one['run']} has other data or another base than {listed(others)}")
+                if others := [r["run"] for r in records.values() if r and r["base"] != one["base"]]:
+                    raise ValueError(f"{one['run']} has another base than {listed(others)}")
             except InUse:
                 continue
             except Failed as problem:
@@ -192,6 +192,11 @@ def main(argv=None):
         load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
     models = variants(args.methods, args.pefts, args.cs, common)
     baseline, runs = next(iter(models)), planned(models, args.lrs, args.seeds, common, out)
+    data = join(common, {"max_length": common.get("max_length", min(512, longest))})
+    now = digest(load_data(data, tokenizer)[:2])
+    begun = [s.out for s in runs.values() if (Path(s.out) / "settings.json").exists()]
+    if others := [run for run in begun if read_settings(run)[1]["data_hash"] != now]:
+        raise ValueError(f"trained on other data than these: {listed(others)}")
     runs = search(runs, common, baseline) if args.search else runs
     records = grid(runs, tasks, common)
     if not records:

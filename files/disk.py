@@ -126,7 +126,7 @@ def read_tensors(path):
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     for name, t in tensors.items():
-        if not t.isfinite().all():
+        if not t.float().isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged")
     return tensors
 

@@ -97,7 +97,7 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
 
     write_data(tmp_path / "data.jsonl", 41)
     line = exits(2, ablate.main, [*argv, "--methods", "bitune", "naive-bidir"], capsys)
-    assert " has other data or another base than" in line
+    assert "trained on other data than these: " in line
 
 
 def test_a_run_that_fails_does_not_end_the_grid(argv, monkeypatch, capsys):
@@ -127,7 +127,7 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
         (name, lr, seed), scores = key, {"arc acc": [0, 1]} if tasks else {}
         made.append((name, lr, seed, bool(tasks)))
         return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores,
-                "run": "", "of": (),
+                "run": "", "base": "",
                 "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
 
     monkeypatch.setattr(ablate, "run_one", run_one)
@@ -167,7 +167,7 @@ def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, cap
     assert "--evaluate arc=: expected TASK=FILE" in bad("--evaluate", "arc")
     assert "a row of piqa has 'goal'" in bad("--evaluate", f"piqa={tmp_path / 'arc.jsonl'}")
     assert "invalid choice: 'causal'" in bad("--methods", "causal")
-    assert "nowhere has no tokenizer.json" in bad("--model", "nowhere")
+    assert "nowhere is not a folder here" in bad("--model", "nowhere")
     assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
     assert "--model not given" in exits(2, ablate.main, ["--out", "x", "--data", "y"], capsys)
     (tmp_path / "hard").mkdir()

@@ -286,7 +286,7 @@ def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, ca
 def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, capsys):
     bad = lambda *more: exits(2, train.main, flags(*more), capsys)
     assert "--model, --out not given" in exits(2, train.main, ["--data", "x"], capsys)
-    assert "nowhere has no tokenizer.json and no tokenizer.model" in bad("--model", "nowhere")
+    assert "nowhere is not a folder here" in bad("--model", "nowhere")
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
     assert "argument --rank: 0 is out of range: expected a whole number from 1 to 65536" in bad("--rank", 0)
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")
@@ -296,7 +296,8 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, cap
     assert "no example left; dropped: 40 too long (first: line 1)" in bad("--max-length", 5)
     assert "device 'tpu' cannot be used" in bad("--device", "tpu")
     assert "takes float32" in bad("--peft", "full", "--dtype", "bfloat16")
-    assert "--targets: --peft full trains all weights" in bad("--peft", "full", "--targets", "q_proj")
+    full = ["--peft", "full", "--method", "causal"]
+    assert "--targets: --peft full trains all weights" in bad(*full, "--targets", "q_proj")
     assert "no linear is named dwn_proj" in bad("--peft", "ia3", "--feedforward", "dwn_proj")
     assert "--val-size: all of --val-data" in bad("--val-data", tmp_path / "data.jsonl", "--val-size", 5)
     for row in ('{"question"', '{"prompt": "a", "prompt": "b", "answer": "c"}'):
