@@ -307,10 +307,11 @@ def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monk
 def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, monkeypatch):
     known("chat-chatml")
     base, made = chat_model(tmp_path / "base", "chat-chatml"), []
+    data = write_rows(tmp_path / "data", [{"prompt": "a", "completion": "b"}])
     monkeypatch.setattr(ablate, "grid", lambda runs, *args: made.extend(list(runs.values())[-1:]) or [])
     for more in ([], ["--template=auto"], ["--template=chat"]):
         with pytest.raises(SystemExit):                 # no run, no table
-            ablate.main([f"--model={base}", f"--data={base}/config.json", f"--out={tmp_path}/{more}", *more])
+            ablate.main([f"--model={base}", f"--data={data}", f"--out={tmp_path}/{more}", *more])
     assert [s.template for s in made] == ["paper", "paper", "chat-chatml"]
 
 
