@@ -157,6 +157,7 @@ def test_what_stands_beside_a_conversation():
     assert read({"prompt": "Why?", "response": "So.", "messages": MESSAGES}) == [(TURNS[:1], "", "So.")]
     assert read({"prompt": "Why", "messages": MESSAGES}) == read({}) == read({"id": "x"}) == NOTHING
     assert read({"text": "Tom ate.", "prompt": "Who?", "answer": "Tom"}) == NOTHING     # it is not repeated
+    assert read({"text": "Who? Tom", "prompt": "Who?", "answer": " Tom"}) != NOTHING
     twice = {"messages": [asked, said | {"weight": 0}, asked, said]}
     assert read(twice) == [([*TURNS, TURNS[0]], "", "So.")]
     said_beside = {"question": "Why?", "context": "x", "response": "So.", "system_prompt": "s"}

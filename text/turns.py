@@ -73,7 +73,7 @@ def parse_row(row):
     else:
         raise Unusable(f"it has {listed(list(row), ', ') or 'nothing'}: expected messages, or one of "
                        f"{', '.join(KEYS['prompt'])} with one of {', '.join(KEYS['answer'])} (or a --task)")
-    if all(turn.text in str(row.get("text")) for turn in parsed.turns):
+    if all(turn.text.strip() in str(row.get("text")) for turn in parsed.turns):
         read.add("text")                                # as in Alpaca: it repeats the rest
     refuse_others(row, read, "row")
     if not is_learned(row):
