@@ -182,7 +182,7 @@ def placed(device, dtype):
             raise RuntimeError("expected cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as problem:
-        raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]}") from None
+        raise ValueError(f"device {device!r} cannot be used: {str(problem).splitlines()[0]:.200}") from None
     return torch.device(device), DTYPES[dtype or ("bfloat16" if device.startswith("cuda") else "float32")]
 
 
