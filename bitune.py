@@ -90,7 +90,7 @@ class Bitune(nn.Module):
 
     def split(self, prompt):
         """Where the prompt ends: its ids as (context, opening of the answer stream). The last token opens
-        the stream, because its logits predict y[0]. Without prompt passes all tokens open it."""
+        the stream, because its logits predict y[0]. Of a method without passes, all tokens do."""
         if not prompt:
             raise ValueError("the prompt has no tokens: expected at least one, to predict the answer from")
         cut = len(prompt) - 1 if self.passes else 0
@@ -123,8 +123,8 @@ class Bitune(nn.Module):
     def encode(self, context, past=None):
         """What the prompt leaves in the cache: a Past with the keys and values of the context, behind those
         of an earlier past if there is one (None if there is neither). No gradient reaches q, o and MLP of
-        the last layer in the set "prompt": only K and V go on from here. As long as LoRA's B is zero, the
-        gradients of its A and of θ[0] are zero: both passes give layer 0 the same K and V."""
+        the last layer in the set "prompt": only K and V go on from here. While LoRA's B is zero, A has no
+        gradient, and θ[0] has none either, as both passes give layer 0 the same K and V."""
         if context.ids.shape[1] == 0:
             return past
         read = self.read(context, past)

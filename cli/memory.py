@@ -7,7 +7,7 @@ import torch
 from bitune import LOGITS
 from cli.process import out_of_memory
 from lora import fold
-from text.examples import length
+from text.examples import Example, length
 
 
 def free_bytes(device):
@@ -37,8 +37,8 @@ def bytes_kept(bitune, loss):
 
 def step_bytes(bitune, examples):
     """The bytes that a step on these examples at once takes beside the weights: what autograd keeps of the
-    forward pass (with checkpointing: each block's input, and all that one block keeps), and two times the
-    logits that are there at a time, since their probabilities are, too."""
+    forward pass (with checkpointing: each block's input, and all that one block keeps), and the logits that
+    are there at a time, with their probabilities."""
     model, c = bitune.model, bitune.model.config
     checkpointing, model.checkpointing = model.checkpointing, False
     activations = bytes_kept(bitune, lambda: bitune.losses(*zip(*examples)).sum())
@@ -51,12 +51,15 @@ def step_bytes(bitune, examples):
 
 
 def tokens_that_fit(bitune, examples, s):
-    """How many tokens, with padding, a micro-batch may have: as many as n of the longest example. n is at
+    """How many tokens, with padding, a micro-batch may have: n times those of the longest example. n is at
     most the batch size, and what --micro-batch-tokens has room for; without that flag it is halved until n
     times what one example takes, as measured, fits into the memory that gradients and moments leave. Then
     such a micro-batch runs forward and backward, for nothing: if memory is short all the same, it shows now
-    and not some night."""
+    and not some night. What several passes read takes most, so there all but one token is prompt."""
     longest, buffers = max(examples, key=length), [b.clone() for b in bitune.buffers()]
+    if bitune.mixes:
+        ids = longest.prompt + longest.answer
+        longest = Example(ids[:-1], ids[-1:])
     with torch.random.fork_rng([bitune.device] if bitune.device.type == "cuda" else []):
         n = s.batch_size
         if s.micro_batch_tokens:

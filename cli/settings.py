@@ -71,7 +71,7 @@ class Setting(NamedTuple):
     help: str
     form: dict
     default: object = None
-    may_change: bool = False    # when a run is resumed, as it does not change the result
+    may_change: bool = False    # when a run is resumed: where files are, and what leaves the result as it is
     group: str = "what"         # its heading in --help
 
 
@@ -115,7 +115,7 @@ SETTINGS = {
                             "else paper", TEMPLATE, "auto"),
         "max_length": Setting("longer examples are dropped (default: 512, or the model's)", number(int, 2)),
         "val_data": Setting("validation data (default: the last of --data)", text("FILE"), None, True),
-        "val_size": Setting("how many of the last of --data, at most a tenth; 0: none", number(int), 1000),
+        "val_size": Setting("validate on so many of the last of --data, at most a tenth", number(int), 1000),
     }),
     **group("optimisation", {
         "steps": Setting("optimizer steps", number(int, 1, 10**9), 3000),
@@ -243,7 +243,8 @@ def settings_of(typed):
 def resumed(typed):
     """The settings of the run that is resumed."""
     folder = typed["resume"]
-    table = {name: ((in_files(setting.form), None), None) for name, setting in SETTINGS.items()}
+    table = {name: ((in_files(s.form), None), None) if s.default is None else (in_files(s.form), ...)
+             for name, s in SETTINGS.items()}
     before = check_fields(read_settings(folder)[0], f"{folder}/settings.json", table)
     other = [flag(name) for name, value in typed.items() if not SETTINGS[name].may_change
              and name != "resume" and value != before.get(name)]

@@ -212,7 +212,7 @@ def test_as_many_tokens_go_at_a_time_as_fit(flags, tmp_path, monkeypatch, capsys
     losses, sizes, longest = Bitune.losses, [], 48
 
     def limited(self, prompts, answers):
-        sizes.append(len(prompts))
+        sizes.append(len(prompts) if len(answers[0]) == 1 else "in training")      # a trial is all prompt
         if len(prompts) > limit:
             raise torch.OutOfMemoryError("out of memory")
         return losses(self, prompts, answers)
@@ -337,6 +337,10 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     write_data(tmp_path / "data.jsonl", 41)
     assert "data.jsonl, or the validation data, has changed since" in bad("--resume", run)
     assert "has no settings.json" in bad("--resume", tmp_path / "nowhere")
+    saved = json.loads((run / "settings.json").read_text())
+    saved["settings"]["val_size"] = None
+    (run / "settings.json").write_text(json.dumps(saved))
+    assert "settings.json lacks val_size" in bad("--resume", run)
 
 
 def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypatch, capsys):
