@@ -26,12 +26,11 @@ from cli.terminal import Progress
 from experiments.compare import chosen, percent, report
 from experiments.cost import without_memory
 from experiments.evaluate import SCORED, SCORING, load_questions, score
-from files.checkpoint import read_config
+from files.checkpoint import load_tokenizer, read_config
 from files.disk import InUse, write_file
 from files.run import finished, logged, read_about, read_settings
 from lora import KINDS, add_adapter
 from text.examples import load_data, template_named
-from text.tokenizer import Tokenizer
 from text.words import digest, listed, read_json
 from train import finetune
 
@@ -183,7 +182,7 @@ def main(argv=None):
     if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
         raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
     base, out, template = common["model"], Path(args.out), common.get("template", "auto")
-    tokenizer, longest = Tokenizer.from_pretrained(base), read_config(base).max_length
+    tokenizer, longest = load_tokenizer(base), read_config(base).max_length
     template = "paper" if template == "auto" else template              # the tables' own, whatever the base
     common["template"] = template_named(template, tokenizer, "paper")
     tasks = tasks_of(args.evaluate, limit=args.limit, batch_size=args.eval_batch_size,

@@ -28,14 +28,13 @@ from cli.memory import ready_to_answer
 from cli.process import command, work
 from cli.settings import ASKED, SWITCH, Setting, new_parser, number, text, words
 from cli.terminal import Progress, clock
-from files.checkpoint import read_config
+from files.checkpoint import load_tokenizer, read_config
 from files.disk import json_bytes, lock_file, write_file
 from files.run import base_of, load_run, read_about
 from lora import LoRA
 from model import Llama, Past
 from text.examples import TEMPLATES, batches, encode_answer, encode_prompt, joined, stop_id
 from text.rows import TASKS, read_rows
-from text.tokenizer import Tokenizer
 from text.turns import learned_answers, parse_row
 from text.words import digest, read_json
 
@@ -242,7 +241,7 @@ def score(args, progress):
         raise ValueError("neither --model nor --adapter given: expected a checkpoint, or a run")
     own = args.adapter or read_about(args.model).get("whole") and args.model
     about, base = read_about(own) if own else {}, args.model or base_of(args.adapter)
-    template, tokenizer = about.get("template", "paper"), Tokenizer.from_pretrained(base)
+    template, tokenizer = about.get("template", "paper"), load_tokenizer(base)
     stop_ids = tokenizer.stop_ids | {stop_id(tokenizer, template)}
     questions, left_out = load_questions(args.data, args.task, tokenizer, template,
                                          read_config(base).max_length, args.limit, args.twice)
@@ -253,7 +252,7 @@ def score(args, progress):
     if file.exists():
         return file, read_json(file), [*map(json.loads, lines.read_text().splitlines())]
 
-    bitune, tokenizer, _, about = load_run(args.adapter, args.model, args.device, args.dtype)
+    bitune, _, _, _ = load_run(args.adapter, args.model, args.device, args.dtype)
     if args.forced_causal and not bitune.mixes:
         raise ValueError(f"method {bitune.method} mixes nothing: there is no α to set to 0")
     bitune = bitune.twin(CausalOnly) if args.forced_causal else bitune

@@ -164,13 +164,19 @@ def load_base(folder, device=None, dtype=None, bits=None):
     """The model of a checkpoint folder and its tokenizer, where and in what dtype `placed` says, its linears
     in 8 bits if so many are asked for."""
     device, dtype = placed(device, dtype)
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype, "cpu" if bits else device)
     if bits:
         eight_bits(model)
         model.to(device)
-    tokenizer.limit(model.config.vocab_size)
     return model, tokenizer
+
+
+def load_tokenizer(folder):
+    """The tokenizer of a checkpoint folder, without special tokens that the model does not have."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.limit(read_config(folder).vocab_size)
+    return tokenizer
 
 
 def placed(device, dtype):

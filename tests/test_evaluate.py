@@ -9,7 +9,7 @@ import torch
 
 from bitune import METHODS, Bitune
 from experiments import evaluate
-from test_commands import call, exits
+from test_commands import call, change, exits
 from text.examples import load_examples
 from text.rows import read_rows
 from tiny import ANSWERS, RAGGED, rewrite, tiny_bitune, write_checkpoint, write_run
@@ -270,6 +270,12 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
             ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
             ("base has no adapter_config.json", "--adapter", base, *arc)):
         assert message in exits(2, evaluate.main, argv, capsys), message
+    chat, names = tmp_path / "chat", {"256": "<s>", "257": "</s>", "300": "<|im_start|>", "301": "<|im_end|>"}
+    added = {i: {"content": name, "special": True} for i, name in names.items()}     # the model has 300 ids
+    change(write_checkpoint(chat) / "tokenizer_config.json", added_tokens_decoder=added)
+    write_run(tmp_path / "run", tiny_bitune(), chat, template="chat-chatml")
+    line = exits(2, evaluate.main, ["--adapter", tmp_path / "run", *arc], capsys)
+    assert "the tokenizer has no special token <|im_" in line
     rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))
     assert "of a choice is nan" in exits(1, evaluate.main, ["--model", base, *arc], capsys)
     assert shown == [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]
