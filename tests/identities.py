@@ -8,7 +8,6 @@ leaves as it is; a function make(dtype=...) of others like it; and a folder to w
 them all; none knows the name of a parameter.
 """
 
-from contextlib import suppress
 from functools import cache, partial
 
 import torch
@@ -17,7 +16,7 @@ from bitune import Tokens, adapter_sets
 from files.checkpoint import load_model, merged_tensors
 from files.disk import write_files
 from files.run import alpha_by_layer, base_of, load_bitune, load_state, state_bytes
-from lora import add_adapter, fold, linears
+from lora import add_adapter, linears
 from model import KVCache, Llama
 from text.examples import Example, batches
 from tiny import ANSWERS, LONG, RAGGED, write_checkpoint, write_run
@@ -319,10 +318,12 @@ def merged_is_unmerged(bitune, make, folder):
     mask = bitune.sight(positions, None)
     for name in model.sets:
         plain, before = Llama(model.config), model(ids, positions, mask, adapter=name)[0]
-        fold(model, name)
-        with suppress(ValueError):                  # where a plain model has no place for them
+        try:
             plain.load_state_dict(merged_tensors(model, name), assign=True)
-            assert_same(plain(ids, positions, mask)[0], before)
+        except ValueError as problem:               # a kind that makes a bias, say, where the base has none
+            assert "checkpoints have no place for it" in str(problem)
+            continue
+        assert_same(plain(ids, positions, mask)[0], before)
     assert_same(answer_logits(folded), answer_logits(bitune))
 
 
