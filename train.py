@@ -24,7 +24,7 @@ from files.checkpoint import load_base
 from files.disk import locked
 from files.run import Run, load_bitune
 from lora import KINDS, add_adapter
-from text.examples import batches, draw, length, load_data, template_named
+from text.examples import MAX_LENGTH, batches, draw, length, load_data, template_named
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def prepare(s):
     model, tokenizer = load_base(base, s.device, "float32" if whole else s.dtype, s.base_bits)
     model.checkpointing = s.checkpointing
     s.template = template_named(s.template, tokenizer, otherwise="paper")
-    s.max_length = s.max_length or min(512, model.config.max_length)
+    s.max_length = s.max_length or min(MAX_LENGTH, model.config.max_length)
     model.config.check_length(s.max_length)
     examples, val, dropped = load_data(s, tokenizer)
     torch.manual_seed(s.seed)

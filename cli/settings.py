@@ -18,7 +18,7 @@ from files.adapters import read_options
 from files.checkpoint import DTYPES
 from files.run import FULL, base_of, finished, read_about, read_settings
 from lora import KINDS, LoRA, add_adapter
-from text.examples import TEMPLATES
+from text.examples import MAX_LENGTH, TEMPLATES
 from text.rows import TASKS
 from text.words import check_fields, number_within, read_json
 
@@ -86,7 +86,8 @@ def kind_options():
         of = {kind: maker.options[name] for kind, maker in KINDS.items() if name in maker.options}
         option = next(iter(of.values()))
         names = isinstance(option.default, tuple)
-        shown = " or ".join({" ".join(o.default) if names else str(o.default): o for o in of.values()})
+        defaults = [" ".join(o.default) if names else str(o.default) for o in of.values()]
+        shown = " or ".join(dict.fromkeys(defaults))
         form = text("NAME", nargs="+") if names else number(type(option.default), option.low, option.high)
         found[name] = Setting(f"of {', '.join(of)}: {option.help} (default: {shown})", form)
     return found
@@ -113,7 +114,8 @@ SETTINGS = {
         "task": Setting("form of the data: rows, or a published task's", words(*TASKS), "rows"),
         "template": Setting("words around a row; chat: the model's own; auto: that, if it is one of chat-*, "
                             "else paper", TEMPLATE, "auto"),
-        "max_length": Setting("longer examples are dropped (default: 512, or the model's)", number(int, 2)),
+        "max_length": Setting(f"longer examples are dropped (default: {MAX_LENGTH}, or the model's)",
+                              number(int, 2)),
         "val_data": Setting("validation data (default: the last of --data)", text("FILE"), None, True),
         "val_size": Setting("validate on so many of the last of --data, at most a tenth", number(int), 1000),
     }),
@@ -280,6 +282,12 @@ def options(s, name):
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
+def check_bits(s):
+    """ValueError for a kind of adapters that 8 bits do not go with."""
+    if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
+        raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
+
+
 def check(s):
     """ValueError for settings with which training cannot begin."""
     if missing := [flag(name) for name in ("model", "data", "out") if not getattr(s, name)]:
@@ -296,8 +304,7 @@ def check(s):
     if not own and read_about(s.model).get("method", "causal") != "causal":
         raise ValueError(f"{s.model} is a run with prompt passes, which need more than its checkpoint: "
                          "expected a base model, or a run of method causal")
-    if s.base_bits and not issubclass(KINDS[s.peft], LoRA):
-        raise ValueError(f"--base-bits {s.base_bits} goes with --peft lora or dora, not with {s.peft}")
+    check_bits(s)
     if KINDS[s.peft].trains_base and s.targets and adapter_sets(s.method) == ["answer"]:
         raise ValueError(f"--targets: --peft {s.peft} trains all weights")
     if KINDS[s.peft].trains_base and s.dtype not in (None, "float32"):

@@ -30,7 +30,7 @@ from files.checkpoint import load_tokenizer, read_config
 from files.disk import InUse, write_file
 from files.run import finished, logged, read_about, read_settings
 from lora import KINDS, add_adapter
-from text.examples import load_data, template_named
+from text.examples import MAX_LENGTH, load_data, template_named
 from text.words import digest, listed, read_json
 from train import finetune
 
@@ -191,7 +191,7 @@ def main(argv=None):
         load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
     models = variants(args.methods, args.pefts, args.cs, common)
     baseline, runs = next(iter(models)), planned(models, args.lrs, args.seeds, common, out)
-    data = join(common, {"max_length": common.get("max_length", min(512, longest))})
+    data = join(common, {"max_length": common.get("max_length", min(MAX_LENGTH, longest))})
     now = digest(load_data(data, tokenizer)[:2])
     begun = [s.out for s in runs.values() if (Path(s.out) / "settings.json").exists()]
     if others := [run for run in begun if read_settings(run)[1]["data_hash"] != now]:

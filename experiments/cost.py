@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitune import Bitune, adapter_sets, sample_token
 from cli.memory import step_bytes
 from cli.process import command
-from cli.settings import SETTINGS, Setting, new_parser, number, words
+from cli.settings import SETTINGS, Setting, check_bits, new_parser, number, words
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
-from lora import KINDS, LoRA, add_adapter
+from lora import KINDS, add_adapter
 from model import KVCache, Llama
 from text.examples import Example
 
@@ -216,8 +216,7 @@ def main(argv=None):
     args = new_parser(__doc__, flags).parse_args(argv)
     if args.card and args.checkpointing:
         raise ValueError("--card counts steps without --checkpointing: give one of the two")
-    if args.base_bits and not issubclass(KINDS[args.peft], LoRA):
-        raise ValueError(f"--base-bits goes with --peft lora or dora, not with {args.peft}")
+    check_bits(args)
     print_table(on_card(args) if args.card else in_training(args))
 
 

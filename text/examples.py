@@ -15,6 +15,8 @@ from text.rows import read_rows
 from text.turns import Unusable, learned_answers, parse_row
 from text.words import listed
 
+MAX_LENGTH = 512        # tokens of an example, as in the paper, where the model reads so many
+
 
 class Example(NamedTuple):
     prompt: list        # token ids, BOS first where the model has one
@@ -146,6 +148,7 @@ def encode_row(row, tokenizer, template, max_length):
             if template not in CHATS and row.start is None and i < len(row.turns) - 1:
                 raise Unusable("an earlier answer, which is learned by chat markup alone")
             if len(prompt) < max_length:            # else all later ones are too long as well
+                # The answer first: where it is refused, the prompt stays short, and the next one is tried.
                 said = encode_answer(tokenizer, template, answer.text, answer.thoughts)
                 prompt = encode_prompt(tokenizer, template, turns, row.input, encode)
             if len(prompt) + len(said) > max_length:

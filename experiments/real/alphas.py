@@ -18,7 +18,7 @@ from cli.terminal import Progress
 from experiments.compare import markdown
 from files.run import load_run
 from lora import add_adapter
-from text.examples import batches, load_examples
+from text.examples import MAX_LENGTH, batches, load_examples
 from train import validate
 
 PARTS = 6           # of the layers
@@ -55,7 +55,7 @@ def main(argv=None):
         bitune = Bitune(bitune.model)
     elif not bitune.mixes:
         raise ValueError(f"{args.adapter} (method {bitune.method}) mixes nothing")
-    template, longest = about.get("template", "paper"), min(512, bitune.model.config.max_length)
+    template, longest = about.get("template", "paper"), min(MAX_LENGTH, bitune.model.config.max_length)
     examples = load_examples(args.data, tokenizer, template, longest, args.task)[0][-args.n:]
     layers, progress = range(bitune.model.config.num_hidden_layers), Progress()
     scaled = bitune.twin(Scaled)
