@@ -186,12 +186,12 @@ def add_adapter(model, name, kind="lora", targets=(), **options):
     `is_target`), and freeze the base; returns the adapters by path. ValueError for an unknown name."""
     maker, layers, first = KINDS[kind], linears(model), not model.sets
     names = {path.split(".")[-1] for path in layers}
-    lists = {n for key, option in maker.options.items() if isinstance(option.default, tuple)
-             for n in set(options.get(key, ())) - set(option.default)}
-    if unknown := " or ".join(sorted((set(targets) - set(layers) | lists) - names)):
+    options = {key: option.default for key, option in maker.options.items()} | options
+    lists = [(options[key], o.default) for key, o in maker.options.items() if isinstance(o.default, tuple)]
+    asked = {n for given, usual in lists for n in given if n not in usual} | set(targets) - set(layers)
+    if unknown := " or ".join(sorted(asked - names)):
         raise ValueError(f"no linear is named {unknown}: expected {', '.join(sorted(names))}")
     targets = targets or [name for name in names if is_target(name)]
-    options = {key: option.default for key, option in maker.options.items()} | options
     model.sets[name] = kind, options
     if first:
         model.requires_grad_(maker.trains_base)

@@ -45,8 +45,8 @@ def step_bytes(bitune, examples):
     model.checkpointing = checkpointing
     if checkpointing:
         tokens = sum(max(1, len(bitune.passes)) * len(e.prompt) + len(e.answer) for e in examples)
-        size = model.model.embed_tokens.weight.element_size()
-        activations = activations // c.num_hidden_layers + c.num_hidden_layers * tokens * c.hidden_size * size
+        width, L = c.hidden_size * model.model.embed_tokens.weight.element_size(), c.num_hidden_layers
+        activations = activations // L + L * tokens * width
     return activations + 2 * 4 * min(LOGITS, sum(len(e.answer) for e in examples) * c.vocab_size)
 
 

@@ -33,9 +33,10 @@ def command(main):
     """A decorator for the main of a command: it ends as the head of this file says."""
     @wraps(main)
     def ends(argv=None):
-        for stream in (sys.stdin, sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):                  # what a terminal cannot show ends no run
-                stream.reconfigure(errors="strict" if stream is sys.stdin else "replace")
+        # What a terminal cannot show ends no run; what comes in and is no text is not made to be one.
+        for stream, errors in (sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace"):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors=errors)
         try:
             main(argv)
             return sys.stdout.flush() if sys.stdout else None

@@ -88,7 +88,7 @@ def announce(run):
     shown = lambda values: ", ".join(f"{k} {v}" for k, v in values.items() if v is not None)
     derived = run.derived | {"dropped": dict(counts)}
     for text in (f"settings: {shown(vars(run.settings))}", f"derived: {shown(derived)}",
-                 *(f"dropped of {file}: {dropped_in_words(rows)}" for file, rows in dropped.items() if rows)):
+                 *(f"dropped of {file}: {dropped_in_words(own)}" for file, own in dropped.items() if own)):
         print(textwrap.fill(text, 110, subsequent_indent="  "))
     print(template_in_words(run.settings.template, run.tokenizer))
     prompt, answer = run.examples[0]

@@ -104,8 +104,8 @@ class Tokenizer:
         path = Path(path)
         files = [f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()]
         if not files:
-            lacks = "has no tokenizer.json and no tokenizer.model" if path.exists() else "is not a folder here"
-            raise ValueError(f"{path} {lacks}: expected a Hugging Face checkpoint")
+            what = "has no tokenizer.json and no tokenizer.model" if path.exists() else "is not a folder here"
+            raise ValueError(f"{path} {what}: expected a Hugging Face checkpoint")
         file = files[0]
         config, special, generation, model = (
             read_json(file.parent / f"{name}.json", absent={})
