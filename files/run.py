@@ -307,7 +307,7 @@ class Run:
     def log_validation(self, result):
         """Log it, with α layer by layer; returns what is logged. With --keep best, the save that has the
         lowest loss stays in the folder best/."""
-        best = min((loss for step, loss in self.validated.items() if step), default=math.inf)     # 0: the base
+        best = min((loss for step, loss in self.validated.items() if step), default=math.inf)   # 0: the base
         self.validated[self.at] = result["loss"]
         if self.writes and self.settings.keep == "best" and self.at and result["loss"] < best:
             with locked(self.folder / "best"):

@@ -167,7 +167,7 @@ def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, cap
     assert "--evaluate arc=: expected TASK=FILE" in bad("--evaluate", "arc")
     assert "a row of piqa has 'goal'" in bad("--evaluate", f"piqa={tmp_path / 'arc.jsonl'}")
     assert "invalid choice: 'causal'" in bad("--methods", "causal")
-    assert "nowhere is not a folder here" in bad("--model", "nowhere")
+    assert "nowhere is no folder here" in bad("--model", "nowhere")
     assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
     assert "--model not given" in exits(2, ablate.main, ["--out", "x", "--data", "y"], capsys)
     (tmp_path / "hard").mkdir()

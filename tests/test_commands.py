@@ -286,7 +286,7 @@ def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, ca
 def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, capsys):
     bad = lambda *more: exits(2, train.main, flags(*more), capsys)
     assert "--model, --out not given" in exits(2, train.main, ["--data", "x"], capsys)
-    assert "nowhere is not a folder here" in bad("--model", "nowhere")
+    assert "nowhere is no folder here" in bad("--model", "nowhere")
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
     assert "argument --rank: 0 is out of range: expected a whole number from 1 to 65536" in bad("--rank", 0)
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")

@@ -266,7 +266,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
             ("neither --model nor --adapter", *arc),
             ("invalid choice: 'ultrafeedback'", "--task", "ultrafeedback"),
             ("No such file", "--model", base, *arc, "--data", none),
-            ("none is not a folder here", "--model", none, "--adapter", whole, *arc),
+            ("none is no folder here", "--model", none, "--adapter", whole, *arc),
             ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
             ("base has no adapter_config.json", "--adapter", base, *arc)):
         assert message in exits(2, evaluate.main, argv, capsys), message

@@ -104,7 +104,7 @@ class Tokenizer:
         path = Path(path)
         files = [f for f in (path, path / "tokenizer.json", path / "tokenizer.model") if f.is_file()]
         if not files:
-            what = "has no tokenizer.json and no tokenizer.model" if path.exists() else "is not a folder here"
+            what = "has no tokenizer.json and no tokenizer.model" if path.exists() else "is no folder here"
             raise ValueError(f"{path} {what}: expected a Hugging Face checkpoint")
         file = files[0]
         config, special, generation, model = (
