@@ -107,10 +107,13 @@ def run_one(key, s, tasks, common):
     name, lr, seed = key
     title = f"{name}  lr {lr:g}  seed {seed}"
     if not finished(s.out):
-        if (Path(s.out) / "state.safetensors").exists():
-            may = {key: value for key, value in common.items() if SETTINGS[key].may_change}
-            s = settings_of({"resume": s.out} | may)
-        finetune(s, Progress(title))
+        may = {key: value for key, value in common.items() if SETTINGS[key].may_change}
+        begun = (Path(s.out) / "state.safetensors").exists()
+        try:
+            finetune(settings_of({"resume": s.out} | may) if begun else s, Progress(title))
+        except ValueError:
+            if not finished(s.out):         # else another process has just ended it
+                raise
     settings, derived = read_settings(s.out)
     log = logged(Path(s.out) / "log.jsonl", settings["steps"])
     validations = [r for r in log if "val_loss" in r]

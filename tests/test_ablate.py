@@ -95,6 +95,10 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, capsys
     assert [row[4] for row in cells(tables.read_text())] == [row[4] for row in before]
     assert log.read_text().splitlines(keepends=True)[-1] == lines[-1]
 
+    finished, seen = ablate.finished, set()                     # each run ends by another process just now
+    monkeypatch.setattr(ablate, "finished", lambda run: finished(run) if run in seen else seen.add(run))
+    assert made("--limit", "1")[0] == 0 and len(seen) == 6
+
     write_data(tmp_path / "data.jsonl", 41)
     line = exits(2, ablate.main, [*argv, "--methods", "bitune", "naive-bidir"], capsys)
     assert "trained on other data than these: " in line
