@@ -4,6 +4,7 @@ of a conversation, and conversations that go on."""
 import hashlib
 import io
 import json
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
@@ -20,7 +21,8 @@ from identities import assert_same
 from test_commands import at_step, exits, stop
 from test_evaluate import write_rows
 from text.chat import CHATS, KNOWN
-from text.examples import TEMPLATES, encode_answer, encode_prompt, load_examples, stop_id, template_named
+from text.examples import TEMPLATES, encode_answer, encode_prompt, load_data, load_examples, stop_id
+from text.examples import template_named
 from text.tokenizer import Tokenizer
 from tiny import tiny_bitune, tokenizer_of, write_checkpoint, write_run
 
@@ -182,6 +184,16 @@ def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
     for longest in (100, 3):                    # of which the first question alone is too long
         with pytest.raises(ValueError, match="2 'reasoning_content', for which the template has no place"):
             load_examples(data, tokenizer, "chat-chatml", longest)
+
+
+@pytest.mark.parametrize("size, validated", [(4, 3), (3, 3), (2, 2), (0, 0)])
+def test_a_conversation_is_on_one_side_of_the_split(size, validated, tmp_path):
+    tokenizer = tokenizer_of(chats.small("chat-chatml"), tmp_path)
+    rows = [*["ab"] * 34, "abcdef", *["cd"] * 3]                # 40 examples, of which 4 may be validated on
+    s = Namespace(data=write_rows(tmp_path / "data", [messages(*row) for row in rows]), val_data=None,
+                  val_size=size, template="chat-chatml", max_length=100, task="rows")
+    examples, val, _ = load_data(s, tokenizer)
+    assert len(val) == validated and len(examples) == 40 - validated
 
 
 def test_a_long_conversation_is_encoded_once(tmp_path, monkeypatch):

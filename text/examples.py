@@ -126,6 +126,9 @@ def load_data(s, tokenizer):
         val, more = load_examples(s.val_data, tokenizer, s.template, s.max_length, s.task)
         return examples, val, {s.data: dropped, s.val_data: more}
     n = len(examples) - min(s.val_size, len(examples) // 10)
+    goes_on = lambda a, b: len(a.prompt) < len(b.prompt) and b.prompt[:len(a.prompt)] == a.prompt
+    while 0 < n < len(examples) and goes_on(*examples[n - 1:n + 1]):        # one conversation, on one side
+        n += 1
     return examples[:n], examples[n:], {s.data: dropped}
 
 
