@@ -55,8 +55,7 @@ def pad(lists, fill, device):
 
 def send(numbers, device):
     """Whole numbers as a tensor on a device, without waiting until a GPU is through with its work."""
-    waits_not = torch.device(device).type == "cuda"
-    return torch.as_tensor(numbers, dtype=torch.long).to(device, non_blocking=waits_not)
+    return torch.as_tensor(numbers, dtype=torch.long).to(device, non_blocking="cuda" in str(device))
 
 
 class Bitune(nn.Module):

@@ -116,7 +116,7 @@ class Past:
                     torch.cat((self.positions, positions), dim=1))
 
 
-class KVCache:
+class KVCache(Past):
     """A Past for decoding, where no gradient flows: buffers of `size` tokens, filled without copying."""
 
     def __init__(self, past, size):
@@ -125,9 +125,6 @@ class KVCache:
         for i, (k, v) in enumerate(past.layers):
             self.join(i, k, v)
         self.advance(past.positions)
-
-    def __len__(self):
-        return self.positions.shape[1]
 
     def join(self, layer, k, v):
         assert not torch.is_grad_enabled(), "KVCache overwrites its buffers: use Past while gradients flow"

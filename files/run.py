@@ -227,11 +227,12 @@ def load_state(path, bitune, optimizer):
         for name in have:
             if name.startswith("adamw."):
                 _, key, of = name.split(".", 2)
-                assert key == "step" or have[name].shape == shapes[of]
+                if key != "step" and have[name].shape != shapes[of]:
+                    raise ValueError
                 moments.setdefault(names.index(of), {})[key] = have[name]
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
         return int(have["step"])
-    except (KeyError, TypeError, RuntimeError, ValueError, AssertionError):
+    except (KeyError, TypeError, RuntimeError, ValueError):
         raise ValueError(f"{path} is damaged, or another model's") from None
 
 
