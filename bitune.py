@@ -138,9 +138,8 @@ class Bitune(nn.Module):
 
     def mix(self, read, positions):
         """The keys and values of the cache, from those that each pass has read at `positions` (B, T).
-        Hidden states never meet: all that the second reading has to say, it says here. RoPE has turned the
-        keys already. The two that are mixed stand at one position and are turned by one angle, so that to
-        mix turned keys is to turn mixed ones."""
+        Hidden states never meet: all that the second reading has to say, it says here. RoPE has turned both
+        keys already, of one position by one angle, so that to mix turned keys is to turn mixed ones."""
         causal, second = read
         alpha = self.alpha(read, positions)
         return [(blend(alpha["key"][layer], k_c, k_b), blend(alpha["value"][layer], v_c, v_b))

@@ -112,8 +112,7 @@ class DoRA(LoRA):
         return self.lora_magnitude_vector / norm
 
     def forward(self, x, linear):
-        y = linear.product(x)
-        y = (self.gain(linear) * torch.add(y, self.low_rank(x), alpha=self.s)).to(y.dtype)
+        y = (self.gain(linear) * torch.add(linear.product(x), self.low_rank(x), alpha=self.s)).to(x.dtype)
         return y if linear.bias is None else y + linear.bias
 
     def merged(self, linear):
