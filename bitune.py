@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import NONE, KVCache, Past, may_attend
+from model import NONE, KVCache, extended, may_attend
 
 # A method is how the prompt is read: each of its passes is (what a token sees, adapter set). What two passes
 # leave is mixed, what one leaves is not; without any, the prompt is read with the answer, causally.
@@ -128,7 +128,7 @@ class Bitune(nn.Module):
             return past
         read = self.read(context, past)
         new = self.mix(read, context.positions) if self.mixes else read[0]
-        return past.extended(new, context.positions) if past else Past(new, context.positions)
+        return extended(past, new, context.positions)
 
     def read(self, context, past=None):
         """What each pass makes of the context: L pairs (k, v), (B, G, T, D) each."""
@@ -149,16 +149,16 @@ class Bitune(nn.Module):
 
     def answer_pass(self, prompts, answers, past=None):
         """The answer stream's states (B, T', C), of which the head makes logits; labels (B, T') on the CPU,
-        the answer token that each state should predict, or -100; the indices of those that have one; and the
-        Past of context and stream. past: that of the contexts, where they have been read already."""
+        the answer token that each state should predict, or -100; the indices of those that have one; and of
+        what `extended` makes the Past of context and stream. past: the contexts', if they are read already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # opening tokens that predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]
         at = tuple(send((labels >= 0).nonzero().T, self.device))
-        past = past or self.encode(context)
+        past = self.encode(context) if past is None else past
         sees = self.sight(stream.positions, past)
         x, new = self.model.states(*stream, sees, past, self.answer_set, slice(min(before), None))
-        return x, labels, at, past.extended(new, stream.positions) if past else Past(new, stream.positions)
+        return x, labels, at, (past, new, stream.positions)
 
     def forward(self, prompts, answers):
         """Logits (B, T', V) and labels (B, T') for lists of prompt ids and of answer ids."""
@@ -193,9 +193,9 @@ class Bitune(nn.Module):
         max_new_tokens = min(max_new_tokens, config.max_length - longest)
         generator = torch.Generator(self.device).manual_seed(seed)
 
-        x, _, at, past = self.answer_pass(prompts, [[0]] * len(prompts))        # [0] stands for y[0]
+        x, _, at, read = self.answer_pass(prompts, [[0]] * len(prompts))        # [0] stands for y[0]
         logits = self.model.head(x[at])                                                       # (B, V)
-        cache, rows = KVCache(past, len(past) + max_new_tokens), list(range(len(prompts)))      # not ended
+        cache, rows = KVCache(extended(*read), max_new_tokens), list(range(len(prompts)))       # not ended
         positions = send([[len(p)] for p in prompts], self.device)                            # (B, 1)
         for step in range(max_new_tokens):
             token = sample_token(logits, temperature, top_k, top_p, generator)                # (B,)

@@ -110,17 +110,19 @@ class Past:
         past_k, past_v = self.layers[layer]
         return torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
 
-    def extended(self, new, positions):
-        """A Past with the new (k, v) of each layer behind its own."""
-        return Past([self.join(i, *kv) for i, kv in enumerate(new)],
-                    torch.cat((self.positions, positions), dim=1))
+
+def extended(past, new, positions):
+    """A Past with the new (k, v) of each layer behind those of a past, if there is one."""
+    if past is None:
+        return Past(new, positions)
+    return Past([past.join(i, *kv) for i, kv in enumerate(new)], torch.cat((past.positions, positions), dim=1))
 
 
 class KVCache(Past):
-    """A Past for decoding, where no gradient flows: buffers of `size` tokens, filled without copying."""
+    """A Past for decoding, where no gradient flows: buffers with room for `more` tokens, filled without copying."""
 
-    def __init__(self, past, size):
-        self.positions = past.positions[:, :0]
+    def __init__(self, past, more):
+        self.positions, size = past.positions[:, :0], len(past) + more
         self.buffers = [tuple(t.new_empty(*t.shape[:2], size, t.shape[3]) for t in kv) for kv in past.layers]
         for i, (k, v) in enumerate(past.layers):
             self.join(i, k, v)

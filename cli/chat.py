@@ -3,7 +3,7 @@
 from os.path import commonprefix
 
 from bitune import Bitune, Tokens
-from model import NONE, Past
+from model import NONE, Past, extended
 from text.chat import CHATS
 
 
@@ -51,7 +51,7 @@ class Alternating(Bitune):
             said = part(stays, known)
             mask = self.sight(said.positions, past)
             _, new = self.model.states(*said, mask, past, self.answer_set, NONE)
-            past = past.extended(new, said.positions) if past else Past(new, said.positions)
+            past = extended(past, new, said.positions)
         self.past, self.read_ids = super().encode(part(known, None), past), ids
         return self.past
 

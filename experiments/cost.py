@@ -26,7 +26,7 @@ from cli.settings import SETTINGS, Setting, check_bits, new_parser, number, word
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
 from lora import KINDS, add_adapter
-from model import KVCache, Llama
+from model import KVCache, Llama, extended
 from text.examples import Example
 
 
@@ -124,15 +124,16 @@ def step_work(bitune, examples):
 def answer_work(bitune, P, A):
     """The same of the first token of an answer to P tokens, and of the last one of A tokens."""
     def first():
-        x, _, at, _ = bitune.answer_pass([[0] * P], [[0]])
+        x, _, at, read = bitune.answer_pass([[0] * P], [[0]])
+        extended(*read)
         sample_token(bitune.model.head(x[at]), 0.0, 0, 1.0, None)
 
     def last():
         logits, _ = bitune.model(place, place, None, cache, bitune.answer_set)
         sample_token(logits[:, -1], 0.0, 0, 1.0, None)
 
-    *_, past = bitune.answer_pass([[0] * P], [[0] * A])
-    cache, place = KVCache(past, P + A), past.positions[:, -1:]
+    past = extended(*bitune.answer_pass([[0] * P], [[0] * A])[-1])
+    cache, place = KVCache(past, 1), past.positions[:, -1:]
     return work_of(bitune, first), work_of(bitune, last)
 
 

@@ -17,7 +17,7 @@ from files.checkpoint import load_model, merged_tensors
 from files.disk import write_files
 from files.run import alpha_by_layer, base_of, load_bitune, load_state, state_bytes
 from lora import add_adapter, linears
-from model import KVCache, Llama
+from model import KVCache, Llama, extended
 from text.examples import Example, batches
 from tiny import ANSWERS, LONG, RAGGED, write_checkpoint, write_run
 from train import make_optimizer, train_step
@@ -63,8 +63,9 @@ def cached_is_uncached(bitune, make, folder):
         logits = answer_logits(bitune, [prompt], [answer])[0]       # one pass, nothing cached
         assert logits.argmax(-1).tolist() == answer
         with torch.inference_mode():
-            x, _, _, past = bitune.answer_pass([prompt], [[0]])
-            kept, steps = KVCache(past, len(past) + 5), [bitune.model.head(x)[0, -1]]
+            x, _, _, read = bitune.answer_pass([prompt], [[0]])
+            past = extended(*read)
+            kept, steps = KVCache(past, 5), [bitune.model.head(x)[0, -1]]
             for n, token in enumerate(answer[:-1]):
                 token, at = torch.tensor([[token]]), torch.tensor([[len(prompt) + n]])
                 row, _ = bitune.model(token, at, bitune.sight(at, kept), kept, bitune.answer_set)

@@ -18,6 +18,7 @@ from cli.chat import conversation
 from experiments import ablate, evaluate
 from experiments.evaluate import load_questions, score_text
 from identities import assert_same
+from model import extended
 from test_commands import at_step, exits, stop
 from test_evaluate import write_rows
 from text.chat import CHATS, KNOWN
@@ -262,7 +263,7 @@ def test_what_was_read_and_answered_stays():
     n, m = len(FIRST) - 1, len(FIRST) + len(said)
     assert_same(first(again, n), before)
     with torch.inference_mode():                # what the answer pass made of its tokens
-        *_, past = bitune.answer_pass([FIRST], [said + [0]])
+        past = extended(*bitune.answer_pass([FIRST], [said + [0]])[-1])
     assert_same(first(again, m, start=n), first(past.layers, None, start=n))
     assert again[0][0].shape == fresh[0][0].shape and (again[1][0] - fresh[1][0]).abs().max() > 1e-3
     other = FIRST[:4] + [99] + NEXT             # goes on otherwise: new from there on
@@ -278,7 +279,7 @@ def chat_model(folder, name, **config):
 def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch):
     known("chat-chatml")
     base, run = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run"
-    data = write_rows(tmp_path / "data", [messages("a", f"{n}", "b", "c") for n in range(9)])
+    data = write_rows(tmp_path / "data", [messages("a", f"{n}", "b", "c") for n in range(10)])
     monkeypatch.setattr(train, "train_step", at_step(train.train_step, 1, stop))
     with pytest.raises(SystemExit):
         train.main([f"--model={base}", f"--data={data}", f"--out={run}", "--steps=2"])
@@ -286,7 +287,7 @@ def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch
     said = capsys.readouterr().out
     assert said.count("template chat-chatml: the model's own chat markup\n") == 2
     assert json.loads((run / "bitune.json").read_text())["template"] == "chat-chatml"
-    assert json.loads((run / "settings.json").read_text())["derived"]["train_examples"] == 17
+    assert json.loads((run / "settings.json").read_text())["derived"]["train_examples"] == 18
 
     asked, begun = [], [("system", "s"), ("user", "d")]
     monkeypatch.setattr(sample, "encode_prompt", lambda *a: asked.append(a[2]) or encode_prompt(*a))

@@ -54,7 +54,7 @@ def test_the_context_runs_no_more_than_it_must():
 
 def test_a_cache_overwrites_only_where_no_gradient_flows():
     with pytest.raises(AssertionError, match="use Past while gradients flow"):
-        KVCache(Past([(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))], AT[:, :3]), 8)
+        KVCache(Past([(torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4))], AT[:, :3]), 5)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------
