@@ -83,8 +83,11 @@ def test_what_stands_beside_a_tokenizer_json_counts_as_in_transformers(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<s>"}}')
     eos = lambda **config: tokenizer_of(spec, tmp_path, eos_token="</s>", **config).eos_id
     assert (eos(), eos(added_tokens_decoder={})) == (0, 1)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"</s>": 1, "<new>": n}))
+    assert ids("x <new>x", added_tokens_decoder=more) == [x, n, x]
     for config, message in (({"added_tokens_decoder": {str(n + 1): new}}, f"and would get {n}"),
-                            ({"add_prefix_space": True}, "lacks the add_prefix_space True")):
+                            ({"add_prefix_space": True}, "lacks the add_prefix_space True"),
+                            ({}, "added_tokens.json adds '<new>', tokenizer.json does not")):
         with pytest.raises(ValueError, match=message):
             ids("x", **config)
 

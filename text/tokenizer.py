@@ -107,16 +107,20 @@ class Tokenizer:
             what = "has no tokenizer.json and no tokenizer.model" if path.exists() else "is no folder here"
             raise ValueError(f"{path} {what}: expected a Hugging Face checkpoint")
         file = files[0]
-        config, special, generation, model = (
-            read_json(file.parent / f"{name}.json", absent={})
-            for name in ("tokenizer_config", "special_tokens_map", "generation_config", "config"))
-        config |= {} if "added_tokens_decoder" in config else special       # as transformers has it
+        config, special, more, generation, model = (
+            read_json(file.parent / f"{name}.json", absent={}) for name in (
+                "tokenizer_config", "special_tokens_map", "added_tokens", "generation_config", "config"))
+        old = "added_tokens_decoder" not in config          # then two other files count, as in transformers
+        config |= special if old else {}
         try:
             tokenizer = (read_tokenizer_json if file.suffix == ".json" else read_tiktoken)(file, config)
         except ValueError as error:
             raise ValueError(f"{file} cannot be used: {error}") from None
 
-        ids = tokenizer.vocab | tokenizer.added | tokenizer.special
+        added = tokenizer.added | tokenizer.special
+        if odd := [token for token, i in more.items() if old and added.get(token) != i]:
+            raise ValueError(f"{file.parent}: added_tokens.json adds {odd[0]!r:.60}, {file.name} does not")
+        ids = tokenizer.vocab | added
         tokens = config.get("bos_token"), config.get("eos_token")   # null, "</s>", {"content": "</s>", ...}
         bos, eos = (token.get("content") if isinstance(token, dict) else token for token in tokens)
         if not fits(bos, (str, None)) or not fits(eos, (str, None)) or eos not in (None, *ids):
