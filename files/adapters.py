@@ -154,13 +154,12 @@ def load_adapter(model, name, folder):
 
 
 def named_as_wanted(model, want, have, folder):
-    """The tensors `have` of a file under the names of `want`, as PEFT reads them: one part more in a name
-    (the set's, or "weight") is dropped. The base's own tensors may have been saved along; ValueError if they
-    are not the base's."""
+    """The tensors `have` of a file under the names of `want`: PEFT knows some with "default", its name of a
+    set, or with "weight", too. The base's own tensors may have been saved along; ValueError if they are not
+    the base's."""
     base, settled = model.state_dict(), {}
     for name, tensor in have.items():
-        parts = name.split(".")
-        shorter = [".".join(parts[:i] + parts[i + 1:]) for i in range(len(parts))]
+        plain = re.sub(r"\.default(?=\.weight$)|(?<=ia3_l)\.default$|(?<=_vector)\.weight$", "", name)
         own = name.removeprefix(f"{PREFIX}model.")
         if own == "lm_head.weight" and own not in base:             # of a tied base: it is the embedding
             own = "model.embed_tokens.weight"
@@ -170,5 +169,5 @@ def named_as_wanted(model, want, have, folder):
                 raise ValueError(f"{folder} brings its own {own}, which is not supported: expected the "
                                  "base's")
             continue
-        settled[next((n for n in [name, *shorter] if n in want), name)] = tensor
+        settled[plain if plain in want else name] = tensor
     return settled

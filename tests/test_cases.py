@@ -159,6 +159,8 @@ LORA_A = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight".forma
     ({"modules_to_save": ["x"], "bias": "all"}, "has the modules_to_save .'x'., expected null or false"),
     (lambda tensors: tensors.pop(LORA_A(0)), "missing .*layers.0.self_attn.q_proj.lora_A"),
     (lambda tensors: tensors.update({LORA_A(9): torch.zeros(4, 32)}), "unexpected .*layers.9"),
+    (lambda tensors: tensors.update({LORA_A(0)[:-6] + "mine.weight": tensors.pop(LORA_A(0))}),
+     "missing .*layers.0.self_attn.q_proj.lora_A"),
     (lambda tensors: tensors.update({HEAD: torch.ones(300, 32)}), "brings its own lm_head.weight"),
     (dict.clear, "no tensors"),
 ])
