@@ -24,6 +24,7 @@ def changed(folder, **parts):
 DIGITS = {"type": "Sequence", "pretokenizers": [     # SmolLM2's
     {"type": "Digits", "individual_digits": True},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}
+NO_HALF = {"type": "Replace", "pattern": {"Regex": r"\p{Cs}"}, "content": ""}    # of a character, that is
 ADDED = [{"id": 260 + i, "content": content} for i, content in enumerate(["<x>", "<x><x>"])]
 
 
@@ -38,6 +39,7 @@ ADDED = [{"id": 260 + i, "content": content} for i, content in enumerate(["<x>",
     ("Ġ Ġ,1 2", {"pre_tokenizer": DIGITS}, "a  12", "a ĠĠ 1 2"),    # cut off before the spaces are seen
     ("Ġ Ġ,1 2", {"pre_tokenizer": DIGITS}, "a  b", "a Ġ Ġ b"),
     ("a b", {"added_tokens": ADDED}, "a<x><x><x>b", "a <x><x> <x> b"),
+    ("a b", {"normalizer": NO_HALF}, "ab", "ab"),
 ])
 def test_only_listed_pairs_are_merged_in_their_order(merges, parts, text, pieces, tmp_path):
     """As tokenizers 0.23.3 has it. (The ids are in another order than the merges.)"""
@@ -56,6 +58,7 @@ def test_only_listed_pairs_are_merged_in_their_order(merges, parts, text, pieces
     ({"pre_tokenizer": {"type": "BertPreTokenizer"}}, "its pre_tokenizer BertPreTokenizer is not"),
     ({"decoder": {"type": "WordPiece"}}, "its decoder WordPiece is not supported"),
     ({"normalizer": {"type": "NFC", "form": "D"}}, "its NFC has form, which is not known here"),
+    ({"normalizer": {"type": "Replace", "pattern": {"Regex": r"\p{Word}"}, "content": ""}}, "otherwise"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": 1}}, "the add_prefix_space 1, expected"),
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "wrap": 1}}, "its model has wrap"),
     ({"added_tokens": [{"id": 300, "content": "<x>"}]}, "has the id 300, and would get 272"),

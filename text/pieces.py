@@ -67,11 +67,12 @@ def ranges(escape):
     escape = {"[:space:]": r"\s", "[:digit:]": r"\d"}.get(escape, escape)
     codes = np.frombuffer(characters(escape).encode("utf-32-le"), "<u4").astype(int)
     last = np.flatnonzero(np.diff(codes, append=-2) != 1)
-    first = np.concatenate([[0], last[:-1] + 1])
-    return "".join(f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(codes[first], codes[last]))
+    first = np.flatnonzero(np.diff(codes, prepend=-2) != 1)
+    spans = (f"\\U{a:08x}-\\U{b:08x}" for a, b in zip(codes[first], codes[last]))
+    return "".join(spans) or r"\ud800"          # such as \p{Cs}: no text has half of a character
 
 
-CLASS = r"(?:\\[pP]\{\^?\w+\}|\\[sSdD]|(?!\A)\[:(?:space|digit):\])"
+CLASS = r"(?:\\[pP]\{\^?(?!(?i:graph|print|word)\})\w+\}|\\[sSdD]|(?!\A)\[:(?:space|digit):\])"
 # What Python reads in a regular expression as Oniguruma does, once classes are spelt out: part by part.
 READ = re.compile("|".join([
     rf"\[(?!\^?\])\^?(?:{CLASS}(?!-)|(?!&&|-{CLASS})(?:\\[nrtfv\W_]|[^\[\]\\]))+\]",        # a set

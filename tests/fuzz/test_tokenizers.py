@@ -20,7 +20,7 @@ PATTERNS = [        # of published files, then what engines of regular expressio
       r" ^\s+ \s+$ \A. \A\s* .\z \s*\Z \R \X \t"
       r" (?<=a)l (?<!\s)t \bt \b \s++t (?>\s+)\S [[:space:]]+ [[:alpha:]] [[:punct:]]"
       r" \h+ \Ka \G. (?i:ss|the) (?i)É"
-      r" \p{Han} \p{^L} \P{L}+ \p{M} \p{Cf} \p{Alpha}+ \p{N}{1,3} [a-z&&[^t]]+ (l)\1"
+      r" \p{Han} \p{^L} \P{L}+ \p{M} \p{Cf} \p{Alpha}+ \p{N}{1,3} [a-z&&[^t]]+ (l)\1 \p{Cs} \p{Word}"
       r" (?m:.+) (?s:.+) (?=[A-Z]) l* |"
       r" \x20 \x{e9} [\u0300-\u036f] '(?i:[sdmt]|ll|ve|re) [^\S\n]+ (?<w>l) (?:\p{L}\p{M}*)+"
       r" [\s--\n]").split()]
