@@ -14,11 +14,12 @@ import torch
 
 from bitune import METHODS, Bitune, adapter_sets
 from files.adapters import adapter_bytes, load_adapter
-from files.checkpoint import checkpoint_bytes, load_base, merged_tensors
+from files.checkpoint import checkpoint_bytes, load_base, load_tokenizer, merged_tensors
 from files.disk import fill, finish_saves, json_bytes, locked, read_tensors, tensor_bytes, write_files
 from lora import KINDS, adapters, add_adapter, linears
 from model import Llama
 from text.examples import TEMPLATES
+from text.tokenizer import Tokenizer
 from text.words import check_fields, digest, read_json, to_type
 
 FULL = next(kind for kind in KINDS if KINDS[kind].trains_base)
@@ -160,6 +161,13 @@ def load_bitune(model, folder, base="", method=None, c=None):
     if about and about["base_digest"] != model.digest:
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: it has another "
                          "config, or other weights")
+    if not about and (folder / "tokenizer.json").is_file():             # TRL leaves one beside an adapter
+        theirs, ours = Tokenizer.from_pretrained(folder), load_tokenizer(base)
+        theirs.limit(model.config.vocab_size)
+        read = lambda t: (t.vocab, t.added, t.special, t.bos_id, t.chat)
+        if read(theirs) != read(ours):
+            raise ValueError(f"{folder} brings another tokenizer or chat template than {base} has: move its "
+                             "files there, or away")
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
     wanted = adapter_sets(method or own)
     for name in dict.fromkeys([*there, *wanted]):

@@ -6,18 +6,21 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+import chats
 import sample
 from bitune import Bitune
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
 from files.disk import write_files
+from files.run import load_run
 from lora import adapters, add_adapter, fold
 from model import may_attend
 from test_commands import change, exits
 from test_evaluate import write_rows
 from text.examples import encode_prompt, load_examples, stop_id
 from text.tokenizer import Tokenizer
-from tiny import CASES, CONFIG, rewrite, scatter, tiny_bitune, tiny_model, write_checkpoint
+from tiny import CASES, CONFIG, rewrite, scatter, tiny_bitune, tiny_model, tokenizer_of, write_checkpoint
+from tiny import write_run
 from train import make_optimizer
 
 # The first 8 logits of the last token, by transformers 5.24 and, of adapters on their base, peft 0.21.2.
@@ -196,6 +199,18 @@ def test_ranks_and_scales_of_single_layers(tmp_path):
         assert same != ("use_rslora" in fields)
     for at, adapter in adapters(again, "answer").items():
         assert adapter.s == pytest.approx(6 / 3**0.5 if at == path else 4 / 2**0.5)
+
+
+def test_a_tokenizer_beside_an_adapter_is_the_bases(tmp_path):
+    base, spec = write_checkpoint(tmp_path / "base"), chats.small("chat-chatml")
+    run = write_run(tmp_path / "run", tiny_bitune("causal"), base)
+    (run / "bitune.json").unlink()
+    for folder in (base, run):
+        tokenizer_of(spec, folder, chat_template="one")
+    load_run(run, base)
+    tokenizer_of(spec, run, chat_template="another")
+    with pytest.raises(ValueError, match="brings another tokenizer or chat template than .*base has"):
+        load_run(run, base)
 
 
 def test_a_base_with_nan_and_a_merge_that_overflows_are_refused(tmp_path):
