@@ -22,7 +22,7 @@ import torch
 
 from edits import edits
 from text.tokenizer import Tokenizer
-from tiny import write_checkpoint, write_data
+from tiny import call, write_checkpoint, write_data
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -39,6 +39,30 @@ def flags(tmp_path):
     line = (f"--model {model} --data {data} --out {tmp_path}/run --steps 6 --batch-size 4 --lr 0.01 "
             "--save-every 3 --eval-every 3")
     return lambda *more: [*line.split(), *map(str, more)]
+
+
+@pytest.fixture
+def exits(capsys):
+    """The one line that a command says on standard error as it ends: exits(2, train, "--lr", 0)."""
+    def line_of(code, command, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            call(command, *argv)
+        assert end.value.code == code
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: "), line
+        return line
+    return line_of
+
+
+@pytest.fixture
+def says(capsys):
+    """What a command says, on standard output (.out) and standard error (.err)."""
+    def both(command, *argv):
+        capsys.readouterr()
+        call(command, *argv)
+        return capsys.readouterr()
+    return both
 
 
 @pytest.fixture

@@ -28,9 +28,9 @@ from files.run import load_bitune, load_state, state_bytes
 from lora import KINDS
 from model import KVCache
 from pretended import each, pretended, waits
-from test_commands import call, log, tensors
+from test_commands import log, tensors
 from text.examples import Example, batches
-from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, tiny_model, write_run
+from tiny import ANSWERS, RAGGED, call, some_of, tiny_bitune, tiny_model, write_rows, write_run
 
 EXAMPLES = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
 SMALL = {"num_hidden_layers": 2}
@@ -131,10 +131,10 @@ def assert_near(folder, other):
 
 
 @pytest.mark.parametrize("line", [f"{BEGUN} --base-bits 8", f"{TRAIN} --peft full --checkpointing"])
-def test_the_commands(line, card, flags, tmp_path, monkeypatch, capsys):
+def test_the_commands(line, card, flags, tmp_path, monkeypatch, says):
     """train.py, which waits once a step; scores of the CPU's run, and its answer."""
-    choices, steps = tmp_path / "choices.jsonl", []
-    choices.write_text('{"question": "Which?", "choices": ["one", "2"], "answer": 0}\n' * 3)
+    steps, row = [], {"question": "Which?", "choices": ["one", "2"], "answer": 0}
+    choices = write_rows(tmp_path / "choices.jsonl", [row] * 3)
     write_run(tmp_path / "begun", tiny_bitune(), flags()[1])
 
     def commands(device):
@@ -143,9 +143,8 @@ def test_the_commands(line, card, flags, tmp_path, monkeypatch, capsys):
         ask = ["--adapter", tmp_path / "cpu", "--max-new-tokens", 4, "--device", device, "--dtype", "float32"]
         for data in (choices, tmp_path / "data.jsonl"):
             call(evaluate, *ask, *out, "--task", "rows", "--limit", 2, "--data", data)
-        capsys.readouterr()
-        call(sample, *ask, "--show-mixing", "--prompt", "Why?")
-        return [line for line in "".join(capsys.readouterr()).splitlines() if "tokens/s" not in line]
+        said = "".join(says(sample, *ask, "--show-mixing", "--prompt", "Why?"))
+        return [line for line in said.splitlines() if "tokens/s" not in line]
 
     monkeypatch.setattr(train.Progress, "step", lambda *args: steps.append(len(waits)))
     want = commands("cpu")

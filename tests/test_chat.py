@@ -17,12 +17,11 @@ from cli.chat import conversation
 from experiments import ablate, evaluate
 from experiments.evaluate import load_questions, score_text
 from identities import assert_same
-from test_commands import at_step, exits, stop
-from test_evaluate import write_rows
+from test_commands import at_step
 from text.chat import CHATS, KNOWN
 from text.examples import TEMPLATES, encode_answer, encode_prompt, load_examples, stop_id, template_named
 from text.tokenizer import Tokenizer
-from tiny import tiny_bitune, tokenizer_of, write_checkpoint, write_run
+from tiny import call, tiny_bitune, tokenizer_of, write_checkpoint, write_rows, write_run
 
 MADE = json.loads((chats.HERE / "chats.json").read_text())
 NEW_LINE = [name for name in CHATS if CHATS[name].end in ("<|im_end|>", "<end_of_turn>")] + ["chat-zephyr"]
@@ -263,14 +262,13 @@ def chat_model(folder, name, **config):
     return folder
 
 
-def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch):
+def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, says, monkeypatch):
     known("chat-chatml")
     base, run = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run"
     data = write_rows(tmp_path / "data", [messages("a", f"{n}", "b", "c") for n in range(9)])
-    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 1, stop))
-    with pytest.raises(SystemExit):
-        train.main([f"--model={base}", f"--data={data}", f"--out={run}", "--steps=2"])
-    train.main(["--resume", str(run)])
+    with at_step(1), pytest.raises(SystemExit):
+        call(train, "--model", base, "--data", data, "--out", run, "--steps=2")
+    call(train, "--resume", run)
     said = capsys.readouterr().out
     assert said.count("template chat-chatml: the model's own chat markup\n") == 2
     assert json.loads((run / "bitune.json").read_text())["template"] == "chat-chatml"
@@ -278,11 +276,9 @@ def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch
 
     asked, begun = [], [("system", "s"), ("user", "d")]
     monkeypatch.setattr(sample, "encode_prompt", lambda *a: asked.append(a[2]) or encode_prompt(*a))
-    for how in ([f"--adapter={run}", "--chat"], [f"--adapter={run}", "--chat=alternating"],
-                [f"--model={base}", "--chat"]):
+    for how in (["--adapter", run, "--chat"], ["--adapter", run, "--chat=alternating"], ["--model", base, "--chat"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("d\ne\n"))
-        sample.main([*how, "--system=s", "--max-new-tokens=3"])
-        answer = capsys.readouterr().out.split("\n")[0]
+        answer = says(sample, *how, "--system=s", "--max-new-tokens=3").out.split("\n")[0]
         assert asked[-2:] == [begun, [*begun, ("assistant", answer), ("user", "e")]]
 
 
@@ -298,9 +294,9 @@ def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monk
         return iter([])
 
     monkeypatch.setattr(Bitune, "answer", answer)
-    common = [f"--adapter={run}", "--max-new-tokens=9"]
-    sample.main([*common, "--prompt=a", "--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3"])
-    evaluate.main([*common, "--task=rows", f"--data={data}"])
+    common = "--adapter", run, "--max-new-tokens", 9
+    call(sample, *common, "--prompt=a", "--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3")
+    call(evaluate, *common, "--task=rows", "--data", data)
     assert asked == [(9, {257, end}, 0.5, 7, 0.75, 3), (9, {257, end}, 0.0, 0, 1.0, 0)]
 
 
@@ -315,12 +311,12 @@ def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, mo
     assert [s.template for s in made] == ["paper", "paper", "chat-chatml"]
 
 
-def test_what_cannot_be_a_chat_is_refused(known, tmp_path, capsys):
+def test_what_cannot_be_a_chat_is_refused(known, tmp_path, exits):
     base = chat_model(tmp_path / "base", "chat-gemma", **BOS)
     for message, *flags in (("the template plain does not say who speaks", "--chat"),
                             ("is not one of chat-llama2, ", "--template=chat"),
                             ("and no system: this chat markup has no other", "--system=s"),
                             ("method causal has no prompt passes", "--chat=alternating")):
-        assert message in exits(2, sample.main, ["--model", base, *flags], capsys)
+        assert message in exits(2, sample, "--model", base, *flags)
         if "one of" in message:
             known("chat-gemma")

@@ -9,10 +9,9 @@ import torch
 
 from bitune import METHODS, Bitune
 from experiments import evaluate
-from test_commands import call, change, exits
 from text.examples import load_examples
 from text.rows import read_rows
-from tiny import ANSWERS, RAGGED, rewrite, tiny_bitune, write_checkpoint, write_run
+from tiny import ANSWERS, RAGGED, call, change, rewrite, tiny_bitune, write_checkpoint, write_rows, write_run
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
 NESTED = {"stem": "Sky?", "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]}
@@ -38,9 +37,7 @@ PUBLISHED = {   # task: rows as they are published, the prompt in the paper's te
 PUBLISHED["csqa"] = PUBLISHED["arc"]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
@@ -213,7 +210,7 @@ def test_written_answers_are_scored_and_make_a_page(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, capsys):
+def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, exits, capsys):
     rows = [{"question": "x" * n, "choices": ["a", "bc"], "answer": 1} for n in (5, 9, 2, 7, 7, 30, 1)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "q.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", 2, "--out"]
@@ -227,7 +224,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
         return real(bitune, prompts, choices)
 
     monkeypatch.setattr(evaluate, "log_probs", log_probs)
-    line = exits(130, evaluate.main, [*argv, out], capsys)
+    line = exits(130, evaluate, *argv, out)
     assert line == "error: 4 of 7 questions: stopped by SIGINT. The same command goes on there."
     (part,) = out.iterdir()
     if torn:
@@ -256,7 +253,7 @@ def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeyp
         assert len([*(tmp_path / "out").glob("*.json")]) == len([*(tmp_path / "out").glob("*.jsonl")]) == n
 
 
-def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys):
+def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, exits):
     base, whole = write_checkpoint(tmp_path / "base"), tmp_path / "whole"
     data, none = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0]), tmp_path / "none"
     arc = ["--task", "arc", "--data", data, "--out", tmp_path]
@@ -269,13 +266,13 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys)
             ("none is no folder here", "--model", none, "--adapter", whole, *arc),
             ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
             ("base has no adapter_config.json", "--adapter", base, *arc)):
-        assert message in exits(2, evaluate.main, argv, capsys), message
+        assert message in exits(2, evaluate, *argv), message
     chat, names = tmp_path / "chat", {"256": "<s>", "257": "</s>", "300": "<|im_start|>", "301": "<|im_end|>"}
     added = {i: {"content": name, "special": True} for i, name in names.items()}     # the model has 300 ids
     change(write_checkpoint(chat) / "tokenizer_config.json", added_tokens_decoder=added)
     write_run(tmp_path / "run", tiny_bitune(), chat, template="chat-chatml")
-    line = exits(2, evaluate.main, ["--adapter", tmp_path / "run", *arc], capsys)
+    line = exits(2, evaluate, "--adapter", tmp_path / "run", *arc)
     assert "the tokenizer has no special token <|im_" in line
     rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))
-    assert "of a choice is nan" in exits(1, evaluate.main, ["--model", base, *arc], capsys)
+    assert "of a choice is nan" in exits(1, evaluate, "--model", base, *arc)
     assert shown == [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]

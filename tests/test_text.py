@@ -1,5 +1,5 @@
 """Text to ids: the kinds of tokenizer files, and rows to examples. (Golden encodings are in
-test_reference.py, files of others in test_cases.py.)"""
+test_reference.py, files of others in test_files.py.)"""
 
 import json
 import os

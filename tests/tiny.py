@@ -12,7 +12,7 @@ from files.checkpoint import load_model, parse_config
 from files.disk import write_files
 from files.run import run_bytes
 from lora import KINDS, add_adapter
-from model import Llama
+from model import Llama, may_attend
 from text.tokenizer import Tokenizer
 
 CASES = Path(__file__).parent / "cases"                 # files of others, as they were met
@@ -34,6 +34,14 @@ def tiny_model(dtype=torch.float32, seed=0, **config):
         for p in model.parameters():
             p.normal_(0, 0.3) if p.dim() > 1 else p.uniform_(0.5, 1.5)
     return model
+
+
+@torch.inference_mode()
+def causal_logits(model, ids, **adapter):
+    """Of rows of ids that are read causally."""
+    ids = torch.as_tensor(ids)
+    at = torch.arange(ids.shape[1]).expand_as(ids)
+    return model(ids, at, may_attend(at, at), **adapter)[0]
 
 
 @torch.no_grad()
@@ -108,7 +116,20 @@ def write_run(folder, bitune, base="base", **about):
     return folder
 
 
-def write_data(path, n=40):
-    rows = [{"question": f"What is {i} and {i % 7}?", "answer": f"It is {i + i % 7}."} for i in range(n)]
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_data(path, n=40):
+    sums = ((f"What is {i} and {i % 7}?", f"It is {i + i % 7}.") for i in range(n))
+    return write_rows(path, [{"question": question, "answer": answer} for question, answer in sums])
+
+
+def change(path, **values):
+    """A JSON file with other values in some of its fields."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def call(command, *argv):
+    command.main([str(a) for a in argv])

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from files.adapters import load_adapter
 from files.checkpoint import load_model, parse_config
 from fuzzing import JUNK, edit_json, judge_all, some
-from model import Llama, may_attend
-from tiny import write_checkpoint
+from model import Llama
+from tiny import causal_logits, write_checkpoint
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -112,14 +112,12 @@ def write_weights(folder, config):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-@torch.inference_mode()
 def test_random_configs(tmp_path, request):
     ids = torch.randint(0, 50, (1, 24), generator=torch.Generator().manual_seed(0))
 
     def ours():
         model = load_model(tmp_path)
-        at = torch.arange(max(1, min(24, model.config.max_length)))[None]
-        return model(ids[:, :at.shape[1]], at, may_attend(at, at))[0]
+        return causal_logits(model, ids[:, :max(1, min(24, model.config.max_length))])
 
     def reference(length):
         load = transformers.AutoModelForCausalLM.from_pretrained
@@ -242,8 +240,7 @@ def write_adapter(folder, base, case):
 
 @torch.inference_mode()
 def test_random_adapters(tmp_path, request):
-    torch.manual_seed(0)
-    ids, at = torch.randint(0, 300, (1, 20)), torch.arange(20)[None]
+    ids = torch.randint(0, 300, (1, 20), generator=torch.Generator().manual_seed(0))
     load, folder = transformers.AutoModelForCausalLM.from_pretrained, tmp_path / "adapter"
     paths = {k: write_checkpoint(tmp_path / k, model_type=k, **more) for k, more in BASES.items()}
     bases = {kind: load(path, attn_implementation="eager") for kind, path in paths.items()}
@@ -259,7 +256,7 @@ def test_random_adapters(tmp_path, request):
         def ours():
             model = load_model(paths[case["base"]])
             load_adapter(model, "answer", folder)
-            return model.eval()(ids, at, may_attend(at, at), adapter="answer")[0]
+            return causal_logits(model.eval(), ids, adapter="answer")
 
         def reference(length):
             base = copy.deepcopy(bases[case["base"]])
