@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import xml.etree.ElementTree as ElementTree
-from itertools import dropwhile, takewhile
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -30,11 +30,11 @@ from text.tokenizer import Tokenizer
 from tiny import ANSWERS, RAGGED, call, some_of, tiny_bitune, write_checkpoint, write_data, write_rows
 
 
-def cells(text):
-    """The first table that is in a text: its rows of cells, without the line under its head."""
-    lines = dropwhile(lambda line: not line.startswith("| "), text.splitlines())
-    rows = [line.split("|")[1:-1] for line in takewhile(lambda line: line.startswith("|"), lines)]
-    return [[cell.strip() for cell in row] for row in rows if "--" not in row[1]]
+def tables(text):
+    """The tables of a text: rows of cells, without the line under a head."""
+    found = groupby(text.splitlines(), lambda line: line.startswith("|"))
+    rows = ([line.split("|")[1:-1] for line in lines] for is_table, lines in found if is_table)
+    return [[[cell.strip() for cell in row] for row in table if "--" not in row[1]] for table in rows]
 
 
 def test_a_grid_varies_only_what_a_method_uses():
@@ -59,10 +59,10 @@ def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
         ("B", 1e-2, 42, 0.9, 0.1))]
     best = compare.chosen(records)
     assert [(r["lr"], r["seed"]) for r in best["A"]] == [(1e-3, 42), (1e-3, 43)]
-    assert cells(compare.table([*best.values()]))[1:] == [
+    assert tables(compare.table([*best.values()]))[0][1:] == [
         ["A", "1,234", "0.001", "3 ± 0", "1.100 ± 0.141", "55.0 ± 7.1%"],
         ["B", "1,234", "0.01", "3", "0.900", "10.0%"]]
-    rows = cells(compare.report(records, ["base"] + 5 * [""], "one that failed"))[2:]
+    rows = tables(compare.report(records, ["base"] + 5 * [""], "one that failed"))[0][2:]
     assert [row[2] for row in rows] == ["0.001 (best)", "0.01", "0.1", "0.01 (best)"]
 
 
@@ -73,7 +73,7 @@ def argv(flags, tmp_path):
     return [part.replace("--lr", "--lrs") for part in line]
 
 
-def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, exits, capsys):
+def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, exits, says):
     """Stopped in its third run, in step 3; then extended by a method, other questions, and renamed."""
     step, steps, evaluated, scores = train.train_step, [], evaluate.evaluate, []
     counted = lambda *args: steps.append(args[3].keywords["tokens"]) or step(*args)
@@ -82,16 +82,16 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, exits,
 
     def made(*more):
         """How many steps are taken and models scored, and what is said."""
-        steps.clear(), scores.clear(), capsys.readouterr()
-        ablate.main([*argv, *more])
-        return len(steps), len(scores), capsys.readouterr().out
+        steps.clear(), scores.clear()
+        said = says(ablate, *argv, *more).out
+        return len(steps), len(scores), said
 
     with at_step(2 * 4 + 3):
         line = exits(128 + signal.SIGTERM, ablate, *argv)
     assert "step 3: stopped by SIGTERM. The save of step 3 is whole" in line
     *counts, said = made("--micro-batch-tokens", "90")             # which may change, also of a run begun
     assert counts == [1 + 3 * 4, 4 + 1] and max(steps) <= 90     # and the base model is scored
-    head, *rows = cells(said)
+    head, *rows = tables(said)[0]
     assert [row[0] for row in rows] == ["base model", "LoRA rank 8", "LoRA rank 16", "Bitune"]
     assert head[5:] == ["arc acc", "arc acc_norm"] and rows[0][5].endswith("%")
     assert (tmp_path / "run/tables.md").read_text() in said
@@ -105,12 +105,12 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, exits,
     line = exits(2, ablate, *argv, "--steps", "5", "--template", "plain")
     assert "is there with other settings: template was paper and is plain; steps was 4 and is 5" in line
 
-    tables, log = tmp_path / "run/tables.md", tmp_path / "run/bitune-lr0.01-seed42/log.jsonl"
-    lines, before = log.read_text().splitlines(keepends=True), cells(tables.read_text())
+    report, log = tmp_path / "run/tables.md", tmp_path / "run/bitune-lr0.01-seed42/log.jsonl"
+    losses = lambda: [row[4] for row in tables(report.read_text())[0]]
+    lines, before = log.read_text().splitlines(keepends=True), losses()
     assert '"step": 4, "val_loss"' in lines[-1]
     log.write_text("".join(lines[:-1]))                         # as if killed in its last validation
-    assert made("--limit", "1")[0] == 0
-    assert [row[4] for row in cells(tables.read_text())] == [row[4] for row in before]
+    assert made("--limit", "1")[0] == 0 and losses() == before
     assert log.read_text().splitlines(keepends=True)[-1] == lines[-1]
 
     finished, seen = ablate.finished, set()                     # each run ends by another process just now
@@ -136,7 +136,7 @@ def test_a_run_that_fails_does_not_end_the_grid(argv, monkeypatch, capsys):
     said = capsys.readouterr()
     assert "error: 1 of the runs did not come to an end, as said above" in said.err
     assert "the loss is nan" in said.err
-    rates = [(row[0], row[2].removesuffix(" (best)")) for row in cells(said.out)[2:]]
+    rates = [(row[0], row[2].removesuffix(" (best)")) for row in tables(said.out)[0][2:]]
     plain = [(name, rate) for name in ("LoRA rank 8", "LoRA rank 16") for rate in ("0.01", "0.02")]
     assert rates == [*plain, ("Bitune", "0.01")]
 
@@ -148,9 +148,8 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
     def run_one(key, s, tasks, common):
         (name, lr, seed), scores = key, {"arc acc": [0, 1]} if tasks else {}
         made.append((name, lr, seed, bool(tasks)))
-        return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores,
-                "run": "", "base": "",
-                "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
+        return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores, "run": "",
+                "base": "", "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
 
     monkeypatch.setattr(ablate, "run_one", run_one)
     ablate.main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])
@@ -158,10 +157,9 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
     assert made[:9] == [(name, lr, 42, False) for name in names for lr in (0.01, 0.02, 0.03)]
     assert made[9:] == [(name, lr, seed, True) for name, lrs in zip(names, ([0.01], [0.01], [0.01, 0.02]))
                         for lr in lrs for seed in (42, 43)]
-    reached, gaps = map(cells, (tmp_path / "run/tables.md").read_text().split("\n\n"))
-    assert [(row[0], row[2]) for row in reached[2:]] == [
-        ("LoRA rank 8", "0.01 (best)"), ("LoRA rank 16", "0.01 (best)"),
-        ("Bitune", "0.01"), ("Bitune", "0.02 (best)")]
+    reached, gaps = tables((tmp_path / "run/tables.md").read_text())
+    assert [(row[0], row[2]) for row in reached[2:]] == [("LoRA rank 8", "0.01 (best)"), (
+        "LoRA rank 16", "0.01 (best)"), ("Bitune", "0.01"), ("Bitune", "0.02 (best)")]
     assert [row[:2] for row in gaps[1:]] == [[f"Bitune - {name}", f"{own} - 0.01"]
                                              for own in ("0.02", "0.01") for name in names[:2]]
 
@@ -177,10 +175,10 @@ def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
     gains = [0, 50, 0, 0, 0, 0, 0, 0, 100, 0]                   # of each question, the mean over seeds
     variance = sum((g - 15) ** 2 for g in gains) / 9
     assert abs(error - (variance / 10 + 50 / 2) ** 0.5) < 1e-12
-    _, *rows = cells(compare.gaps([{"Bitune": one, "LoRA": other}] * 2, "Bitune"))
+    ((_, *rows),) = tables(compare.gaps([{"Bitune": one, "LoRA": other}] * 2, "Bitune"))
     assert rows == [["Bitune - LoRA", "0.01 - 0.01", "acc", "+20.0 +10.0", f"+15.0 ± {error:.1f}", "none"]]
     sure = compare.gaps([{"Bitune": group("Bitune", "0" * 100), "LoRA": group("LoRA", "01" * 50)}], "Bitune")
-    assert cells(sure)[1][4:] == ["-50.0 ± 5.0", "LoRA"]
+    assert tables(sure)[0][1][4:] == ["-50.0 ± 5.0", "LoRA"]
 
 
 def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, exits):
@@ -194,8 +192,8 @@ def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, exi
     assert "--model not given" in exits(2, ablate, "--out", "x", "--data", "y")
     (tmp_path / "hard").mkdir()
     hard = write_rows(tmp_path / "hard/arc.jsonl", PUBLISHED["arc"][0])
-    same = bad("--evaluate", f"arc={hard}", f"arc={tmp_path / 'arc.jsonl'}")
-    assert "two files would both be called 'arc'" in same
+    line = bad("--evaluate", f"arc={hard}", f"arc={tmp_path / 'arc.jsonl'}")
+    assert "two files would both be called 'arc'" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -203,24 +201,20 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.mark.reference          # of today's method
-def test_the_log_has_alpha_layer_by_layer_and_sample_and_curves_draw_it(flags, tmp_path, exits, capsys):
+def test_the_log_has_alpha_layer_by_layer_and_sample_and_curves_draw_it(flags, tmp_path, exits, says):
     run, plain, out = tmp_path / "run", tmp_path / "plain", tmp_path / "curves.svg"
     train.main(flags("--lr", 0.5))
     train.main(flags("--method", "causal", "--out", plain))
     by_layer = log(run, "alphas_key")
     assert by_layer[0] == [0.5] * 3 and by_layer[-1] != by_layer[0] and len(by_layer) == 3
-    capsys.readouterr()
-    call(sample, "--adapter", run, "--show-mixing", *ASK)
-    drawn = [line.split() for line in capsys.readouterr().err.splitlines()[2:5]]
-    assert [float(key) for _, key, *_ in drawn] == pytest.approx(by_layer[-1], abs=5e-4)
-    call(curves, run, plain, "--out", out)
-    assert capsys.readouterr().out == f"wrote {out}\n"
+    drawn = says(sample, "--adapter", run, "--show-mixing", *ASK).err.splitlines()[2:5]
+    assert [float(line.split()[1]) for line in drawn] == pytest.approx(by_layer[-1], abs=5e-4)
+    assert says(curves, run, plain, "--out", out).out == f"wrote {out}\n"
     panels = [*ElementTree.parse(out).getroot().iter(f"{SVG}g")]
     of = lambda panel, kind: len([*panel.iter(SVG + kind)])
     assert [(panel.find(f"{SVG}text").text, of(panel, "polyline"), of(panel, "rect")) for panel in panels] == [
-        ("training loss", 2, 0), ("validation loss", 2, 0), ("exact match on validation data", 2, 0),  # a run each
-        ("α of the keys by layer, run", 0, 3 * 3 + 5),          # layers by validations, and the key
-        ("α of the values by layer, run", 0, 3 * 3 + 5)]
+        *((name, 2, 0) for name in ("training loss", "validation loss", "exact match on validation data")),
+        *((f"α of the {part} by layer, run", 0, 3 * 3 + 5) for part in ("keys", "values"))]  # by validation; the key
     assert f"no step is logged in {tmp_path.name}" in exits(2, curves, tmp_path)
 
 
@@ -261,16 +255,15 @@ def test_the_best_save_is_kept_beside_the_last(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.reference          # of today's method
-def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_path, capsys):
+def test_alphas_are_scaled_from_the_causal_reading_to_the_run_s_own(flags, tmp_path, says):
     train.main(flags("--lr", 0.1))
     losses = log(tmp_path / "run", "val_loss")
 
     def table(*of):
-        capsys.readouterr()
-        call(alphas, *of, "--data", tmp_path / "data.jsonl", "--n", 4, "--scales", 1)
-        rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
-        assert [row[0].strip() for row in rows[-3:]] == ["0", "1", "2"]         # layers, each alone
-        return [[float(cell) for cell in row[1:]] for row in (rows[2], rows[3], *rows[-3:])]
+        said = says(alphas, *of, "--data", tmp_path / "data.jsonl", "--n", 4, "--scales", 1).out
+        rows = sum(tables(said), [])
+        assert [row[0] for row in rows[-3:]] == ["0", "1", "2"]                 # layers, each alone
+        return [[float(cell) for cell in row[1:]] for row in (rows[1], rows[2], *rows[-3:])]
 
     none, own, *alone = table("--adapter", tmp_path / "run")
     assert own[0] not in sum(alone, []) and len({*sum(alone, [])}) > 1
@@ -290,8 +283,7 @@ def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, exits
     model, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
     arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
     argv = ["--model", model, "--task", "arc", "--data", arc, "--out", out]
-    line = exits(2, evaluate, *argv, "--forced-causal")
-    assert "method causal mixes nothing: there is no α to set to 0" in line
+    assert "there is no α to set to 0" in exits(2, evaluate, *argv, "--forced-causal")
     seen, log_probs = [], evaluate.log_probs
     monkeypatch.setattr(evaluate, "log_probs", lambda b, prompts, choices:
                         seen.append(prompts) or log_probs(b, prompts, choices))
@@ -308,11 +300,9 @@ SHAPE = {"model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "interme
 
 def test_parameters_are_the_published_models():
     """As their model cards have them."""
-    published = {
-        "gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "llama-2-7b": 6_738_415_616,
-        "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3-8b": 8_030_261_248,
-        "phi-2": 2_779_683_840,
-    }
+    published = {"gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "llama-2-7b": 6_738_415_616,
+                 "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "llama-3-8b": 8_030_261_248,
+                 "phi-2": 2_779_683_840}
     for name, shape in cost.SHAPES.items():
         with torch.device("meta"):
             model = cost.Llama(cost.parse_config(shape))
@@ -358,7 +348,7 @@ def test_what_a_card_does_at_least():
     assert cost.answer_work(bitune, P, A)[1] == (flops, read, launches)
 
 
-def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, capsys):
+def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, says):
     """On the pretended card, with times that are told: a millisecond, two for an answer of two tokens."""
     def told(device, repeats, functions):
         for function in functions.values():
@@ -371,10 +361,9 @@ def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, c
     for name, answer in (("get_device_name", "a card"), ("reset_peak_memory_stats", None),
                          ("memory_allocated", 0), ("max_memory_allocated", 10**6)):
         monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    line = "--preset tiny --device cuda --batches 1 --prompts 8 --answer 2 --launch 0.5"
     with pretended():
-        benchmark.main("--preset tiny --device cuda --batches 1 --prompts 8 --answer 2 --launch 0.5".split())
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-            for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
+        rows = sum(tables(says(benchmark, *line.split()).out), [])
     assert [row[0] for row in rows] == ["P", "8", "P", *["8"] * 4]
     train, lora = dict(zip(*rows[:2])), dict(zip(*rows[2:4]))
     bare = cost.without_memory(benchmark.SHAPES["tiny"], "causal")
@@ -454,7 +443,7 @@ def anywhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.reference          # of today's method
-def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, capsys):
+def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(anywhere, monkeypatch, says):
     """The demonstration, cut short."""
     few = open(DEMO["val_data"], encoding="utf-8").readlines()[:40]
     for name in ("val", "test"):
@@ -462,32 +451,29 @@ def test_without_arguments_train_learns_what_lora_does_not_and_sample_asks_it(an
     monkeypatch.setitem(DEMO, "val_data", str(anywhere / "val.jsonl"))
     for steps, argv in ((46, []), (16, ["--method", "causal"])):
         monkeypatch.setitem(DEMO, "steps", steps), monkeypatch.setitem(DEMO, "eval_every", steps)
-        train.main(argv)
-    assert "saved runs/demo-2 after" in capsys.readouterr().out
+        said = says(train, *argv).out
+    assert "saved runs/demo-2 after" in said
     learned, plain = (log(anywhere / run, "val_exact_match")[-1] for run in ("runs/demo", "runs/demo-2"))
     assert learned > 0.9 and plain < 0.35
 
     os.utime("runs/demo/bitune.json")                       # the last run is the one that is asked
     row = json.loads(few[0])
     monkeypatch.setattr("sys.stdin", io.StringIO(row["prompt"] + "\n"))
-    sample.main([])
-    said = capsys.readouterr()
+    said = says(sample)
     assert said.out == f" {row['completion']}\n"
     assert "loaded runs/demo:" in said.err and "Unseen questions:" in said.err
 
 
 @pytest.mark.reference          # of today's method
-def test_the_command_compares_the_models(anywhere, monkeypatch, exits, capsys):
+def test_the_command_compares_the_models(anywhere, monkeypatch, exits, says):
     monkeypatch.setitem(DEMO, "batch_size", 4)
     monkeypatch.setattr(language, "SIZES", {"train": 40, "val": 5, "test": 5})
     monkeypatch.setattr(demo, "ABLATIONS", [])
     argv = "--all --tasks front --seeds 2 --steps 2 --out runs/all".split()
-    demo.main(argv)
-    said = capsys.readouterr().out
-    rows = [line for line in said.splitlines() if line.startswith("| ")]
-    names = [row.split("|")[1].strip() for row in rows]
-    assert names[2:] == ["one of the sayings", "LoRA rank 8", "LoRA rank 16", "Bitune"]
-    assert "±" in rows[3] and "the truth" in said and "α key" in said
+    said = says(demo, *argv).out
+    (_, *rows), *_ = tables(said)
+    assert [name for name, *_ in rows] == ["one of the sayings", "LoRA rank 8", "LoRA rank 16", "Bitune"]
+    assert "±" in "".join(rows[1]) and "the truth" in said and "α key" in said
     svg = (anywhere / "runs/all/front/curves.svg").read_text()
     assert svg.count("<polyline") == 3 and svg.rstrip().endswith("</svg>")
     assert " and is 5" in exits(2, demo, *argv, "--steps", "5")
