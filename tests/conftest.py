@@ -148,8 +148,7 @@ ARGUMENTS = {
                                for v in json.loads(f.read_text())["variants"]],
     "golden": lambda config: [(f"{f.parent.name}/{t}", (f, f.parent / t))
                               for f in references(config, "golden*.json")
-                              for t in ("tokenizer.json", "tokenizer.model") if (f.parent / t).is_file()],
-}
+                              for t in ("tokenizer.json", "tokenizer.model") if (f.parent / t).is_file()]}
 
 
 def pytest_generate_tests(metafunc):

@@ -85,8 +85,7 @@ def test_the_list_of_templates_is_the_fixtures():
     ("chat", None, None, {}, "--template chat: the model comes without a chat template; choose"),
     ("chat", "other", None, {}, "chat template, 'other'..., is not one of chat-llama2, "),
     ("chat", TEXT, None, {}, "chat-gemma has <bos> as its bos_token, and the model's is None"),
-    ("chat", TEXT, None, BOS | {"odd": True}, "needs <start_of_turn> as a special token that takes"),
-])
+    ("chat", TEXT, None, BOS | {"odd": True}, "needs <start_of_turn> as a special token that takes")])
 def test_a_models_own_markup_is_found(word, chat, file, config, found, known, tmp_path):
     known("chat-gemma")
     spec = chats.small("chat-gemma")
@@ -152,8 +151,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
     ("chat-mistral", "user user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-gemma", "system user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-qwen2", "assistant", "empty"), ("chat-qwen2", "system assistant", "an answer to nobody"),
-    ("chat-qwen3", "user assistant", "the answer of a tool, which is not supported"),
-])
+    ("chat-qwen3", "user assistant", "the answer of a tool, which is not supported")])
 def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_path):
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
     text = "<tool_response>a</tool_response>" if reason.startswith("the answer of a tool") else "a"

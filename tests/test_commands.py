@@ -334,8 +334,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     ("adapter_model.safetensors", lambda f: f.rename(f.with_suffix(".bin")), "a pickle, is not read"),
     pytest.param("mixing.safetensors", Path.unlink, "has no mixing.safetensors", marks=pytest.mark.reference),
     pytest.param("mixing.safetensors", partial(save_file, {"theta_key": torch.ones(2)}),
-                 "missing theta_value (3,); theta_key is (2,), expected", marks=pytest.mark.reference),
-])
+                 "missing theta_value (3,); theta_key is (2,), expected", marks=pytest.mark.reference)])
 def test_a_damaged_run_is_refused_in_one_line(file, damage, message, tmp_path, exits):
     run = write_run(tmp_path / "run", tiny_bitune(), write_checkpoint(tmp_path / "model"))
     damage(run / file)

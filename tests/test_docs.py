@@ -60,8 +60,7 @@ ROOMS = {
     "model": [], "lora": ["model"], "bitune": ["model"], "text": ["text"],
     "files": ["model", "lora", "bitune", "text", "files"],
     "cli": ["model", "lora", "bitune", "text", "files", "cli"],
-    "train": ["lora", "bitune", "text", "files", "cli"], "sample": ["text", "files", "cli"],
-}
+    "train": ["lora", "bitune", "text", "files", "cli"], "sample": ["text", "files", "cli"]}
 
 
 def test_imports_go_one_way():

@@ -67,8 +67,7 @@ SLIPS = {
     "no lower bound at short prompts": ("opening", "prompts_are_cut_in_two", [
         ("bitune.py", "max(0, len(prompt) - 4)", "len(prompt) - 4")]),
     "merged without the gain": ("gain", "merged_is_unmerged", [
-        ("lora.py", "return (self.gain * self.weight(linear))", "return (self.weight(linear))")]),
-}
+        ("lora.py", "return (self.gain * self.weight(linear))", "return (self.weight(linear))")])}
 
 
 @contextmanager

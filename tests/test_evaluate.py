@@ -32,8 +32,7 @@ PUBLISHED = {   # task: rows as they are published, the prompt in the paper's te
     "gsm8k": ([{"question": "1 + 1?", "answer": "It is\n#### 2"}],
               "Question: 1 + 1?\n\nAnswer:", " It is\n#### 2"),
     "ultrafeedback": ([{"instruction": "Sing!", "source": "x", "completions": WRITTEN}],
-                      "Question: Sing!\n\nAnswer:", " La."),
-}
+                      "Question: Sing!\n\nAnswer:", " La.")}
 PUBLISHED["csqa"] = PUBLISHED["arc"]
 
 
@@ -108,8 +107,7 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
     ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "none of its choices, nor"),
     ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
     ("rows", {"prompt": "x", "choices": ["y", "\udc00"], "answer": 0}, "(a lone surrogate)"),
-    ("rows", {"prompt": "x", "choices": ["y", ""], "answer": 0}, "choice 2 has no tokens"),
-])
+    ("rows", {"prompt": "x", "choices": ["y", ""], "answer": 0}, "choice 2 has no tokens")])
 def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):
     file = write_rows(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match="data.jsonl, line 1: ") as error:
@@ -138,8 +136,7 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
     question = lambda row: evaluate.Question(row, [], [])
     scorers = {
         "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
-        "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"]),
-    }
+        "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"])}
     for kind, score in scorers.items():
         rows = harness[kind]["rows"]
         for row in rows:

@@ -226,8 +226,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
     ("llama", {"rope_scaling": {"type": "default"} | LINEAR}, {"rope": {"rope_theta": 10000.0} | LINEAR}),
     ("llama", {"rope_parameters": {"rope_theta": 5e5} | LINEAR}, {"rope": {"rope_theta": 5e5} | LINEAR}),
     ("llama", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),   # the reference does not look at it
-    ("llama", {"logit_scale": None, "made_up": False, "_name_or_path": "x"}, {}),
-])
+    ("llama", {"logit_scale": None, "made_up": False, "_name_or_path": "x"}, {})])
 def test_configs(kind, changes, want):
     config = parse_config(CONFIG | {"model_type": kind, "head_dim": 8} | changes)
     assert {name: getattr(config, name) for name in want} == want
@@ -264,8 +263,7 @@ def test_what_a_config_leaves_out(kind):
     ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
     ({"hidden_size": None}, "config.json: it lacks hidden_size"),
     ({"is_causal": False}, "it has the is_causal False, expected true or null"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised, by gptq: expected weights"),
-])
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised, by gptq: expected weights")])
 def test_what_a_config_says_and_is_not_understood_is_refused(changes, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
     with pytest.raises(ValueError, match=message):
@@ -295,8 +293,7 @@ LORA_A = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight".forma
     (lambda tensors: tensors.pop(LORA_A(0)), "missing .*layers.0.self_attn.q_proj.lora_A"),
     (lambda tensors: tensors.update({LORA_A(9): torch.zeros(4, 32)}), "unexpected .*layers.9"),
     (lambda tensors: tensors.update({HEAD: torch.ones(300, 32)}), "brings its own lm_head.weight"),
-    (dict.clear, "no tensors"),
-])
+    (dict.clear, "no tensors")])
 def test_what_an_adapter_says_and_does_not_fit_is_refused(spoil, message, tmp_path):
     """Other fields of its adapter_config.json, or other tensors."""
     model = tiny_model()

@@ -19,8 +19,7 @@ CASES = Path(__file__).parent / "cases"                 # files of others, as th
 CONFIG = {
     "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "bos_token_id": 256, "eos_token_id": 257,
-}
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "bos_token_id": 256, "eos_token_id": 257}
 RAGGED = [[5, 9, 250, 3, 7, 7, 1, 80], [4], [11, 12], [9, 8, 7, 6, 5, 4, 3, 2, 1, 77, 66, 55, 44]]
 LONG = [(13 * i * i + 5) % 256 for i in range(90)]      # longer than a window that somebody might try
 ANSWERS = [[3, 2, 1], [7, 9, 200, 14, 15], [8], [1, 2]]

@@ -76,8 +76,7 @@ USUAL = {       # field -> its values: those that published files have
     "max_position_embeddings": [8, 16, 128, 4096], "initializer_range": [0.02], "attention_dropout": [0.5],
     "layer_types": [[FULL, FULL], [FULL, SLIDING], [SLIDING, SLIDING]], LENGTH: [16], "bos_token_id": [1],
     "torch_dtype": ["float16", "bfloat16"], "eos_token_id": [2, [2, 3]], "pad_token_id": [0, 999, -1],
-    "architectures": [["LlamaForCausalLM"], ["PhiForSequenceClassification"], ["LlamaModel"]],
-}
+    "architectures": [["LlamaForCausalLM"], ["PhiForSequenceClassification"], ["LlamaModel"]]}
 ODD = [*JUNK, 4, 8, 0.25, 8.0, 30, 64, "8", "1e-6", "gelu", "float32", [0, 1], {"quant_method": "gptq"},
        {"1": {"intermediate_size": 16}}, {"AutoModelForCausalLM": "modeling_x.X"}]
 RARE = dict.fromkeys("""      hidden_activation qk_layernorm pretraining_tp use_bidirectional_attention dtype
@@ -145,12 +144,10 @@ NAMES = {True: ["q_proj", "v_proj", "dense", "fc1", "fc2"],
          False: ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 TARGETS = [
     "all-linear", r".*\.(q|v)_proj", r"model\.layers\.[01]\.mlp\..*", ["model.layers.1.self_attn.q_proj"],
-    ["embed_tokens", "q_proj"], ["lm_head", "v_proj"], ["layers.0.self_attn.v_proj", "k_proj"], None,
-]
+    ["embed_tokens", "q_proj"], ["lm_head", "v_proj"], ["layers.0.self_attn.v_proj", "k_proj"], None]
 PATTERNS = [
     "q_proj", ".*_proj", "layers.1.self_attn.q_proj", r"^model\.layers\.0\..*", "model.layers.0.mlp.fc1",
-    r"layers\.\d\.self_attn\.(q|v)_proj", "proj", "mlp.*", "fc1|fc2", "up_proj|model.layers.2.*",
-]
+    r"layers\.\d\.self_attn\.(q|v)_proj", "proj", "mlp.*", "fc1|fc2", "up_proj|model.layers.2.*"]
 
 
 def random_pattern(rng):
@@ -169,12 +166,10 @@ LORA = {
     "target_parameters": [["mlp.up_proj.weight"]], "layer_replication": [[[0, 2], [1, 3]]],
     "alora_invocation_tokens": [[3, 4]], "ensure_weight_tying": [True], "kasa_config": [{}],
     "use_bdlora": [{"target_modules_bd_a": ["q_proj"], "nblocks": 2, "match_strict": False}],
-    "monteclora_config": [{}], "velora_config": [{"num_groups": 2}],
-}
+    "monteclora_config": [{}], "velora_config": [{"num_groups": 2}]}
 IA3 = {
     "feedforward_modules": [r".*\.mlp\..*", ".*q_proj", []], "fan_in_fan_out": [True],
-    "init_ia3_weights": [False], "modules_to_save": [["lm_head"]], "exclude_modules": [["v_proj"]],
-}
+    "init_ia3_weights": [False], "modules_to_save": [["lm_head"]], "exclude_modules": [["v_proj"]]}
 OTHERS = [("LOHA", {}), ("ADALORA", {"total_step": 9}), ("VERA", {}), ("ROAD", {"group_size": 8}),
           ("MISS", {}), ("OFT", {"oft_block_size": 8, "r": 0}), ("FOURIERFT", {"n_frequency": 5})]
 ODD_PEFT = [*JUNK, 4.0, "16", "yes", "lora", "FULL", "q_proj", ".*q_proj", ["q_proj"], ["_proj"], [3],
