@@ -1,7 +1,7 @@
 """The published files of the paper's tasks, and the scores on them."""
 
 import json
-from functools import partial
+
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,7 @@ def test_mmlu_s_csv_is_its_json(tmp_path):
     file, (rows, *_) = tmp_path / "sums_test.csv", PUBLISHED["mmlu"]
     file.write_text('1 + 1?,0,1,2,3,C\n"a ""b"",\nc",0,1,2,3,A\n')
     (_, one), (_, two) = read_rows(file, "mmlu")
-    assert one == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
+    assert [one] == [row for _, row in read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu")]
     assert two["prompt"].startswith('a "b",\nc\n(0). 0') and two["answer"] == 0
     for task, text, message in (
             ("rows", "", "CSV is read of mmlu alone"), ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
@@ -134,9 +134,8 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
     answers to GSM8K in every form that a number can take."""
     harness = json.loads((Path(__file__).parent / "harness.json").read_text())
     question = lambda row: evaluate.Question(row, [], [])
-    scorers = {
-        "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
-        "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"])}
+    scorers = {"choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
+               "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"])}
     for kind, score in scorers.items():
         rows = harness[kind]["rows"]
         for row in rows:
@@ -166,53 +165,49 @@ def test_an_answer_ends_before_the_next_question(tokenizer, monkeypatch):
     assert len(asked) == len("Yes. Question:")
 
 
-score = partial(call, evaluate)
-
-
 def results(folder):
     """The rows of the one file of results in a folder, and its summary."""
     (file,) = folder.glob("*-*.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()], \
-        json.loads(file.with_suffix(".json").read_text())
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return rows, json.loads(file.with_suffix(".json").read_text())
 
 
-def test_the_command_scores_a_run_and_the_bare_model(tmp_path, monkeypatch, capsys):
+def test_the_command_scores_a_run_and_the_bare_model(tmp_path, monkeypatch, says):
     base, asked = write_checkpoint(tmp_path / "base"), ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
     data = write_rows(tmp_path / "arc.jsonl", [PUBLISHED["arc"][0][0] | {"question": q} for q in asked])
     run, bare = write_run(tmp_path / "run", tiny_bitune(), base), tmp_path / "runs/base/base"
     monkeypatch.chdir(tmp_path)
     for method, folder, *argv in (("bitune", run, "--adapter", run), (None, bare, "--model", base)):
-        score("--task", "arc", "--data", data, "--batch-size", 3, *argv)
-        said = capsys.readouterr().out.splitlines()
+        said = says(evaluate, "--task", "arc", "--data", data, "--batch-size", 3, *argv).out.splitlines()
         assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
         rows, summary = results(folder)
         assert [r["prompt"].split("\n")[0] for r in rows] == asked and summary["method"] == method
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
 
 
-def test_written_answers_are_scored_and_make_a_page(tmp_path, capsys):
+def test_written_answers_are_scored_and_make_a_page(tmp_path, says):
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)]
     rows += [{"question": "x" * n, "answer": "#### 1"} for n in (230, 240)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--max-new-tokens", 9, "--out"]
     sums = ["--task", "gsm8k", *argv]
-    score(*sums, tmp_path / "together", "--samples", 2)
-    assert "(6 questions, 1 too long left out, first: line 7, " in capsys.readouterr().out
+    said = says(evaluate, *sums, tmp_path / "together", "--samples", 2).out
+    assert "(6 questions, 1 too long left out, first: line 7, " in said
     (page,) = (tmp_path / "together").glob("*.md")
     assert page.read_text().count("strict-match ✗, flexible-extract ✗") == 2 and "#### 2" in page.read_text()
-    score(*sums, tmp_path / "alone", "--batch-size", 1)             # the sixth ends at its own limit
+    call(evaluate, *sums, tmp_path / "alone", "--batch-size", 1)    # the sixth ends at its own limit
     assert results(tmp_path / "together")[0] == results(tmp_path / "alone")[0]
-    score(*argv, tmp_path, "--task", "rows", "--limit", 1)
-    assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
+    said = says(evaluate, *argv, tmp_path, "--task", "rows", "--limit", 1).out
+    assert "rows: exact_match 0.00% ± 0.00% (1 questions" in said
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, exits, capsys):
+def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, exits, says):
     rows = [{"question": "x" * n, "choices": ["a", "bc"], "answer": 1} for n in (5, 9, 2, 7, 7, 30, 1)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "q.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", 2, "--out"]
     out, real, asked = tmp_path / "out", evaluate.log_probs, []
-    score(*argv, tmp_path / "whole")
+    call(evaluate, *argv, tmp_path / "whole")
 
     def log_probs(bitune, prompts, choices):
         asked.append(len(prompts))
@@ -226,13 +221,12 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
     (part,) = out.iterdir()
     if torn:
         part.write_text(part.read_text()[:-20])
-    score(*argv, out)
+    assert f"{4 - torn} of 7 questions are from an earlier try" in says(evaluate, *argv, out).out
     assert len(asked) == (6 if torn else 5)
-    assert f"{4 - torn} of 7 questions are from an earlier try" in capsys.readouterr().out
     assert results(out)[0] == results(tmp_path / "whole")[0] and not part.exists()
 
 
-def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeypatch, capsys):
+def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeypatch, says):
     base, data = write_checkpoint(tmp_path / "base"), tmp_path / "q.jsonl"
     argv = ["--model", base, "--data", data, "--task", "rows", "--out", tmp_path / "out"]
     chosen, said = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
@@ -245,8 +239,7 @@ def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeyp
             monkeypatch.setattr(evaluate, "getsourcefile", lambda of: __file__)
         if n == 7:
             (base / "model.safetensors").touch()
-        score(*argv, *more)
-        assert len({line for line in capsys.readouterr().out.splitlines() if "wrote" in line}) == 1
+        assert len({line for line in says(evaluate, *argv, *more).out.splitlines() if "wrote" in line}) == 1
         assert len([*(tmp_path / "out").glob("*.json")]) == len([*(tmp_path / "out").glob("*.jsonl")]) == n
 
 
@@ -254,7 +247,7 @@ def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, exits):
     base, whole = write_checkpoint(tmp_path / "base"), tmp_path / "whole"
     data, none = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0]), tmp_path / "none"
     arc = ["--task", "arc", "--data", data, "--out", tmp_path]
-    score("--model", write_run(whole, tiny_bitune("causal", "full"), base), *arc)
+    call(evaluate, "--model", write_run(whole, tiny_bitune("causal", "full"), base), *arc)
     shown = [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]    # not where --model is not there
     for message, *argv in (
             ("neither --model nor --adapter", *arc),
