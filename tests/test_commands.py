@@ -251,8 +251,7 @@ def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, exi
     assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
     assert "argument --rank: 0 is out of range: expected a whole number from 1 to 65536" in bad("--rank", 0)
     assert "invalid choice: 'bitun'" in bad("--method", "bitun")
-    line = bad("--targets", "fc1", "q_proj")
-    assert "no linear is named fc1: expected down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj" in line
+    assert "no linear is named fc1: expected down_proj, gate_proj" in bad("--targets", "fc1", "q_proj")
     assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)
     assert "no example left; dropped: 40 too long (first: line 1)" in bad("--max-length", 5)
     assert "device 'tpu' cannot be used" in bad("--device", "tpu")
@@ -287,20 +286,17 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     other = shutil.copytree(tmp_path / "model", tmp_path / "other")     # with what an adapter has changed
     rewrite(other / "model.safetensors", lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(1.1))
     line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
-    assert f"which {other} is not: it has another config, or other weights" in line
+    assert f"which {other} is not: " in line
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
     (run / "log.jsonl").write_text("".join(lines[:-1]))         # as if killed in the last validation
     rows, parts = (tmp_path / "data.jsonl").read_text().splitlines(), (tmp_path / "a", tmp_path / "b")
     for part, own in zip(parts, (rows[:30], rows[30:])):        # 36 are trained on, and 4 validate
         part.write_text("\n".join(own))
-    line = bad("--resume", run, "--data", parts[0], "--val-data", parts[1])
-    assert "or the validation data, has changed since" in line
+    assert "has changed since" in bad("--resume", run, "--data", parts[0], "--val-data", parts[1])
     write_data(tmp_path / "data.jsonl", 41)
     assert "data.jsonl, or the validation data, has changed since" in bad("--resume", run)
     assert "has no settings.json" in bad("--resume", tmp_path / "nowhere")
-    saved = json.loads((run / "settings.json").read_text())
-    saved["settings"]["val_size"] = None
-    (run / "settings.json").write_text(json.dumps(saved))
+    change(run / "settings.json", settings=read_settings(run)[0] | {"val_size": None})
     assert "settings.json lacks val_size" in bad("--resume", run)
 
 
@@ -314,11 +310,9 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
     assert f"{tmp_path} has no adapter_config.json" in bad("--adapter", tmp_path)
     assert "nowhere has no adapter_config.json" in bad(*on, "--adapter", "nowhere")
     assert "method causal mixes nothing of this prompt" in bad(*with_run, "--show-mixing")
-    argv = [*with_run, "--prompt", "x" * 300]
-    assert "are more than the model's max_position_embeddings of" in exits(2, sample, *argv)
+    assert "are more than the model's max_position" in exits(2, sample, *with_run, "--prompt", "x" * 300)
     other = write_checkpoint(tmp_path / "other", hidden_size=64, rope_theta=5e5)
-    line = bad("--model", other, *with_run)
-    assert f"{run} was finetuned from {model}, which {other} is not" in line
+    assert f"{run} was finetuned from {model}, which {other} is not" in bad("--model", other, *with_run)
     change(model / "tokenizer_config.json", added_tokens_decoder={"300": {"content": "<s>"}}, eos_token=None)
     assert "the tokenizer's ids go up to 300, but the model's vocabulary has 300" in bad(*on)
 
@@ -338,8 +332,7 @@ def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypat
 def test_a_damaged_run_is_refused_in_one_line(file, damage, message, tmp_path, exits):
     run = write_run(tmp_path / "run", tiny_bitune(), write_checkpoint(tmp_path / "model"))
     damage(run / file)
-    argv = ["--model", tmp_path / "model", "--adapter", run, *ASK]
-    assert message in exits(2, sample, *argv)
+    assert message in exits(2, sample, "--model", tmp_path / "model", "--adapter", run, *ASK)
 
 
 # ---- going on --------------------------------------------------------------------------------------------
@@ -436,8 +429,7 @@ def test_a_merge_says_what_its_dtype_keeps(tmp_path, exits, says):
     rewrite(base / "model.safetensors", lambda t: t.update({name: w.bfloat16() for name, w in t.items()}))
     rewrite(base / "model.safetensors", lambda t: t.update({"layers.0.rotary_emb.inv_freq": torch.ones(4)}))
     argv = ["--adapter", write_run(tmp_path / "run", bitune, base), "--out", tmp_path / "merged"]
-    line = exits(2, merge, *argv)
-    assert "more than half of what was learned would be rounded away: give --dtype float32" in line
+    assert "would be rounded away: give --dtype float32" in exits(2, merge, *argv)
     assert "float32 keeps 100.0% of what was learned" in says(merge, *argv, "--dtype", "float32").out
     rewrite(base / "model.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(32)}))
     assert checkpoint_dtype(base) == torch.float32              # of several, the one that keeps all
@@ -454,7 +446,7 @@ def test_a_fully_finetuned_run_is_a_checkpoint(flags, tmp_path, exits, says):
     for way in ("--adapter", "--model"):                        # also then not its answering half alone
         assert f"loaded {run}: " in says(sample, way, run, *ASK).err
     line = exits(2, train, *flags("--model", run, "--out", tmp_path / "next"))
-    assert "is a run with prompt passes, which need more than its checkpoint" in line
+    assert "is a run with prompt passes, which need more than" in line
     models = load_base(run)[0], bitune.model, load_base(model)[0]      # the run as any checkpoint
     plain, own, before = (Bitune(m, "causal")(RAGGED, ANSWERS)[0] for m in models)
     assert torch.equal(plain, own) and (plain - before).abs().max() > 0.1

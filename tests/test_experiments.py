@@ -4,6 +4,7 @@ demonstration, whose short form shows what the long one does."""
 import io
 import json
 import os
+import shutil
 import signal
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
@@ -25,7 +26,7 @@ from files.run import load_run
 from pretended import pretended
 from test_commands import ASK, at_step, log
 from test_evaluate import PUBLISHED
-from text.examples import Example, encode_prompt
+from text.examples import Example
 from text.tokenizer import Tokenizer
 from tiny import ANSWERS, RAGGED, call, some_of, tiny_bitune, write_checkpoint, write_data, write_rows
 
@@ -118,8 +119,7 @@ def test_a_grid_goes_on_where_it_was_stopped(argv, tmp_path, monkeypatch, exits,
     assert made("--limit", "1")[0] == 0 and len(seen) == 6
 
     write_data(tmp_path / "data.jsonl", 41)
-    line = exits(2, ablate, *argv, "--methods", "bitune", "naive-bidir")
-    assert "trained on other data than these: " in line
+    assert "trained on other data" in exits(2, ablate, *argv, "--methods", "bitune", "naive-bidir")
 
 
 def test_a_run_that_fails_does_not_end_the_grid(argv, monkeypatch, capsys):
@@ -172,8 +172,7 @@ def test_differences_are_paired_on_questions_and_a_small_gap_is_none():
     one, other = group("Bitune", "1111000011", "1110000011"), group("LoRA", "1011000001", "1110000001")
     by_seed, mean, error = compare.difference(one, other, "acc")
     assert by_seed == [20, 10] and mean == 15
-    gains = [0, 50, 0, 0, 0, 0, 0, 0, 100, 0]                   # of each question, the mean over seeds
-    variance = sum((g - 15) ** 2 for g in gains) / 9
+    variance = ((50 - 15)**2 + (100 - 15)**2 + 8 * 15**2) / 9   # of questions: the mean over seeds of each
     assert abs(error - (variance / 10 + 50 / 2) ** 0.5) < 1e-12
     ((_, *rows),) = tables(compare.gaps([{"Bitune": one, "LoRA": other}] * 2, "Bitune"))
     assert rows == [["Bitune - LoRA", "0.01 - 0.01", "acc", "+20.0 +10.0", f"+15.0 ± {error:.1f}", "none"]]
@@ -190,10 +189,9 @@ def test_wrong_input_to_ablate_is_one_line_and_exit_status_2(argv, tmp_path, exi
     assert "nowhere is no folder here" in bad("--model", "nowhere")
     assert "no validation data to choose by" in bad("--val-size", "0", "--lrs", "1", "2")
     assert "--model not given" in exits(2, ablate, "--out", "x", "--data", "y")
-    (tmp_path / "hard").mkdir()
-    hard = write_rows(tmp_path / "hard/arc.jsonl", PUBLISHED["arc"][0])
-    line = bad("--evaluate", f"arc={hard}", f"arc={tmp_path / 'arc.jsonl'}")
-    assert "two files would both be called 'arc'" in line
+    twice = [f"arc={tmp_path / name / 'arc.jsonl'}" for name in ("hard", "")]
+    shutil.copytree(tmp_path, tmp_path / "hard")
+    assert "two files would both be called 'arc'" in bad("--evaluate", *twice)
     assert not (tmp_path / "run").exists()
 
 
@@ -375,18 +373,7 @@ def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, s
 BASE = DEMO["model"]
 
 
-@pytest.fixture
-def tokenizer():
-    return Tokenizer.from_pretrained(BASE)
 
-
-def test_the_language_is_one_token_a_word(tokenizer):
-    row = language.splits("behind", test=1)["test"][0]
-    ids = encode_prompt(tokenizer, "paper", [("user", row["prompt"])])
-    pieces = [tokenizer.decode([i]) for i in ids]
-    assert pieces[:3] == ["<s>", "Question", ":"] and pieces[-3:] == ["?\n\n", "Answer", ":"]
-    assert all(p[0] == " " or p in ",;:." for p in pieces[2:-3])
-    assert tokenizer.decode(ids) == f"<s>Question: {row['prompt']}\n\nAnswer:"
 
 
 @pytest.mark.parametrize("task", language.TASKS)
@@ -407,8 +394,8 @@ def test_the_data_that_come_with_the_project_are_the_generator_s(tmp_path):
         assert (tmp_path / f"{name}.jsonl").read_text() == open(shipped, encoding="utf-8").read()
 
 
-def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn(tokenizer):
-    scores = pretrain.scores(load_model(BASE), tokenizer, n=60)
+def test_the_base_answers_its_own_questions_and_not_the_one_it_has_to_learn():
+    scores = pretrain.scores(load_model(BASE), Tokenizer.from_pretrained(BASE), n=60)
     new = scores.pop("behind What")
     assert min(scores.values()) > 0.9 and new < 0.4, (scores, new)
 

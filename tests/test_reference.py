@@ -11,11 +11,11 @@ from bitune import Bitune, adapter_sets
 from edits import subclass
 from files.checkpoint import load_model
 from identities import F64, answer_logits, assert_same
-from lora import KINDS, add_adapter
+
 from model import may_attend
 from text.examples import Example, batches, encode_prompt
 from text.tokenizer import Tokenizer
-from tiny import ANSWERS, RAGGED, causal_logits, fresh_bitune, tiny_bitune, tiny_model
+from tiny import ANSWERS, RAGGED, add_sized, causal_logits, fresh_bitune, scatter, tiny_bitune
 from train import make_optimizer, schedule, train_step
 
 pytestmark = pytest.mark.reference
@@ -56,9 +56,7 @@ def load_variant(folder, name):
     method = method.removesuffix("_relu").removeprefix("bitune_").replace("_", "-")
     model = load_model(folder)
     for adapter in adapter_sets(method):
-        size = {"rank": cases["rank"], "lora_alpha": cases["alpha"]}
-        own = {option: size[option] for option in size.keys() & KINDS[case["peft"]].options}
-        add_adapter(model, adapter, case["peft"], **own)
+        add_sized(model, adapter, case["peft"], cases["rank"], cases["alpha"])
     bitune = maker(model, method, **{"c": float(c)} if c else {})
     reference = load_file(folder / f"{name}.safetensors")
     with torch.no_grad():
@@ -182,20 +180,14 @@ def test_at_the_start_theta_of_layer_0_has_no_gradient():
 
 
 def test_mixing_is_float32_on_a_bfloat16_base():
-    model, thetas = tiny_model(torch.bfloat16), {"key": [0.03, -0.002, 0.01], "value": [0.5, -0.01, 0.001]}
-    for name in ("answer", "prompt"):
-        add_adapter(model, name)
-    bitune = Bitune(model)
+    bitune = scatter(fresh_bitune(config={"dtype": torch.bfloat16}))
     assert {p.dtype for p in bitune.parameters() if p.requires_grad} == {torch.float32}
-    for name, numbers in thetas.items():
-        getattr(bitune, f"theta_{name}").data.copy_(torch.tensor(numbers))
     assert bitune.losses(RAGGED, ANSWERS).dtype == torch.float32
-    c, b = torch.randn(2, 3, 2, 2, 2, 5, 8).bfloat16()                  # of 3 layers, (k, v)
-    for layer, mixed in enumerate(bitune.mix([c, b], None)):
-        for got, theta, x, y in zip(mixed, thetas.values(), c[layer], b[layer]):
-            alpha = torch.tensor(theta[layer]).abs() / (torch.tensor(theta[layer]).abs() + 0.01)
-            assert got.dtype == torch.bfloat16
-            assert torch.equal(got, (x.float() * (1 - alpha) + y.float() * alpha).bfloat16())
+    read = torch.randn(2, 3, 2, 2, 2, 5, 8).bfloat16()          # causally and not, 3 layers, keys and values
+    exact = bitune.mix([*read.float()], None)
+    for mixed, wanted in zip(bitune.mix([*read], None), exact, strict=True):
+        assert mixed[0].dtype == torch.bfloat16
+        assert all(torch.equal(got, want.bfloat16()) for got, want in zip(mixed, wanted))
 
 
 @pytest.mark.parametrize("c", [0.1, 0.01, 0.001])

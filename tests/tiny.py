@@ -58,13 +58,18 @@ def scatter(module, seed=1):
     return module
 
 
+def add_sized(model, name, kind, rank, lora_alpha=2.0, **options):
+    """An adapter set of such a size, where its kind has one."""
+    size = {"rank": rank, "lora_alpha": lora_alpha}
+    own = {option: size[option] for option in size.keys() & KINDS[kind].options}
+    add_adapter(model, name, kind, **own | options)
+
+
 def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options):
     """A method on a tiny model, its adapters as training finds them."""
     model = tiny_model(**config)
     for rank, name in enumerate(adapter_sets(method), 4):          # each set with a rank of its own
-        size = {"rank": rank, "lora_alpha": 2.0}
-        own = {option: size[option] for option in size.keys() & KINDS[kind].options}
-        add_adapter(model, name, kind, **own | adapters)
+        add_sized(model, name, kind, rank, **adapters)
     bitune = Bitune(model, method, **options)
     bitune.tiny_config = config             # of which `write_checkpoint` makes the same base
     return bitune
