@@ -43,12 +43,8 @@ SLIPS = {
         ("lora.py", 'self.register_buffer("vera_A", A)  ', "self.vera_A = A"),
         ("lora.py", 'self.register_buffer("vera_B", B)  ', "self.vera_B = B"),
         ("lora.py", "torch.Generator().manual_seed(projection_seed)", "None")]),
-    "a pass whose set is forgotten": ("third", "batched_is_alone", [
-        ("bitune.py", "*(adapter for _, adapter in METHODS[method])", '"prompt"')]),
     "one head's α for all": ("heads", "every_parameter_has_a_gradient_and_moves_the_output", [
         ("bitune.py", 'blend(alpha["key"][layer], k_c', 'blend(alpha["key"][layer, :1], k_c')]),
-    "values mixed by the α of the keys": ("sigmoid", "every_parameter_has_a_gradient_and_moves_the_output", [
-        ("bitune.py", '"value": self.theta_value.sigmoid()', '"value": self.theta_key.sigmoid()')]),
     "a factor in the groups that is never used": ("rate", "every_rate_acts", [
         ("train.py", '(10 if name.startswith("theta") else 1) * lr', "lr"),
         ("train.py", '"peak": peak, ', '"peak": peak, "factor": 10, ')]),
@@ -61,13 +57,8 @@ SLIPS = {
     "keys not turned again": ("reversed", "layer_0_is_read_alike", [
         ("bitune.py", "rotate(k.take_along_dim(index, 2), cos, sin).to(k.dtype)",
          "k.take_along_dim(index, 2)")]),
-    "positions interleaved": ("beside", "batched_is_alone", [
-        ("bitune.py", "    return both\n", "    both.positions = context.positions.repeat_interleave("
-         "len(self.passes), 1)\n        return both\n")]),
     "no lower bound at short prompts": ("opening", "prompts_are_cut_in_two", [
-        ("bitune.py", "max(0, len(prompt) - 4)", "len(prompt) - 4")]),
-    "merged without the gain": ("gain", "merged_is_unmerged", [
-        ("lora.py", "return (self.gain * self.weight(linear))", "return (self.weight(linear))")])}
+        ("bitune.py", "max(0, len(prompt) - 4)", "len(prompt) - 4")])}
 
 
 @contextmanager
