@@ -5,12 +5,11 @@ one run, and at one grid, make what one makes."""
 
 import json
 import os
-import signal
 import socket
 import time
 from contextlib import nullcontext
 from functools import partial
-from itertools import count
+
 from multiprocessing import get_context
 
 import pytest
@@ -28,7 +27,7 @@ from files.run import load_bitune, load_state, state_bytes
 from lora import KINDS
 from model import KVCache
 from pretended import each, pretended, waits
-from test_commands import log, tensors
+from test_commands import at_step, log, tensors
 from text.examples import Example, batches
 from tiny import ANSWERS, RAGGED, call, some_of, tiny_bitune, tiny_model, write_rows, write_run
 
@@ -55,8 +54,8 @@ def on_both(card, make, call):
 
 
 def one_step(bitune, optimizer=None):
-    cut = partial(batches, size=2)
-    return train.train_step(bitune, optimizer or make_optimizer(bitune), EXAMPLES, cut, 1.0, 1.0)
+    step = bitune, optimizer or make_optimizer(bitune), EXAMPLES, partial(batches, size=2)
+    return train.train_step(*step, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("method, kind, family", [
@@ -192,9 +191,8 @@ def at_once(*functions):
     return [process.exitcode for process in processes]
 
 
-def torchrun(argv, before=None):
-    """train.py in two processes, as torchrun starts them; the second calls before(number, its Bitune) before
-    each step."""
+def torchrun(argv, *at):
+    """train.py in two processes, as torchrun starts them, with at_step(*at) in the second one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -202,10 +200,8 @@ def torchrun(argv, before=None):
     def process(rank):
         os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if rank and before:
-            step, number = train.train_step, count(1)
-            train.train_step = lambda *args: (before(next(number), args[0]), step(*args))[1]
-        train.main(argv)
+        with at_step(*at) if rank and at else nullcontext():
+            train.main(argv)
     return at_once(lambda: process(0), lambda: process(1))
 
 
@@ -216,8 +212,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_
     more = "--batch-size", batch_size, "--micro-batch-tokens", 90, "--weight-decay", 0.1, "--lr", 0.001
     train.main(flags(*more, "--out", alone))
     capfd.readouterr()
-    stop = lambda step, bitune: step == 3 and os.kill(os.getpid(), signal.SIGTERM)
-    assert torchrun(flags(*more), stop) == [1, 0]
+    assert torchrun(flags(*more), 3) == [1, 0]
     said = capfd.readouterr()
     assert said.out.count("settings: ") == 1 and said.out.count("base model: validation loss") == 1
     assert said.err == ("error: step 3: stopped by a signal to another of the processes. The save of step 3 "
@@ -241,14 +236,14 @@ def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
     assert len({*drawn}) == 3
 
 
-def no_numbers(bitune):
+def no_numbers(bitune, *args):
     bitune.losses = lambda prompts, answers: some_of(bitune).sum() * torch.tensor([torch.nan])
 
 
-@pytest.mark.parametrize("what, said", [(lambda bitune: os._exit(1), "another of the processes is gone: "),
+@pytest.mark.parametrize("what, said", [(lambda *args: os._exit(1), "another of the processes is gone: "),
                                         (no_numbers, "the loss is nan")])
 def test_what_one_process_meets_ends_both_in_one_line(what, said, flags, tmp_path, capfd):
-    assert torchrun(flags("--save-every", 2), lambda step, bitune: step == 5 and what(bitune))[0] == 1
+    assert torchrun(flags("--save-every", 2), 5, what)[0] == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: step 5: {said}")
     assert line.endswith(f". The save of step 4 is whole: python train.py --resume {tmp_path / 'run'}")

@@ -136,8 +136,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
         assert tokenizer.decode(example.prompt) == prompt + "<|im_start|>assistant\n"
         assert tokenizer.decode(example.answer) == answer + "<|im_end|>"
     assert dropped == {"no answer": [2, "line 3"]}
-    longest = len(examples[0].prompt) + 2
-    examples, dropped = load_examples(data, tokenizer, "chat-chatml", longest)
+    examples, dropped = load_examples(data, tokenizer, "chat-chatml", len(examples[0].prompt) + 2)
     assert len(examples) == 2 and dropped["too long"] == [5, "line 1"]
     tokenizer.eos_id = 0
     examples, dropped = load_examples(data, tokenizer, "plain", 100)
@@ -166,9 +165,8 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
 
 
 def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
-    row = {"messages": [chats.message(*turn) for turn in (
-        ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f"))]}
-    data = write_rows(tmp_path / "data", [row])
+    turns = ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f")
+    data = write_rows(tmp_path / "data", [{"messages": [chats.message(*turn) for turn in turns]}])
     tokenizer = tokenizer_of(chats.small("chat-qwen3"), tmp_path)
     (_, last), _ = load_examples(data, tokenizer, "chat-qwen3", 100)
     assert tokenizer.decode(last.answer) == "<think>\nf\n</think>\n\nd<|im_end|>"
@@ -267,16 +265,16 @@ def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, says, monke
     with at_step(1), pytest.raises(SystemExit):
         call(train, "--model", base, "--data", data, "--out", run, "--steps=2")
     call(train, "--resume", run)
-    said = capsys.readouterr().out
-    assert said.count("template chat-chatml: the model's own chat markup\n") == 2
+    assert capsys.readouterr().out.count("template chat-chatml: the model's own chat markup\n") == 2
     assert json.loads((run / "bitune.json").read_text())["template"] == "chat-chatml"
     assert json.loads((run / "settings.json").read_text())["derived"]["train_examples"] == 17
 
     asked, begun = [], [("system", "s"), ("user", "d")]
     monkeypatch.setattr(sample, "encode_prompt", lambda *a: asked.append(a[2]) or encode_prompt(*a))
-    for how in (["--adapter", run, "--chat"], ["--adapter", run, "--chat=alternating"], ["--model", base, "--chat"]):
+    for how in ([run, "--chat"], [run, "--chat=alternating"], [base, "--chat"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("d\ne\n"))
-        answer = says(sample, *how, "--system=s", "--max-new-tokens=3").out.split("\n")[0]
+        model = "--model" if base in how else "--adapter"
+        answer = says(sample, model, *how, "--system=s", "--max-new-tokens=3").out.split("\n")[0]
         assert asked[-2:] == [begun, [*begun, ("assistant", answer), ("user", "e")]]
 
 

@@ -54,10 +54,10 @@ def log(folder, key="loss"):
 
 
 @contextmanager
-def at_step(n, act=partial(signal.raise_signal, signal.SIGTERM), train=train):
-    """In here, act() is called before training takes its n-th step: by default, it is told to stop."""
+def at_step(n, act=lambda *args: signal.raise_signal(signal.SIGTERM), train=train):
+    """In here, act(what the step is given) comes before training's n-th step: by default, it has to stop."""
     step, calls = train.train_step, count(1)
-    with patch.object(train, "train_step", lambda *args: (next(calls) == n and act(), step(*args))[1]):
+    with patch.object(train, "train_step", lambda *args: (next(calls) == n and act(*args), step(*args))[1]):
         yield
 
 

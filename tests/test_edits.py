@@ -105,7 +105,8 @@ def test_a_slip_turns_an_identity_red(slip, tmp_path):
 def test_an_edit_goes_through_every_command(edit, flags, tmp_path, capsys):
     """Trained, killed, resumed to the same bytes, shown, asked alone and in a chat, evaluated."""
     run, whole, argv = tmp_path / "run", tmp_path / "whole", flags(*FLAGS.get(edit, []))
-    choices = write_rows(tmp_path / "choices.jsonl", [{"question": "Which?", "choices": ["a", "bcd"], "answer": 0}])
+    row = {"question": "Which?", "choices": ["a", "bcd"], "answer": 0}
+    choices = write_rows(tmp_path / "choices.jsonl", [row])
     with edited(tmp_path, edit) as (module, call):
         call("train", *argv, "--out", whole)
         with at_step(3, train=module("train")), pytest.raises(SystemExit):

@@ -122,7 +122,6 @@ def test_sentencepiece_merges_prefix_and_byte_fallback():
 
 # ---- rows and templates ----------------------------------------------------------------------------------
 
-
 TURNS = [("user", "Why?"), ("assistant", "So.")]
 MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
 NOTHING = "no example"

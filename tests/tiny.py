@@ -16,10 +16,9 @@ from model import Llama, may_attend
 from text.tokenizer import Tokenizer
 
 CASES = Path(__file__).parent / "cases"                 # files of others, as they were met
-CONFIG = {
-    "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "bos_token_id": 256, "eos_token_id": 257}
+CONFIG = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
+          "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "bos_token_id": 256, "eos_token_id": 257}
 RAGGED = [[5, 9, 250, 3, 7, 7, 1, 80], [4], [11, 12], [9, 8, 7, 6, 5, 4, 3, 2, 1, 77, 66, 55, 44]]
 LONG = [(13 * i * i + 5) % 256 for i in range(90)]      # longer than a window that somebody might try
 ANSWERS = [[3, 2, 1], [7, 9, 200, 14, 15], [8], [1, 2]]
@@ -114,8 +113,7 @@ def tokenizer_of(spec, folder, **config):
 
 def write_run(folder, bitune, base="base", **about):
     """The run of a Bitune on the base in a folder, but for what only training leaves."""
-    there = (Path(base) / "config.json").exists()
-    bitune.model.digest = load_model(base).digest if there else ""
+    bitune.model.digest = load_model(base).digest if (Path(base) / "config.json").exists() else ""
     write_files(folder, run_bytes(bitune, str(base), **{"template": "paper", "step": 1} | about))
     return folder
 
