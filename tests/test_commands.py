@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,15 +24,16 @@ import train
 from bitune import Bitune, adapter_sets
 from cli import memory
 from edits import ROOT
-from experiments import merge
+from experiments import evaluate, merge
 from files.adapters import adapter_bytes
 from files.checkpoint import checkpoint_dtype, load_base
 from files.disk import finish_saves, locked, write_files
 from files.run import fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
+from test_evaluate import PUBLISHED
 from text.examples import Example, batches, load_examples
 from tiny import (ANSWERS, RAGGED, call, change, rewrite, scatter, some_of, tiny_bitune, tiny_model,
-                  write_checkpoint, write_data, write_run)
+                  write_checkpoint, write_data, write_rows, write_run)
 
 ASK = "--prompt", "x", "--max-new-tokens", 2
 
@@ -244,26 +246,81 @@ def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, ex
 
 # ---- wrong input -----------------------------------------------------------------------------------------
 
-def test_wrong_input_to_train_is_one_line_and_exit_status_2(flags, tmp_path, exits):
-    bad = lambda *more: exits(2, train, *flags(*more))
-    assert "--model, --out not given" in exits(2, train, "--data", "x")
-    assert "nowhere is no folder here" in bad("--model", "nowhere")
-    assert "'nowhere' is not there: expected a data file" in bad("--data", "nowhere")
-    assert "argument --rank: 0 is out of range: expected a whole number from 1 to 65536" in bad("--rank", 0)
-    assert "invalid choice: 'bitun'" in bad("--method", "bitun")
-    assert "no linear is named fc1: expected down_proj, gate_proj" in bad("--targets", "fc1", "q_proj")
-    assert "300 tokens are more than the model's max_position_embeddings of 256" in bad("--max-length", 300)
-    assert "no example left; dropped: 40 too long (first: line 1)" in bad("--max-length", 5)
-    assert "device 'tpu' cannot be used" in bad("--device", "tpu")
-    assert "takes float32" in bad("--peft", "full", "--dtype", "bfloat16")
-    full = ["--peft", "full", "--method", "causal"]
-    assert "--targets: --peft full trains all weights" in bad(*full, "--targets", "q_proj")
-    assert "no linear is named dwn_proj" in bad("--peft", "ia3", "--feedforward", "dwn_proj")
-    assert "--val-size: all of --val-data" in bad("--val-data", tmp_path / "data.jsonl", "--val-size", 5)
-    for row in ('{"question"', '{"prompt": "a", "prompt": "b", "answer": "c"}'):
-        (tmp_path / "data.jsonl").write_text(f"{row}\n")
-        assert "data.jsonl, line 1: not JSON" in bad()
-    assert not (tmp_path / "run").exists()
+WRONG = {       # a command -> what is typed behind it, and what it says
+    "train --data data.jsonl": [("", "--model, --out not given")],
+    "train --model model --data data.jsonl --out new": [
+        ("--model nowhere", "nowhere is no folder here"), ("--method bitun", "invalid choice: 'bitun'"),
+        ("--data nowhere", "'nowhere' is not there: expected a data file"),
+        ("--rank 0", "argument --rank: 0 is out of range: expected a whole number from 1 to 65536"),
+        ("--targets fc1 q_proj", "no linear is named fc1: expected down_proj, gate_proj, k_proj, o_proj"),
+        ("--max-length 300", "300 tokens are more than the model's max_position_embeddings of 256"),
+        ("--max-length 5", "no example left; dropped: 40 too long (first: line 1)"),
+        ("--device tpu", "device 'tpu' cannot be used"), ("--peft full --dtype bfloat16", "takes float32"),
+        ("--peft full --method causal --targets q_proj", "--targets: --peft full trains all weights"),
+        ("--peft ia3 --feedforward dwn_proj", "no linear is named dwn_proj"),
+        ("--val-data data.jsonl --val-size 5", "--val-size: all of --val-data"),
+        ("--data half", "half, line 1: not JSON"), ("--data twice", "twice, line 1: not JSON")],
+    "sample --prompt x": [
+        ("", "no run of the demonstration below runs/: python train.py makes one"),
+        ("--adapter hard", "hard has no adapter_config.json"),
+        ("--model model --adapter nowhere", "nowhere has no adapter_config.json"),
+        ("--adapter plain --show-mixing", "method causal mixes nothing of this prompt"),
+        (f"--adapter plain --prompt {'x' * 300}", "are more than the model's max_position_embeddings of"),
+        ("--model other --adapter plain", "plain was finetuned from model, which other is not"),
+        ("--model bos", "the tokenizer's ids go up to 300, but the model's vocabulary has 300")],
+    "experiments.merge --model model --out new": [
+        ("--adapter mixed", "is of method bitune, whose prompt passes need"),
+        ("--adapter whole", "whole is a whole checkpoint, not an adapter of")],
+    "experiments.evaluate --task arc --data arc.jsonl --out scored": [
+        ("", "neither --model nor --adapter"), ("--task ultrafeedback", "invalid choice: 'ultrafeedback'"),
+        ("--model model --data none", "No such file"), ("--adapter hard", "hard has no adapter_config.json"),
+        ("--model none --adapter whole", "none is no folder here"),         # whose scores are there
+        ("--model model --task piqa", "a row of piqa has 'goal'"),
+        ("--model model --forced-causal", "method causal mixes nothing: there is no α to set to 0"),
+        ("--adapter mixed", "the tokenizer has no special token <|im_")],
+    "experiments.ablate --out new --data data.jsonl": [("", "--model not given")],
+    "experiments.ablate --out new --data data.jsonl --model model --evaluate arc=arc.jsonl": [
+        ("--method causal --lr 1", "unrecognized arguments: --method causal --lr 1"),
+        ("--evaluate arc", "--evaluate arc=: expected TASK=FILE"),
+        ("--evaluate piqa=arc.jsonl", "a row of piqa has 'goal'"),
+        ("--methods causal", "invalid choice: 'causal'"), ("--model nowhere", "nowhere is no folder here"),
+        ("--val-size 0 --lrs 1 2", "no validation data to choose by"),
+        ("--evaluate arc=hard/arc.jsonl arc=arc.jsonl", "two files would both be called 'arc'")],
+    "experiments.curves": [("model", "no step is logged in model")]}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Models (of 300 ids), runs of them and data, as WRONG calls them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("world"))
+        for name in ("model", "other"):
+            write_checkpoint(Path(name), **{"hidden_size": 64, "rope_theta": 5e5} if name == "other" else {})
+        for name, tokens in (("bos", {"<s>": 300, "</s>": 257}),
+                             ("marked", {"<s>": 256, "</s>": 257, "<|im_start|>": 300, "<|im_end|>": 301})):
+            added = {str(i): {"content": token, "special": True} for token, i in tokens.items()}
+            change(write_checkpoint(Path(name)) / "tokenizer_config.json", added_tokens_decoder=added)
+        write_run(Path("mixed"), tiny_bitune(), "marked", template="chat-chatml")
+        for name, kind in (("plain", "lora"), ("whole", "full")):
+            write_run(Path(name), tiny_bitune("causal", kind), "model")
+        Path("hard").mkdir()
+        for file in ("arc.jsonl", "hard/arc.jsonl"):
+            write_rows(Path(file), PUBLISHED["arc"][0])
+        write_data(Path("data.jsonl"))
+        Path("half").write_text('{"question"')
+        Path("twice").write_text('{"prompt": "a", "prompt": "b", "answer": "c"}')
+        call(evaluate, *"--model whole --task arc --data arc.jsonl --out scored".split())
+        return Path.cwd()
+
+
+@pytest.mark.parametrize("line, more, message", [(line, *c) for line, cases in WRONG.items() for c in cases])
+def test_wrong_input_is_one_line_and_exit_status_2(line, more, message, world, monkeypatch, exits):
+    """And nothing is written."""
+    held = lambda: {file: file.stat().st_mtime_ns for file in world.rglob("*")}
+    monkeypatch.chdir(world)
+    (command, *argv), before = f"{line} {more}".split(), held()
+    assert message in exits(2, import_module(command), *argv)
+    assert held() == before
 
 
 @pytest.mark.parametrize("heads, groups", [(9, 3), (8, 1), (4, 4), (14, 2), (1, 1)])
@@ -298,23 +355,6 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     assert "has no settings.json" in bad("--resume", tmp_path / "nowhere")
     change(run / "settings.json", settings=read_settings(run)[0] | {"val_size": None})
     assert "settings.json lacks val_size" in bad("--resume", run)
-
-
-def test_wrong_input_to_sample_is_one_line_and_exit_status_2(tmp_path, monkeypatch, exits):
-    model = write_checkpoint(tmp_path / "model")
-    run = write_run(tmp_path / "run", tiny_bitune("causal"), model)
-    on, with_run = ["--model", model], ["--adapter", run]
-    bad = lambda *argv: exits(2, sample, *argv, "--prompt", "x")
-    monkeypatch.chdir(tmp_path)
-    assert "no run of the demonstration below runs/: python train.py makes one" in bad()
-    assert f"{tmp_path} has no adapter_config.json" in bad("--adapter", tmp_path)
-    assert "nowhere has no adapter_config.json" in bad(*on, "--adapter", "nowhere")
-    assert "method causal mixes nothing of this prompt" in bad(*with_run, "--show-mixing")
-    assert "are more than the model's max_position" in exits(2, sample, *with_run, "--prompt", "x" * 300)
-    other = write_checkpoint(tmp_path / "other", hidden_size=64, rope_theta=5e5)
-    assert f"{run} was finetuned from {model}, which {other} is not" in bad("--model", other, *with_run)
-    change(model / "tokenizer_config.json", added_tokens_decoder={"300": {"content": "<s>"}}, eos_token=None)
-    assert "the tokenizer's ids go up to 300, but the model's vocabulary has 300" in bad(*on)
 
 
 @pytest.mark.parametrize("file, damage, message", [
@@ -450,12 +490,3 @@ def test_a_fully_finetuned_run_is_a_checkpoint(flags, tmp_path, exits, says):
     models = load_base(run)[0], bitune.model, load_base(model)[0]      # the run as any checkpoint
     plain, own, before = (Bitune(m, "causal")(RAGGED, ANSWERS)[0] for m in models)
     assert torch.equal(plain, own) and (plain - before).abs().max() > 0.1
-
-
-def test_what_cannot_be_merged_says_why(tmp_path, exits):
-    argv = ["--model", write_checkpoint(tmp_path / "model"), "--out", tmp_path / "merged", "--adapter"]
-    for method, peft, message in (("bitune", "lora", "is of method bitune, whose prompt passes need"),
-                                  ("causal", "full", "causal is a whole checkpoint, not an adapter of")):
-        run = write_run(tmp_path / method, tiny_bitune(method, peft), argv[1])
-        assert message in exits(2, merge, *argv, run)
-    assert not (tmp_path / "merged").exists()

@@ -11,7 +11,7 @@ from bitune import METHODS, Bitune
 from experiments import evaluate
 from text.examples import load_examples
 from text.rows import read_rows
-from tiny import ANSWERS, RAGGED, call, change, rewrite, tiny_bitune, write_checkpoint, write_rows, write_run
+from tiny import ANSWERS, RAGGED, call, tiny_bitune, write_checkpoint, write_rows, write_run
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
 NESTED = {"stem": "Sky?", "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]}
@@ -241,28 +241,3 @@ def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeyp
             (base / "model.safetensors").touch()
         assert len({line for line in says(evaluate, *argv, *more).out.splitlines() if "wrote" in line}) == 1
         assert len([*(tmp_path / "out").glob("*.json")]) == len([*(tmp_path / "out").glob("*.jsonl")]) == n
-
-
-def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, exits):
-    base, whole = write_checkpoint(tmp_path / "base"), tmp_path / "whole"
-    data, none = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0]), tmp_path / "none"
-    arc = ["--task", "arc", "--data", data, "--out", tmp_path]
-    call(evaluate, "--model", write_run(whole, tiny_bitune("causal", "full"), base), *arc)
-    shown = [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]    # not where --model is not there
-    for message, *argv in (
-            ("neither --model nor --adapter", *arc),
-            ("invalid choice: 'ultrafeedback'", "--task", "ultrafeedback"),
-            ("No such file", "--model", base, *arc, "--data", none),
-            ("none is no folder here", "--model", none, "--adapter", whole, *arc),
-            ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
-            ("base has no adapter_config.json", "--adapter", base, *arc)):
-        assert message in exits(2, evaluate, *argv), message
-    chat, names = tmp_path / "chat", {"256": "<s>", "257": "</s>", "300": "<|im_start|>", "301": "<|im_end|>"}
-    added = {i: {"content": name, "special": True} for i, name in names.items()}     # the model has 300 ids
-    change(write_checkpoint(chat) / "tokenizer_config.json", added_tokens_decoder=added)
-    write_run(tmp_path / "run", tiny_bitune(), chat, template="chat-chatml")
-    line = exits(2, evaluate, "--adapter", tmp_path / "run", *arc)
-    assert "the tokenizer has no special token <|im_" in line
-    rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))
-    assert "of a choice is nan" in exits(1, evaluate, "--model", base, *arc)
-    assert shown == [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]

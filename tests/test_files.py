@@ -14,6 +14,7 @@ import torch
 
 import sample
 from bitune import Bitune
+from experiments import evaluate
 from files.adapters import adapter_bytes, load_adapter
 from files.checkpoint import load_base, load_model, parse_config
 from files.disk import finish_saves, json_bytes, write_files
@@ -349,11 +350,13 @@ def test_weight_decay_is_for_matrices(kind, decays):
     assert all(p.dim() == 2 for p in named.values())
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_a_model_without_numbers_ends_in_one_line(temperature, folder, exits):
+def test_a_model_without_numbers_ends_in_one_line(folder, tmp_path, exits):
     rewrite(folder / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))     # finite itself
-    line = exits(1, sample, "--model", folder, "--prompt", "x", "--temperature", temperature)
-    assert "the model gives no numbers: its logits are not" in line
+    data = write_rows(tmp_path / "data", [{"prompt": "x", "choices": ["a", "b"], "answer": 0}])
+    for message, command, *argv in (("the model gives no numbers", sample, "--prompt=x", "--temperature=0"),
+                                    ("the model gives no numbers", sample, "--prompt=x", "--temperature=1"),
+                                    ("of a choice is nan", evaluate, "--task=rows", "--data", data)):
+        assert message in exits(1, command, "--model", folder, *argv)
 
 
 # ---- tokenizers ------------------------------------------------------------------------------------------

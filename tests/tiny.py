@@ -68,7 +68,7 @@ def fresh_bitune(method="bitune", kind="lora", config={}, adapters={}, **options
     """A method on a tiny model, its adapters as training finds them."""
     model = tiny_model(**config)
     for rank, name in enumerate(adapter_sets(method), 4):          # each set with a rank of its own
-        add_sized(model, name, kind, rank, **adapters)
+        add_sized(model, name, kind, **{"rank": rank} | adapters)
     bitune = Bitune(model, method, **options)
     bitune.tiny_config = config             # of which `write_checkpoint` makes the same base
     return bitune
