@@ -110,7 +110,6 @@ def test_no_text_makes_a_control_token(name, tmp_path):
 
 # ---- what is learned of a conversation -------------------------------------------------------------------
 
-
 def in_turn(*texts):
     return [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
 

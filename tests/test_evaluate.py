@@ -36,9 +36,6 @@ PUBLISHED = {   # task: rows as they are published, the prompt in the paper's te
 PUBLISHED["csqa"] = PUBLISHED["arc"]
 
 
-
-
-
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_published_rows_make_the_paper_s_prompts(task, tokenizer, tmp_path):
     """Evaluation asks as training does."""

@@ -200,7 +200,6 @@ def test_the_log_has_alpha_layer_by_layer_and_sample_and_curves_draw_it(flags, t
         *((f"α of the {part} by layer, run", 0, 3 * 3 + 5) for part in ("keys", "values"))]  # by validation; the key
 
 
-
 def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
     line = [(0, [0.0, 1.0]), (10, [0.5, 0.5])]
     root = ElementTree.fromstring(curves.picture([curves.panel("x", {"A": line}, {"A": "#123456"})]))
@@ -356,9 +355,6 @@ def test_on_a_card_the_benchmark_prints_the_share_that_was_needed(monkeypatch, s
 
 
 BASE = DEMO["model"]
-
-
-
 
 
 @pytest.mark.parametrize("task", language.TASKS)

@@ -36,6 +36,12 @@ def folder(tmp_path):
     return write_checkpoint(tmp_path / "m")
 
 
+def refused(folder, *said):
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    assert all(part in str(error.value) for part in said), error.value
+
+
 # ---- the config ------------------------------------------------------------------------------------------
 
 @pytest.mark.reference
@@ -69,19 +75,12 @@ def test_every_tensor_that_does_not_fit_is_in_one_error(folder):
         state |= {"model.layers.0.extra": torch.zeros(2), "lm_head.weight": torch.zeros(299, 32)}
 
     rewrite(folder / "model.safetensors", spoil)
-    with pytest.raises(ValueError) as error:
-        load_model(folder)
-    for part in ("4 tensors do not fit", "missing model.norm.weight (32,)",
-                 "missing model.layers.1.mlp.up_proj.weight (48, 32)",
-                 "unexpected model.layers.0.extra (2,)", "lm_head.weight is (299, 32), expected (300, 32)"):
-        assert part in str(error.value)
+    refused(folder, "4 tensors do not fit", "missing model.norm.weight (32,)",
+            "missing model.layers.1.mlp.up_proj.weight (48, 32)", "unexpected model.layers.0.extra (2,)",
+            "lm_head.weight is (299, 32), expected (300, 32)")
 
 
 def test_other_files_are_refused_by_name(folder, tmp_path, request):
-    def refused(folder, message):
-        with pytest.raises(ValueError, match=message):
-            load_model(folder)
-
     for norm, message in ((torch.full((32,), torch.nan), "model.norm.weight holds NaN or infinity"),
                           (torch.ones(32, dtype=torch.int8), "model.norm.weight is I8, expected floats")):
         rewrite(folder / "model.safetensors", lambda tensors: tensors.update({"model.norm.weight": norm}))
@@ -89,7 +88,7 @@ def test_other_files_are_refused_by_name(folder, tmp_path, request):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, "lacks model.safetensors: expected safetensors")
     (folder / "model.safetensors").write_bytes(b"half a downl")
-    refused(folder, "cannot be read .*is the download complete?")
+    refused(folder, "cannot be read ", "is the download complete?")
     refused(tmp_path, "has no config.json")
     sharded = shutil.copytree(request.path.parent / "reference/base/llama3.2", tmp_path / "sharded")
     (sharded / "model-00003-of-00005.safetensors").unlink()
@@ -261,14 +260,13 @@ def test_what_a_config_leaves_out(kind):
     ({"model_type": "mamba"}, "model_type 'mamba' is not supported: expected llama or mistral or qwen2"),
     ({"rope_scaling": {"type": "yarn", "factor": 2}}, "its RoPE has the type 'yarn', expected"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 2}}, "needs low_freq_factor, high_freq_factor"),
-    ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected .silu. or .gelu."),
+    ({"hidden_act": "relu"}, "it has the hidden_act 'relu', expected"),
     ({"hidden_size": None}, "config.json: it lacks hidden_size"),
     ({"is_causal": False}, "it has the is_causal False, expected true or null"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised, by gptq: expected weights")])
 def test_what_a_config_says_and_is_not_understood_is_refused(changes, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
-    with pytest.raises(ValueError, match=message):
-        load_model(tmp_path)
+    refused(tmp_path, message)
 
 
 # ---- adapters, data, numbers and prompts -----------------------------------------------------------------
