@@ -148,8 +148,9 @@ def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(
     def run_one(key, s, tasks, common):
         (name, lr, seed), scores = key, {"arc acc": [0, 1]} if tasks else {}
         made.append((name, lr, seed, bool(tasks)))
-        return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores, "run": "",
-                "base": "", "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01)), "validations": []}
+        return {"name": name, "lr": lr, "seed": seed, "trainable": 1, "seconds": 1, "scores": scores,
+                "run": "", "base": "", "validations": [],
+                "val_loss": abs(lr - (0.02 if name == "Bitune" else 0.01))}
 
     monkeypatch.setattr(ablate, "run_one", run_one)
     ablate.main([*argv, "--lrs", "0.01", "0.02", "0.03", "--search"])
@@ -197,7 +198,7 @@ def test_the_log_has_alpha_layer_by_layer_and_sample_and_curves_draw_it(flags, t
     of = lambda panel, kind: len([*panel.iter(SVG + kind)])
     assert [(panel.find(f"{SVG}text").text, of(panel, "polyline"), of(panel, "rect")) for panel in panels] == [
         *((name, 2, 0) for name in ("training loss", "validation loss", "exact match on validation data")),
-        *((f"α of the {part} by layer, run", 0, 3 * 3 + 5) for part in ("keys", "values"))]  # by validation; the key
+        *((f"α of the {part} by layer, run", 0, 3 * 3 + 5) for part in ("keys", "values"))]     # and the key
 
 
 def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():

@@ -222,7 +222,8 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
     ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True},
      {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "head_dim": 16, "tie_word_embeddings": True}),
     ("gemma", {"hidden_act": "gelu"}, {"activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
-    ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}}, {"rotary_dim": 2, "activation": "gelu_new"}),
+    ("phi", {"rope_parameters": {"partial_rotary_factor": 0.25}},
+     {"rotary_dim": 2, "activation": "gelu_new"}),
     ("llama", {"rope_scaling": {"type": "default"} | LINEAR}, {"rope": {"rope_theta": 10000.0} | LINEAR}),
     ("llama", {"rope_parameters": {"rope_theta": 5e5} | LINEAR}, {"rope": {"rope_theta": 5e5} | LINEAR}),
     ("llama", {"partial_rotary_factor": 0.5}, {"rotary_dim": 8}),   # the reference does not look at it

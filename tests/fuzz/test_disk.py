@@ -1,6 +1,6 @@
-"""Random files: damaged or edited, after which every command still ends in one line, and never in a traceback;
-and random spellings of the same few folders and files, from anywhere, with others of their names beside them,
-which mean the same settings and scores, or are refused in one line."""
+"""Random files: damaged or edited, after which every command still ends in one line, and never in a
+traceback; and random spellings of the same few folders and files, from anywhere, with others of their names
+beside them, which mean the same settings and scores, or are refused in one line."""
 
 import json
 import os

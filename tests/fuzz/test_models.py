@@ -143,9 +143,10 @@ BASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "mistral": {}, "ge
 NAMES = {True: ["q_proj", "v_proj", "dense", "fc1", "fc2"],
          False: ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 TARGETS = ["all-linear", r".*\.(q|v)_proj", r"model\.layers\.[01]\.mlp\..*", ["embed_tokens", "q_proj"],
-           ["lm_head", "v_proj"], ["layers.0.self_attn.v_proj", "k_proj"], ["model.layers.1.self_attn.q_proj"], None]
-PATTERNS = r"""q_proj .*_proj layers.1.self_attn.q_proj ^model\.layers\.0\..* model.layers.0.mlp.fc1 proj mlp.*
-    layers\.\d\.self_attn\.(q|v)_proj fc1|fc2 up_proj|model.layers.2.*""".split()
+           ["model.layers.1.self_attn.q_proj"], ["lm_head", "v_proj"], None,
+           ["layers.0.self_attn.v_proj", "k_proj"]]
+PATTERNS = r"""q_proj .*_proj layers.1.self_attn.q_proj ^model\.layers\.0\..* model.layers.0.mlp.fc1 proj
+    mlp.* layers\.\d\.self_attn\.(q|v)_proj fc1|fc2 up_proj|model.layers.2.*""".split()
 
 
 def random_pattern(rng):
