@@ -30,10 +30,10 @@ from files.checkpoint import checkpoint_dtype, load_base
 from files.disk import finish_saves, locked, write_files
 from files.run import fingerprint, load_run, own_tensors, read_settings
 from lora import adapters, add_adapter
-from test_evaluate import PUBLISHED
+
 from text.examples import Example, batches, load_examples
-from tiny import (ANSWERS, RAGGED, call, change, rewrite, scatter, some_of, tiny_bitune, tiny_model,
-                  write_checkpoint, write_data, write_rows, write_run)
+from tiny import (ANSWERS, CASES, RAGGED, call, change, rewrite, scatter, some_of, tiny_bitune, tiny_model,
+                  write_checkpoint, write_data, write_run)
 
 ASK = "--prompt", "x", "--max-new-tokens", 2
 
@@ -303,9 +303,8 @@ def world(tmp_path_factory):
         write_run(Path("mixed"), tiny_bitune(), "marked", template="chat-chatml")
         for name, kind in (("plain", "lora"), ("whole", "full")):
             write_run(Path(name), tiny_bitune("causal", kind), "model")
-        Path("hard").mkdir()
-        for file in ("arc.jsonl", "hard/arc.jsonl"):
-            write_rows(Path(file), PUBLISHED["arc"][0])
+        shutil.copytree(CASES / "published", "hard")
+        shutil.copy("hard/arc.jsonl", "arc.jsonl")
         write_data(Path("data.jsonl"))
         Path("half").write_text('{"question"')
         Path("twice").write_text('{"prompt": "a", "prompt": "b", "answer": "c"}')

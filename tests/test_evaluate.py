@@ -11,39 +11,20 @@ from bitune import METHODS, Bitune
 from experiments import evaluate
 from text.examples import load_examples
 from text.rows import read_rows
-from tiny import ANSWERS, RAGGED, call, tiny_bitune, write_checkpoint, write_rows, write_run
+from tiny import ANSWERS, CASES, RAGGED, call, tiny_bitune, write_checkpoint, write_rows, write_run
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
-NESTED = {"stem": "Sky?", "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]}
 SIQA = {"context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun", "answerC": "fear"}
-WRITTEN = [{"model": "llama", "response": "no"}, {"model": "gpt-4", "response": "La."}]
-PUBLISHED = {   # task: rows as they are published, the prompt in the paper's template, the right choice
-    "arc": ([{"id": 1, "question": "Sky?", "choices": ARC, "answerKey": "B"},
-             {"id": 1, "question": NESTED, "answerKey": "2"}],
-            "Question: Sky?\n\nChoices:\nred\nblue\n\nAnswer:", " blue"),
-    "siqa": ([SIQA | right for right in ({"label": "3"}, {"label": 3}, {"correct": "C"})],
-             "Question: Given the context, answer correctly the question.\nContext: Jo ran.\n"
-             "Question: Why?\n\nChoices:\n(0) late\n(1) fun\n(2) fear\n\nAnswer:", " (2)"),
-    "mmlu": ([{"question": "1 + 1?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2}],
-             "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:", " (2)"),
-    "rows": ([{"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1},
-              {"question": "Sky?", "choices": ["red", "blue"], "answer": "blue"}],
-             "Question: Sky?\n\nAnswer:", " blue"),
-    "gsm8k": ([{"question": "1 + 1?", "answer": "It is\n#### 2"}],
-              "Question: 1 + 1?\n\nAnswer:", " It is\n#### 2"),
-    "ultrafeedback": ([{"instruction": "Sing!", "source": "x", "completions": WRITTEN}],
-                      "Question: Sing!\n\nAnswer:", " La.")}
-PUBLISHED["csqa"] = PUBLISHED["arc"]
+EXPECTED = json.loads((CASES / "expected.json").read_text(encoding="utf-8"))["published"]
 
 
-@pytest.mark.parametrize("task", PUBLISHED)
-def test_published_rows_make_the_paper_s_prompts(task, tokenizer, tmp_path):
+@pytest.mark.parametrize("task", EXPECTED)
+def test_published_rows_make_the_paper_s_prompts(task, tokenizer):
     """Evaluation asks as training does."""
-    rows, prompt, answer = PUBLISHED[task]
-    file = write_rows(tmp_path / "published.jsonl", rows)
+    file, (prompt, answer) = CASES / f"published/{task}.jsonl", EXPECTED[task]
     examples, _ = load_examples(file, tokenizer, "paper", 512, task)
     questions, left_out = evaluate.load_questions(file, task, tokenizer, "paper", 512)
-    assert len(examples) == len(questions) == len(rows) and left_out == []
+    assert len(examples) == len(questions) == len(file.read_text().splitlines()) and left_out == []
     for example, question in zip(examples, questions):
         assert tokenizer.decode(example.prompt) == "<s>" + prompt and question.prompt == example.prompt
         assert tokenizer.decode(example.answer) == answer + "</s>"
@@ -71,10 +52,10 @@ def test_labels_lie_in_a_file_beside(task, row, first, tmp_path):
 
 
 def test_mmlu_s_csv_is_its_json(tmp_path):
-    file, (rows, *_) = tmp_path / "sums_test.csv", PUBLISHED["mmlu"]
+    file = tmp_path / "sums_test.csv"
     file.write_text('1 + 1?,0,1,2,3,C\n"a ""b"",\nc",0,1,2,3,A\n')
     (_, one), (_, two) = read_rows(file, "mmlu")
-    assert [one] == [row for _, row in read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu")]
+    assert [one] == [row for _, row in read_rows(CASES / "published/mmlu.jsonl", "mmlu")]
     assert two["prompt"].startswith('a "b",\nc\n(0). 0') and two["answer"] == 0
     for task, text, message in (
             ("rows", "", "CSV is read of mmlu alone"), ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
@@ -171,7 +152,8 @@ def results(folder):
 
 def test_the_command_scores_a_run_and_the_bare_model(tmp_path, monkeypatch, says):
     base, asked = write_checkpoint(tmp_path / "base"), ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
-    data = write_rows(tmp_path / "arc.jsonl", [PUBLISHED["arc"][0][0] | {"question": q} for q in asked])
+    rows = [{"question": q, "choices": ARC, "answerKey": "B"} for q in asked]
+    data = write_rows(tmp_path / "arc.jsonl", rows)
     run, bare = write_run(tmp_path / "run", tiny_bitune(), base), tmp_path / "runs/base/base"
     monkeypatch.chdir(tmp_path)
     for method, folder, *argv in (("bitune", run, "--adapter", run), (None, bare, "--model", base)):

@@ -25,10 +25,12 @@ from files.checkpoint import load_model
 from files.run import load_run
 from pretended import pretended
 from test_commands import ASK, at_step, log
-from test_evaluate import PUBLISHED
+
 from text.examples import Example
 from text.tokenizer import Tokenizer
-from tiny import ANSWERS, RAGGED, call, some_of, tiny_bitune, write_checkpoint, write_data, write_rows
+from tiny import ANSWERS, CASES, RAGGED, call, some_of, tiny_bitune, write_checkpoint, write_data
+
+ARC = CASES / "published/arc.jsonl"
 
 
 def tables(text):
@@ -68,9 +70,8 @@ def test_the_rate_is_chosen_on_validation_and_spreads_are_over_seeds():
 
 
 @pytest.fixture
-def argv(flags, tmp_path):
-    arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    line = flags(*f"--steps 4 --save-every 2 --eval-every 1 --evaluate arc={arc} --seeds 42 43".split())
+def argv(flags):
+    line = flags(*f"--steps 4 --save-every 2 --eval-every 1 --evaluate arc={ARC} --seeds 42 43".split())
     return [part.replace("--lr", "--lrs") for part in line]
 
 
@@ -264,8 +265,7 @@ def test_forced_causal_is_alpha_zero_and_a_prompt_may_come_twice(tmp_path, monke
         bitune.theta_key.zero_(), bitune.theta_value.zero_()
         torch.testing.assert_close(bitune(RAGGED, ANSWERS)[0], forced)
     model, out = write_checkpoint(tmp_path / "model"), tmp_path / "out"
-    arc = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0])
-    argv = ["--model", model, "--task", "arc", "--data", arc, "--out", out]
+    argv = ["--model", model, "--task", "arc", "--data", ARC, "--out", out]
 
     seen, log_probs = [], evaluate.log_probs
     monkeypatch.setattr(evaluate, "log_probs", lambda b, prompts, choices:
