@@ -154,5 +154,5 @@ ARGUMENTS = {
 def pytest_generate_tests(metafunc):
     for name in ARGUMENTS:
         if name in metafunc.fixturenames:
-            pairs = ARGUMENTS[name](metafunc.config)
-            metafunc.parametrize(name, [value for _, value in pairs], ids=[called for called, _ in pairs])
+            called = ARGUMENTS[name](metafunc.config)
+            metafunc.parametrize(name, [pytest.param(value, id=word) for word, value in called])

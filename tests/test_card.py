@@ -244,15 +244,11 @@ def no_numbers(bitune, *args):
                                         (no_numbers, "the loss is nan")])
 def test_what_one_process_meets_ends_both_in_one_line(what, said, flags, tmp_path, capfd):
     assert torchrun(flags("--save-every", 2), 5, what)[0] == 1
-    (line,) = capfd.readouterr().err.splitlines()
+    assert torchrun(flags("--data", "nowhere"))[0] == 2
+    line, of_input = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: step 5: {said}")
     assert line.endswith(f". The save of step 4 is whole: python train.py --resume {tmp_path / 'run'}")
-
-
-def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
-    assert torchrun(flags("--data", "nowhere"))[0] == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line == "error: 'nowhere' is not there: expected a data file"
+    assert of_input == "error: 'nowhere' is not there: expected a data file"
 
 
 def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):

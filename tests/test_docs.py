@@ -55,20 +55,6 @@ def test_flags_exist(capsys):
         assert named <= known, f"{page.name}: {named - known}"
 
 
-# Each room imports of the project only what stands here, but for a function that hands over to files.
-ROOMS = {"model": "", "lora": "model", "bitune": "model", "text": "text", "sample": "text files cli",
-         "files": "model lora bitune text files", "cli": "model lora bitune text files cli",
-         "train": "lora bitune text files cli"}
-
-
-def test_imports_go_one_way():
-    for file in CODE:
-        room = file.relative_to(ROOT).parts[0].removesuffix(".py")
-        names = re.findall(r"^(?:import|from) (\w+)", file.read_text(encoding="utf-8"), re.M)
-        wrong = {*ROOMS, "experiments"} & {*names} - {*ROOMS.get(room, " ".join(names)).split()}
-        assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
-
-
 # ---- the teaching room -----------------------------------------------------------------------------------
 
 PLACES = {"self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o",
@@ -143,3 +129,19 @@ def test_the_lesson_shows_what_it_has_stored_and_the_solutions_solve_it(monkeypa
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/solutions.md").read_text("utf-8"), re.S):
         lesson.run(code, names)
     assert names["history"][-1][1] > 0.85 and names["lora"][-1][1] < 0.5
+
+
+# ---- the rooms -------------------------------------------------------------------------------------------
+
+# Each room imports of the project only what stands here, but for a function that hands over to files.
+ROOMS = {"model": "", "lora": "model", "bitune": "model", "text": "text", "sample": "text files cli",
+         "files": "model lora bitune text files", "cli": "model lora bitune text files cli",
+         "train": "lora bitune text files cli"}
+
+
+def test_imports_go_one_way():
+    for file in CODE:
+        room = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        names = re.findall(r"^(?:import|from) (\w+)", file.read_text(encoding="utf-8"), re.M)
+        wrong = {*ROOMS, "experiments"} & {*names} - {*ROOMS.get(room, " ".join(names)).split()}
+        assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
