@@ -76,7 +76,7 @@ def test_train_then_ask(method, flags, tmp_path, says):
     said = says(sample, "--adapter", run, *ASK)                 # the run names its base
     assert f"loaded {run}:" in said.err and "tensors" in said.err and "tokens/s" in said.err and said.out
     assert f"method {method}, template paper, trained for 6 steps" in said.err
-    bitune, tokenizer, _, _ = load_run(run)
+    bitune, tokenizer, *_ = load_run(run)
     assert (run / "mixing.safetensors").exists() == bool(own_tensors(bitune))
     val = load_examples(tmp_path / "data.jsonl", tokenizer, "paper", 256)[0][-4:]
     assert train.validate(bitune, val, batches)["loss"] == pytest.approx(log(run, "val_loss")[-1], 1e-6)
@@ -147,7 +147,7 @@ def test_a_first_save_killed_between_two_renames_is_whole(flags, tmp_path):
         child.start(), child.join()
     assert child.exitcode == -signal.SIGKILL
     assert (run / "renaming.json").exists() and not (run / "adapter_config.json").exists()
-    assert load_run(shutil.copytree(run, tmp_path / "copy"))[3]["step"] == 3        # to read it is to finish it
+    assert load_run(shutil.copytree(run, tmp_path / "copy"))[3]["step"] == 3    # to read it finishes it
     call(train, "--resume", run)
     train.main(flags("--out", tmp_path / "whole"))
     assert_same_run(run, tmp_path / "whole")
@@ -273,7 +273,7 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("--adapter whole", "whole is a whole checkpoint, not an adapter of")],
     "experiments.evaluate --task arc --data arc.jsonl --out scored": [
         ("", "neither --model nor --adapter"), ("--task ultrafeedback", "invalid choice: 'ultrafeedback'"),
-        ("--model model --data none", "No such file"), ("--adapter hard", "hard has no adapter_config.json"),
+        ("--model model --data none", "No such file"), ("--adapter model", "model has no adapter_config.json"),
         ("--model none --adapter whole", "none is no folder here"),         # whose scores are there
         ("--model model --task piqa", "a row of piqa has 'goal'"),
         ("--model model --forced-causal", "method causal mixes nothing: there is no α to set to 0"),

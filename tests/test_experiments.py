@@ -197,9 +197,9 @@ def test_the_log_has_alpha_layer_by_layer_and_sample_and_curves_draw_it(flags, t
     assert says(curves, run, plain, "--out", out).out == f"wrote {out}\n"
     panels = [*ElementTree.parse(out).getroot().iter(f"{SVG}g")]
     of = lambda panel, kind: len([*panel.iter(SVG + kind)])
-    assert [(panel.find(f"{SVG}text").text, of(panel, "polyline"), of(panel, "rect")) for panel in panels] == [
+    assert [(p.find(f"{SVG}text").text, of(p, "polyline"), of(p, "rect")) for p in panels] == [
         *((name, 2, 0) for name in ("training loss", "validation loss", "exact match on validation data")),
-        *((f"α of the {part} by layer, run", 0, 3 * 3 + 5) for part in ("keys", "values"))]     # and the key
+        *((f"α of the {part} by layer, run", 0, 3 * 3 + 5) for part in ("keys", "values"))]    # and the key
 
 
 def test_a_panel_has_a_line_for_the_mean_and_a_band_for_the_seeds():
