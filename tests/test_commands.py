@@ -272,8 +272,8 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("--adapter mixed", "is of method bitune, whose prompt passes need"),
         ("--adapter whole", "whole is a whole checkpoint, not an adapter of")],
     "experiments.evaluate --task arc --data arc.jsonl --out scored": [
-        ("", "neither --model nor --adapter"), ("--task ultrafeedback", "invalid choice: 'ultrafeedback'"),
-        ("--model model --data none", "No such file"), ("--adapter model", "model has no adapter_config.json"),
+        ("", "neither --model nor --adapter"), ("--model model --data none", "No such file"),
+        ("--task ultrafeedback", "invalid choice"), ("--adapter model", "model has no adapter_config.json"),
         ("--model none --adapter whole", "none is no folder here"),         # whose scores are there
         ("--model model --task piqa", "a row of piqa has 'goal'"),
         ("--model model --forced-causal", "method causal mixes nothing: there is no α to set to 0"),
