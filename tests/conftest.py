@@ -22,7 +22,7 @@ import torch
 
 from edits import edits
 from text.tokenizer import Tokenizer
-from tiny import write_checkpoint, write_data
+from tiny import call, write_checkpoint, write_data
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"
@@ -39,6 +39,30 @@ def flags(tmp_path):
     line = (f"--model {model} --data {data} --out {tmp_path}/run --steps 6 --batch-size 4 --lr 0.01 "
             "--save-every 3 --eval-every 3")
     return lambda *more: [*line.split(), *map(str, more)]
+
+
+@pytest.fixture
+def exits(capsys):
+    """The one line that a command says on standard error as it ends: exits(2, train, "--lr", 0)."""
+    def line_of(code, command, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            call(command, *argv)
+        assert end.value.code == code
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("error: "), line
+        return line
+    return line_of
+
+
+@pytest.fixture
+def says(capsys):
+    """What a command says, on standard output (.out) and standard error (.err)."""
+    def both(command, *argv):
+        capsys.readouterr()
+        call(command, *argv)
+        return capsys.readouterr()
+    return both
 
 
 @pytest.fixture
@@ -124,12 +148,11 @@ ARGUMENTS = {
                                for v in json.loads(f.read_text())["variants"]],
     "golden": lambda config: [(f"{f.parent.name}/{t}", (f, f.parent / t))
                               for f in references(config, "golden*.json")
-                              for t in ("tokenizer.json", "tokenizer.model") if (f.parent / t).is_file()],
-}
+                              for t in ("tokenizer.json", "tokenizer.model") if (f.parent / t).is_file()]}
 
 
 def pytest_generate_tests(metafunc):
     for name in ARGUMENTS:
         if name in metafunc.fixturenames:
-            pairs = ARGUMENTS[name](metafunc.config)
-            metafunc.parametrize(name, [value for _, value in pairs], ids=[called for called, _ in pairs])
+            called = ARGUMENTS[name](metafunc.config)
+            metafunc.parametrize(name, [pytest.param(value, id=word) for word, value in called])

@@ -5,8 +5,7 @@ contexts as they grow (prompts_are_cut_in_two). They are run without dropout.
 
 Each takes a Bitune in float64, with everything that trains away from its start (see tiny.scatter), which it
 leaves as it is; a function make(dtype=...) of others like it; and a folder to write to. `IDENTITIES` has
-them all; none knows the name of a parameter.
-"""
+them all; none knows the name of a parameter. """
 
 from functools import cache, partial
 

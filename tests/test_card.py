@@ -5,12 +5,11 @@ one run, and at one grid, make what one makes."""
 
 import json
 import os
-import signal
 import socket
 import time
 from contextlib import nullcontext
 from functools import partial
-from itertools import count
+
 from multiprocessing import get_context
 
 import pytest
@@ -28,9 +27,9 @@ from files.run import load_bitune, load_state, state_bytes
 from lora import KINDS
 from model import KVCache
 from pretended import each, pretended, waits
-from test_commands import call, log, tensors
+from test_commands import at_step, log, tensors
 from text.examples import Example, batches
-from tiny import ANSWERS, RAGGED, some_of, tiny_bitune, tiny_model, write_run
+from tiny import ANSWERS, RAGGED, call, some_of, tiny_bitune, tiny_model, write_rows, write_run
 
 EXAMPLES = [Example(p, a) for p, a in zip(RAGGED, ANSWERS)]
 SMALL = {"num_hidden_layers": 2}
@@ -55,8 +54,8 @@ def on_both(card, make, call):
 
 
 def one_step(bitune, optimizer=None):
-    cut = partial(batches, size=2)
-    return train.train_step(bitune, optimizer or make_optimizer(bitune), EXAMPLES, cut, 1.0, 1.0)
+    step = bitune, optimizer or make_optimizer(bitune), EXAMPLES, partial(batches, size=2)
+    return train.train_step(*step, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("method, kind, family", [
@@ -131,10 +130,10 @@ def assert_near(folder, other):
 
 
 @pytest.mark.parametrize("line", [f"{BEGUN} --base-bits 8", f"{TRAIN} --peft full --checkpointing"])
-def test_the_commands(line, card, flags, tmp_path, monkeypatch, capsys):
+def test_the_commands(line, card, flags, tmp_path, monkeypatch, says):
     """train.py, which waits once a step; scores of the CPU's run, and its answer."""
-    choices, steps = tmp_path / "choices.jsonl", []
-    choices.write_text('{"question": "Which?", "choices": ["one", "2"], "answer": 0}\n' * 3)
+    steps, row = [], {"question": "Which?", "choices": ["one", "2"], "answer": 0}
+    choices = write_rows(tmp_path / "choices.jsonl", [row] * 3)
     write_run(tmp_path / "begun", tiny_bitune(), flags()[1])
 
     def commands(device):
@@ -143,9 +142,8 @@ def test_the_commands(line, card, flags, tmp_path, monkeypatch, capsys):
         ask = ["--adapter", tmp_path / "cpu", "--max-new-tokens", 4, "--device", device, "--dtype", "float32"]
         for data in (choices, tmp_path / "data.jsonl"):
             call(evaluate, *ask, *out, "--task", "rows", "--limit", 2, "--data", data)
-        capsys.readouterr()
-        call(sample, *ask, "--show-mixing", "--prompt", "Why?")
-        return [line for line in "".join(capsys.readouterr()).splitlines() if "tokens/s" not in line]
+        said = "".join(says(sample, *ask, "--show-mixing", "--prompt", "Why?"))
+        return [line for line in said.splitlines() if "tokens/s" not in line]
 
     monkeypatch.setattr(train.Progress, "step", lambda *args: steps.append(len(waits)))
     want = commands("cpu")
@@ -193,9 +191,8 @@ def at_once(*functions):
     return [process.exitcode for process in processes]
 
 
-def torchrun(argv, before=None):
-    """train.py in two processes, as torchrun starts them; the second calls before(number, its Bitune) before
-    each step."""
+def torchrun(argv, *at):
+    """train.py in two processes, as torchrun starts them, with at_step(*at) in the second one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -203,10 +200,8 @@ def torchrun(argv, before=None):
     def process(rank):
         os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        if rank and before:
-            step, number = train.train_step, count(1)
-            train.train_step = lambda *args: (before(next(number), args[0]), step(*args))[1]
-        train.main(argv)
+        with at_step(*at) if rank and at else nullcontext():
+            train.main(argv)
     return at_once(lambda: process(0), lambda: process(1))
 
 
@@ -217,8 +212,7 @@ def test_two_processes_train_as_one_does_and_one_goes_on(batch_size, flags, tmp_
     more = "--batch-size", batch_size, "--micro-batch-tokens", 90, "--weight-decay", 0.1, "--lr", 0.001
     train.main(flags(*more, "--out", alone))
     capfd.readouterr()
-    stop = lambda step, bitune: step == 3 and os.kill(os.getpid(), signal.SIGTERM)
-    assert torchrun(flags(*more), stop) == [1, 0]
+    assert torchrun(flags(*more), 3) == [1, 0]
     said = capfd.readouterr()
     assert said.out.count("settings: ") == 1 and said.out.count("base model: validation loss") == 1
     assert said.err == ("error: step 3: stopped by a signal to another of the processes. The save of step 3 "
@@ -242,23 +236,19 @@ def test_each_process_draws_a_dropout_of_its_own(monkeypatch):
     assert len({*drawn}) == 3
 
 
-def no_numbers(bitune):
+def no_numbers(bitune, *args):
     bitune.losses = lambda prompts, answers: some_of(bitune).sum() * torch.tensor([torch.nan])
 
 
-@pytest.mark.parametrize("what, said", [(lambda bitune: os._exit(1), "another of the processes is gone: "),
+@pytest.mark.parametrize("what, said", [(lambda *args: os._exit(1), "another of the processes is gone: "),
                                         (no_numbers, "the loss is nan")])
 def test_what_one_process_meets_ends_both_in_one_line(what, said, flags, tmp_path, capfd):
-    assert torchrun(flags("--save-every", 2), lambda step, bitune: step == 5 and what(bitune))[0] == 1
-    (line,) = capfd.readouterr().err.splitlines()
+    assert torchrun(flags("--save-every", 2), 5, what)[0] == 1
+    assert torchrun(flags("--data", "nowhere"))[0] == 2
+    line, of_input = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: step 5: {said}")
     assert line.endswith(f". The save of step 4 is whole: python train.py --resume {tmp_path / 'run'}")
-
-
-def test_the_first_process_says_what_is_wrong_with_the_input(flags, capfd):
-    assert torchrun(flags("--data", "nowhere"))[0] == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line == "error: 'nowhere' is not there: expected a data file"
+    assert of_input == "error: 'nowhere' is not there: expected a data file"
 
 
 def test_two_processes_make_each_run_of_a_grid_once(flags, tmp_path, capfd):

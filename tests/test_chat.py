@@ -19,13 +19,12 @@ from experiments import ablate, evaluate
 from experiments.evaluate import load_questions, score_text
 from identities import assert_same
 from model import extended
-from test_commands import at_step, exits, stop
-from test_evaluate import write_rows
+from test_commands import at_step
 from text.chat import CHATS, KNOWN
 from text.examples import TEMPLATES, encode_answer, encode_prompt, load_data, load_examples, stop_id
 from text.examples import template_named
 from text.tokenizer import Tokenizer
-from tiny import tiny_bitune, tokenizer_of, write_checkpoint, write_run
+from tiny import call, tiny_bitune, tokenizer_of, write_checkpoint, write_rows, write_run
 
 MADE = json.loads((chats.HERE / "chats.json").read_text())
 NEW_LINE = [name for name in CHATS if CHATS[name].end in ("<|im_end|>", "<end_of_turn>")] + ["chat-zephyr"]
@@ -33,14 +32,13 @@ NEW_LINE = [name for name in CHATS if CHATS[name].end in ("<|im_end|>", "<end_of
 
 def tokenizer_like(kind, name, folder):
     own = chats.SHARED / chats.LIKE[name]
-    if kind == "like" and not own.is_dir():
-        pytest.skip(f"no {own.name} beside the repository")
     if kind == "like" and own.name == "llama3":         # in its other form, which is read sooner
         return Tokenizer.from_pretrained(own / "tokenizer.model")
     return tokenizer_of(chats.KINDS[kind](name), folder)
 
 
-FAMILIES = [[name for name in CHATS if chats.LIKE[name] == own] for own in sorted({*chats.LIKE.values()})]
+FAMILIES = [[name for name in CHATS if chats.LIKE[name] == own] for own in sorted({*chats.LIKE.values()})
+            if (chats.SHARED / own).is_dir()]           # beside the repository
 
 
 @pytest.mark.reference
@@ -89,8 +87,7 @@ def test_the_list_of_templates_is_the_fixtures():
     ("chat", None, None, {}, "--template chat: the model comes without a chat template; choose"),
     ("chat", "other", None, {}, "chat template, 'other'..., is not one of chat-llama2, "),
     ("chat", TEXT, None, {}, "chat-gemma has <bos> as its bos_token, and the model's is None"),
-    ("chat", TEXT, None, BOS | {"odd": True}, "needs <start_of_turn> as a special token that takes"),
-])
+    ("chat", TEXT, None, BOS | {"odd": True}, "needs <start_of_turn> as a special token that takes")])
 def test_a_models_own_markup_is_found(word, chat, file, config, found, known, tmp_path):
     known("chat-gemma")
     spec = chats.small("chat-gemma")
@@ -114,7 +111,6 @@ def test_no_text_makes_a_control_token(name, tmp_path):
 
 
 # ---- what is learned of a conversation -------------------------------------------------------------------
-
 
 def in_turn(*texts):
     return [(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
@@ -141,8 +137,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
         assert tokenizer.decode(example.prompt) == prompt + "<|im_start|>assistant\n"
         assert tokenizer.decode(example.answer) == answer + "<|im_end|>"
     assert dropped == {"no answer": [2, "line 3"]}
-    longest = len(examples[0].prompt) + 2
-    examples, dropped = load_examples(data, tokenizer, "chat-chatml", longest)
+    examples, dropped = load_examples(data, tokenizer, "chat-chatml", len(examples[0].prompt) + 2)
     assert len(examples) == 2 and dropped["too long"] == [5, "line 1"]
     tokenizer.eos_id = 0
     examples, dropped = load_examples(data, tokenizer, "plain", 100)
@@ -156,8 +151,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
     ("chat-mistral", "user user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-gemma", "system user assistant", "it is not user, assistant, user ... in turn"),
     ("chat-qwen2", "assistant", "empty"), ("chat-qwen2", "system assistant", "an answer to nobody"),
-    ("chat-qwen3", "user assistant", "the answer of a tool, which is not supported"),
-])
+    ("chat-qwen3", "user assistant", "the answer of a tool, which is not supported")])
 def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_path):
     tokenizer = tokenizer_of(chats.small(name), tmp_path)
     text = "<tool_response>a</tool_response>" if reason.startswith("the answer of a tool") else "a"
@@ -172,9 +166,8 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
 
 
 def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
-    row = {"messages": [chats.message(*turn) for turn in (
-        ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f"))]}
-    data = write_rows(tmp_path / "data", [row])
+    turns = ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f")
+    data = write_rows(tmp_path / "data", [{"messages": [chats.message(*turn) for turn in turns]}])
     tokenizer = tokenizer_of(chats.small("chat-qwen3"), tmp_path)
     (_, last), _ = load_examples(data, tokenizer, "chat-qwen3", 100)
     assert tokenizer.decode(last.answer) == "<think>\nf\n</think>\n\nd<|im_end|>"
@@ -276,26 +269,23 @@ def chat_model(folder, name, **config):
     return folder
 
 
-def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, monkeypatch):
+def test_a_chat_is_trained_resumed_and_held(known, tmp_path, capsys, says, monkeypatch):
     known("chat-chatml")
     base, run = chat_model(tmp_path / "base", "chat-chatml"), tmp_path / "run"
     data = write_rows(tmp_path / "data", [messages("a", f"{n}", "b", "c") for n in range(10)])
-    monkeypatch.setattr(train, "train_step", at_step(train.train_step, 1, stop))
-    with pytest.raises(SystemExit):
-        train.main([f"--model={base}", f"--data={data}", f"--out={run}", "--steps=2"])
-    train.main(["--resume", str(run)])
-    said = capsys.readouterr().out
-    assert said.count("template chat-chatml: the model's own chat markup\n") == 2
+    with at_step(1), pytest.raises(SystemExit):
+        call(train, "--model", base, "--data", data, "--out", run, "--steps=2")
+    call(train, "--resume", run)
+    assert capsys.readouterr().out.count("template chat-chatml: the model's own chat markup\n") == 2
     assert json.loads((run / "bitune.json").read_text())["template"] == "chat-chatml"
     assert json.loads((run / "settings.json").read_text())["derived"]["train_examples"] == 18
 
     asked, begun = [], [("system", "s"), ("user", "d")]
     monkeypatch.setattr(sample, "encode_prompt", lambda *a: asked.append(a[2]) or encode_prompt(*a))
-    for how in ([f"--adapter={run}", "--chat"], [f"--adapter={run}", "--chat=alternating"],
-                [f"--model={base}", "--chat"]):
+    for how in ([run, "--chat"], [run, "--chat=alternating"], [base, "--chat"]):
         monkeypatch.setattr("sys.stdin", io.StringIO("d\ne\n"))
-        sample.main([*how, "--system=s", "--max-new-tokens=3"])
-        answer = capsys.readouterr().out.split("\n")[0]
+        model = "--model" if base in how else "--adapter"
+        answer = says(sample, model, *how, "--system=s", "--max-new-tokens=3").out.split("\n")[0]
         assert asked[-2:] == [begun, [*begun, ("assistant", answer), ("user", "e")]]
 
 
@@ -311,9 +301,9 @@ def test_an_answer_is_asked_for_as_the_flags_and_the_template_say(tmp_path, monk
         return iter([])
 
     monkeypatch.setattr(Bitune, "answer", answer)
-    common = [f"--adapter={run}", "--max-new-tokens=9"]
-    sample.main([*common, "--prompt=a", "--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3"])
-    evaluate.main([*common, "--task=rows", f"--data={data}"])
+    common = "--adapter", run, "--max-new-tokens", 9
+    call(sample, *common, "--prompt=a", "--temperature=0.5", "--top-k=7", "--top-p=0.75", "--seed=3")
+    call(evaluate, *common, "--task=rows", "--data", data)
     assert asked == [(9, {257, end}, 0.5, 7, 0.75, 3), (9, {257, end}, 0.0, 0, 1.0, 0)]
 
 
@@ -328,12 +318,12 @@ def test_a_grid_keeps_the_papers_words_unless_told_otherwise(known, tmp_path, mo
     assert [s.template for s in made] == ["paper", "paper", "chat-chatml"]
 
 
-def test_what_cannot_be_a_chat_is_refused(known, tmp_path, capsys):
+def test_what_cannot_be_a_chat_is_refused(known, tmp_path, exits):
     base = chat_model(tmp_path / "base", "chat-gemma", **BOS)
     for message, *flags in (("the template plain does not say who speaks", "--chat"),
                             ("is not one of chat-llama2, ", "--template=chat"),
                             ("and no system: this chat markup has no other", "--system=s"),
                             ("method causal has no prompt passes", "--chat=alternating")):
-        assert message in exits(2, sample.main, ["--model", base, *flags], capsys)
+        assert message in exits(2, sample, "--model", base, *flags)
         if "one of" in message:
             known("chat-gemma")

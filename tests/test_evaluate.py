@@ -1,7 +1,7 @@
 """The published files of the paper's tasks, and the scores on them."""
 
 import json
-from functools import partial
+
 from pathlib import Path
 
 import pytest
@@ -9,48 +9,22 @@ import torch
 
 from bitune import METHODS, Bitune
 from experiments import evaluate
-from test_commands import call, change, exits
 from text.examples import load_examples
 from text.rows import read_rows
-from tiny import ANSWERS, RAGGED, rewrite, tiny_bitune, write_checkpoint, write_run
+from tiny import ANSWERS, CASES, RAGGED, call, tiny_bitune, write_checkpoint, write_rows, write_run
 
 ARC = {"text": ["red", "blue"], "label": ["A", "B"]}
-NESTED = {"stem": "Sky?", "choices": [{"text": "red", "label": "1"}, {"text": "blue", "label": "2"}]}
 SIQA = {"context": "Jo ran.", "question": "Why?", "answerA": "late", "answerB": "fun", "answerC": "fear"}
-WRITTEN = [{"model": "llama", "response": "no"}, {"model": "gpt-4", "response": "La."}]
-PUBLISHED = {   # task: rows as they are published, the prompt in the paper's template, the right choice
-    "arc": ([{"id": 1, "question": "Sky?", "choices": ARC, "answerKey": "B"},
-             {"id": 1, "question": NESTED, "answerKey": "2"}],
-            "Question: Sky?\n\nChoices:\nred\nblue\n\nAnswer:", " blue"),
-    "siqa": ([SIQA | right for right in ({"label": "3"}, {"label": 3}, {"correct": "C"})],
-             "Question: Given the context, answer correctly the question.\nContext: Jo ran.\n"
-             "Question: Why?\n\nChoices:\n(0) late\n(1) fun\n(2) fear\n\nAnswer:", " (2)"),
-    "mmlu": ([{"question": "1 + 1?", "subject": "sums", "choices": ["0", "1", "2", "3"], "answer": 2}],
-             "Question: 1 + 1?\n(0). 0\n(1). 1\n(2). 2\n(3). 3\n\nAnswer:", " (2)"),
-    "rows": ([{"prompt": "Sky?", "choices": ["red", "blue"], "answer": 1},
-              {"question": "Sky?", "choices": ["red", "blue"], "answer": "blue"}],
-             "Question: Sky?\n\nAnswer:", " blue"),
-    "gsm8k": ([{"question": "1 + 1?", "answer": "It is\n#### 2"}],
-              "Question: 1 + 1?\n\nAnswer:", " It is\n#### 2"),
-    "ultrafeedback": ([{"instruction": "Sing!", "source": "x", "completions": WRITTEN}],
-                      "Question: Sing!\n\nAnswer:", " La."),
-}
-PUBLISHED["csqa"] = PUBLISHED["arc"]
+EXPECTED = json.loads((CASES / "expected.json").read_text(encoding="utf-8"))["published"]
 
 
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.mark.parametrize("task", PUBLISHED)
-def test_published_rows_make_the_paper_s_prompts(task, tokenizer, tmp_path):
+@pytest.mark.parametrize("task", EXPECTED)
+def test_published_rows_make_the_paper_s_prompts(task, tokenizer):
     """Evaluation asks as training does."""
-    rows, prompt, answer = PUBLISHED[task]
-    file = write_rows(tmp_path / "published.jsonl", rows)
+    file, (prompt, answer) = CASES / f"published/{task}.jsonl", EXPECTED[task]
     examples, _ = load_examples(file, tokenizer, "paper", 512, task)
     questions, left_out = evaluate.load_questions(file, task, tokenizer, "paper", 512)
-    assert len(examples) == len(questions) == len(rows) and left_out == []
+    assert len(examples) == len(questions) == len(file.read_text().splitlines()) and left_out == []
     for example, question in zip(examples, questions):
         assert tokenizer.decode(example.prompt) == "<s>" + prompt and question.prompt == example.prompt
         assert tokenizer.decode(example.answer) == answer + "</s>"
@@ -78,10 +52,10 @@ def test_labels_lie_in_a_file_beside(task, row, first, tmp_path):
 
 
 def test_mmlu_s_csv_is_its_json(tmp_path):
-    file, (rows, *_) = tmp_path / "sums_test.csv", PUBLISHED["mmlu"]
+    file = tmp_path / "sums_test.csv"
     file.write_text('1 + 1?,0,1,2,3,C\n"a ""b"",\nc",0,1,2,3,A\n')
     (_, one), (_, two) = read_rows(file, "mmlu")
-    assert one == next(read_rows(write_rows(tmp_path / "mmlu.jsonl", rows), "mmlu"))[1]
+    assert [one] == [row for _, row in read_rows(CASES / "published/mmlu.jsonl", "mmlu")]
     assert two["prompt"].startswith('a "b",\nc\n(0). 0') and two["answer"] == 0
     for task, text, message in (
             ("rows", "", "CSV is read of mmlu alone"), ("mmlu", 'a,"' + "b" * 200_000, "not CSV"),
@@ -111,8 +85,7 @@ PIQA = {"goal": "x", "sol1": "y", "sol2": "z"}
     ("rows", {"prompt": "x", "choices": ["y"], "answer": "z"}, "none of its choices, nor"),
     ("rows", {"prompt": "x", "choices": "y", "answer": 0}, "'choices' is str, expected a list"),
     ("rows", {"prompt": "x", "choices": ["y", "\udc00"], "answer": 0}, "(a lone surrogate)"),
-    ("rows", {"prompt": "x", "choices": ["y", ""], "answer": 0}, "choice 2 has no tokens"),
-])
+    ("rows", {"prompt": "x", "choices": ["y", ""], "answer": 0}, "choice 2 has no tokens")])
 def test_a_malformed_row_is_named(task, row, message, tokenizer, tmp_path):
     file = write_rows(tmp_path / "data.jsonl", [row])
     with pytest.raises(ValueError, match="data.jsonl, line 1: ") as error:
@@ -139,10 +112,8 @@ def test_the_arithmetic_is_the_evaluation_harness_s():
     answers to GSM8K in every form that a number can take."""
     harness = json.loads((Path(__file__).parent / "harness.json").read_text())
     question = lambda row: evaluate.Question(row, [], [])
-    scorers = {
-        "choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
-        "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"]),
-    }
+    scorers = {"choices": lambda row: evaluate.score_choices(question(row), row["log_probs"]),
+               "gsm8k": lambda row: evaluate.score_gsm8k(question(row), row["said"])}
     for kind, score in scorers.items():
         rows = harness[kind]["rows"]
         for row in rows:
@@ -172,53 +143,50 @@ def test_an_answer_ends_before_the_next_question(tokenizer, monkeypatch):
     assert len(asked) == len("Yes. Question:")
 
 
-score = partial(call, evaluate)
-
-
 def results(folder):
     """The rows of the one file of results in a folder, and its summary."""
     (file,) = folder.glob("*-*.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()], \
-        json.loads(file.with_suffix(".json").read_text())
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return rows, json.loads(file.with_suffix(".json").read_text())
 
 
-def test_the_command_scores_a_run_and_the_bare_model(tmp_path, monkeypatch, capsys):
+def test_the_command_scores_a_run_and_the_bare_model(tmp_path, monkeypatch, says):
     base, asked = write_checkpoint(tmp_path / "base"), ["Sky" + "?" * (i * 5 % 14) for i in range(14)]
-    data = write_rows(tmp_path / "arc.jsonl", [PUBLISHED["arc"][0][0] | {"question": q} for q in asked])
+    rows = [{"question": q, "choices": ARC, "answerKey": "B"} for q in asked]
+    data = write_rows(tmp_path / "arc.jsonl", rows)
     run, bare = write_run(tmp_path / "run", tiny_bitune(), base), tmp_path / "runs/base/base"
     monkeypatch.chdir(tmp_path)
     for method, folder, *argv in (("bitune", run, "--adapter", run), (None, bare, "--model", base)):
-        score("--task", "arc", "--data", data, "--batch-size", 3, *argv)
-        said = capsys.readouterr().out.splitlines()
+        said = says(evaluate, "--task", "arc", "--data", data, "--batch-size", 3, *argv).out.splitlines()
         assert said[-2].startswith("arc: acc ") and "(14 questions, 0:00:0" in said[-2]
         rows, summary = results(folder)
         assert [r["prompt"].split("\n")[0] for r in rows] == asked and summary["method"] == method
         assert summary["scores"]["acc"]["mean"] == sum(r["acc"] for r in rows) / 14
 
 
-def test_written_answers_are_scored_and_make_a_page(tmp_path, capsys):
+def test_written_answers_are_scored_and_make_a_page(tmp_path, says):
     rows = [{"question": f"{i} + 1?", "answer": f"It is\n#### {i + 1}"} for i in range(5)]
     rows += [{"question": "x" * n, "answer": "#### 1"} for n in (230, 240)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "test.jsonl", rows)
     argv = ["--model", base, "--data", data, "--max-new-tokens", 9, "--out"]
     sums = ["--task", "gsm8k", *argv]
-    score(*sums, tmp_path / "together", "--samples", 2)
-    assert "(6 questions, 1 too long left out, first: line 7, " in capsys.readouterr().out
+    said = says(evaluate, *sums, tmp_path / "together", "--samples", 2).out
+    assert "(6 questions, 1 too long left out, first: line 7, " in said
     (page,) = (tmp_path / "together").glob("*.md")
     assert page.read_text().count("strict-match ✗, flexible-extract ✗") == 2 and "#### 2" in page.read_text()
-    score(*sums, tmp_path / "alone", "--batch-size", 1)             # the sixth ends at its own limit
+    call(evaluate, *sums, tmp_path / "alone", "--batch-size", 1)    # the sixth ends at its own limit
     assert results(tmp_path / "together")[0] == results(tmp_path / "alone")[0]
-    score(*argv, tmp_path, "--task", "rows", "--limit", 1)
-    assert "rows: exact_match 0.00% ± 0.00% (1 questions" in capsys.readouterr().out
+    said = says(evaluate, *argv, tmp_path, "--task", "rows", "--limit", 1).out
+    assert "rows: exact_match 0.00% ± 0.00% (1 questions" in said
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, capsys):
+def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, monkeypatch, exits, says):
     rows = [{"question": "x" * n, "choices": ["a", "bc"], "answer": 1} for n in (5, 9, 2, 7, 7, 30, 1)]
     base, data = write_checkpoint(tmp_path / "base"), write_rows(tmp_path / "q.jsonl", rows)
     argv = ["--model", base, "--data", data, "--task", "rows", "--batch-size", 2, "--out"]
     out, real, asked = tmp_path / "out", evaluate.log_probs, []
-    score(*argv, tmp_path / "whole")
+    call(evaluate, *argv, tmp_path / "whole")
 
     def log_probs(bitune, prompts, choices):
         asked.append(len(prompts))
@@ -227,18 +195,17 @@ def test_a_stopped_evaluation_goes_on_and_ends_in_the_same_file(torn, tmp_path, 
         return real(bitune, prompts, choices)
 
     monkeypatch.setattr(evaluate, "log_probs", log_probs)
-    line = exits(130, evaluate.main, [*argv, out], capsys)
+    line = exits(130, evaluate, *argv, out)
     assert line == "error: 4 of 7 questions: stopped by SIGINT. The same command goes on there."
     (part,) = out.iterdir()
     if torn:
         part.write_text(part.read_text()[:-20])
-    score(*argv, out)
+    assert f"{4 - torn} of 7 questions are from an earlier try" in says(evaluate, *argv, out).out
     assert len(asked) == (6 if torn else 5)
-    assert f"{4 - torn} of 7 questions are from an earlier try" in capsys.readouterr().out
     assert results(out)[0] == results(tmp_path / "whole")[0] and not part.exists()
 
 
-def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeypatch, capsys):
+def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeypatch, says):
     base, data = write_checkpoint(tmp_path / "base"), tmp_path / "q.jsonl"
     argv = ["--model", base, "--data", data, "--task", "rows", "--out", tmp_path / "out"]
     chosen, said = {"question": "x", "choices": ["a", "bc"], "answer": 1}, {"question": "y", "answer": "a"}
@@ -251,31 +218,5 @@ def test_scores_of_other_flags_rows_weights_or_code_lie_beside(tmp_path, monkeyp
             monkeypatch.setattr(evaluate, "getsourcefile", lambda of: __file__)
         if n == 7:
             (base / "model.safetensors").touch()
-        score(*argv, *more)
-        assert len({line for line in capsys.readouterr().out.splitlines() if "wrote" in line}) == 1
+        assert len({line for line in says(evaluate, *argv, *more).out.splitlines() if "wrote" in line}) == 1
         assert len([*(tmp_path / "out").glob("*.json")]) == len([*(tmp_path / "out").glob("*.jsonl")]) == n
-
-
-def test_wrong_input_to_evaluate_is_one_line_and_exit_status_2(tmp_path, capsys):
-    base, whole = write_checkpoint(tmp_path / "base"), tmp_path / "whole"
-    data, none = write_rows(tmp_path / "arc.jsonl", PUBLISHED["arc"][0]), tmp_path / "none"
-    arc = ["--task", "arc", "--data", data, "--out", tmp_path]
-    score("--model", write_run(whole, tiny_bitune("causal", "full"), base), *arc)
-    shown = [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]    # not where --model is not there
-    for message, *argv in (
-            ("neither --model nor --adapter", *arc),
-            ("invalid choice: 'ultrafeedback'", "--task", "ultrafeedback"),
-            ("No such file", "--model", base, *arc, "--data", none),
-            ("none is no folder here", "--model", none, "--adapter", whole, *arc),
-            ("a row of piqa has 'goal'", "--model", base, *arc, "--task", "piqa"),
-            ("base has no adapter_config.json", "--adapter", base, *arc)):
-        assert message in exits(2, evaluate.main, argv, capsys), message
-    chat, names = tmp_path / "chat", {"256": "<s>", "257": "</s>", "300": "<|im_start|>", "301": "<|im_end|>"}
-    added = {i: {"content": name, "special": True} for i, name in names.items()}     # the model has 300 ids
-    change(write_checkpoint(chat) / "tokenizer_config.json", added_tokens_decoder=added)
-    write_run(tmp_path / "run", tiny_bitune(), chat, template="chat-chatml")
-    line = exits(2, evaluate.main, ["--adapter", tmp_path / "run", *arc], capsys)
-    assert "the tokenizer has no special token <|im_" in line
-    rewrite(base / "model.safetensors", lambda t: t["model.norm.weight"].fill_(3e38))
-    assert "of a choice is nan" in exits(1, evaluate.main, ["--model", base, *arc], capsys)
-    assert shown == [file.read_bytes() for file in tmp_path.glob("arc-*.json*")]

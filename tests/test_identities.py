@@ -20,8 +20,7 @@ CONFIGS = {
     "biased": {"num_hidden_layers": 2, "attention_bias": True, "mlp_bias": True,
                "tie_word_embeddings": True},
     "parallel": {"num_hidden_layers": 2, "model_type": "phi", "num_key_value_heads": 4,
-                 "partial_rotary_factor": 0.5},
-}
+                 "partial_rotary_factor": 0.5}}
 IDS = torch.tensor([RAGGED[3]])
 AT = torch.arange(IDS.shape[1])[None]
 
@@ -86,8 +85,7 @@ def test_sampling_follows_the_seed_and_narrows_to_greedy():
 @pytest.mark.parametrize("options, want", [
     ({}, [0.05, 0.4, 0.1, 0.25, 0.2]), ({"top_k": 2}, [0, 0.4, 0, 0.25, 0]),
     ({"top_p": 0.6}, [0, 0.4, 0, 0.25, 0]),             # 0.4 is not yet 0.6, 0.65 is
-    ({"temperature": 0.5}, [0.0025, 0.16, 0.01, 0.0625, 0.04]),
-])
+    ({"temperature": 0.5}, [0.0025, 0.16, 0.01, 0.0625, 0.04])])
 def test_sample_token_draws_from_the_distribution_it_should(options, want):
     logits, seeded = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2]).log(), torch.Generator().manual_seed(0)
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | options

@@ -1,4 +1,5 @@
-"""Numbers computed elsewhere: base models by transformers, every variant of Bitune by its authors' code."""
+"""Numbers computed elsewhere: base models by transformers, every variant of Bitune by its authors' code; and
+what holds of the paper's formula: its limit cases, where θ starts, what gets no gradient, and its dtype."""
 
 import json
 
@@ -9,10 +10,12 @@ from safetensors.torch import load_file
 from bitune import Bitune, adapter_sets
 from edits import subclass
 from files.checkpoint import load_model
-from lora import KINDS, add_adapter
+from identities import F64, answer_logits, assert_same
+
 from model import may_attend
 from text.examples import Example, batches, encode_prompt
 from text.tokenizer import Tokenizer
+from tiny import ANSWERS, RAGGED, add_sized, causal_logits, fresh_bitune, scatter, tiny_bitune
 from train import make_optimizer, schedule, train_step
 
 pytestmark = pytest.mark.reference
@@ -23,10 +26,7 @@ pytestmark = pytest.mark.reference
 def test_base_logits_and_greedy_tokens(base):
     model, reference = load_model(base), load_file(base / "reference_logits.safetensors")
     ids = reference["input_ids"]
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    with torch.inference_mode():
-        logits, _ = model(ids, positions, may_attend(positions, positions))
-    torch.testing.assert_close(logits, reference["logits"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(causal_logits(model, ids), reference["logits"], atol=1e-4, rtol=0)
     if "greedy_from_12" in reference:
         answers = Bitune(model, "causal").generate(ids[:, :12].tolist(), 16)
         assert answers == reference["greedy_from_12"].tolist()
@@ -56,9 +56,7 @@ def load_variant(folder, name):
     method = method.removesuffix("_relu").removeprefix("bitune_").replace("_", "-")
     model = load_model(folder)
     for adapter in adapter_sets(method):
-        size = {"rank": cases["rank"], "lora_alpha": cases["alpha"]}
-        own = {option: size[option] for option in size.keys() & KINDS[case["peft"]].options}
-        add_adapter(model, adapter, case["peft"], **own)
+        add_sized(model, adapter, case["peft"], cases["rank"], cases["alpha"])
     bitune = maker(model, method, **{"c": float(c)} if c else {})
     reference = load_file(folder / f"{name}.safetensors")
     with torch.no_grad():
@@ -141,3 +139,57 @@ def test_golden_encodings(golden):
     tokenizer, rows = Tokenizer.from_pretrained(tokenizer_file), json.loads(file.read_text())
     assert [r["text"] for r in rows if tokenizer.encode(r["text"]) != r["ids"]] == []
     assert [r["text"] for r in rows if tokenizer.decode(r["ids"]) != r.get("decoded", r["text"])] == []
+
+
+# ---- the paper's formula ---------------------------------------------------------------------------------
+
+def with_theta(value, method="bitune"):
+    bitune = tiny_bitune(method, dtype=F64)
+    for theta in (bitune.theta_key, bitune.theta_value):
+        theta.data.fill_(value)
+    return bitune
+
+
+@pytest.mark.parametrize("theta, method", [(0.0, "causal"), (1e30, "no-mixing")])   # α = 0, 1 to the bit
+def test_alpha_0_is_the_plain_causal_model_and_alpha_1_is_no_mixing(theta, method):
+    bitune, half = with_theta(theta), with_theta(0.01)
+    plain = answer_logits(Bitune(bitune.model, method))
+    assert_same(answer_logits(bitune), plain)
+    assert (answer_logits(half)[0] - plain[0]).abs().max() > 0.1
+
+
+def test_alpha_1_with_equal_adapters_is_one_forward_under_a_prefix_mask():
+    bitune = with_theta(1e30, "shared-weights")
+    for prompt, answer, logits in zip(RAGGED, ANSWERS, answer_logits(bitune)):
+        ids, P = torch.tensor([prompt + answer]), len(prompt)
+        positions = torch.arange(ids.shape[1])[None]
+        prefix = positions < P - 1                      # the context sees all of itself
+        mask = may_attend(positions, positions) | (prefix[:, None, :, None] & prefix[:, None, None, :])
+        one, _ = bitune.model(ids, positions, mask, adapter="answer")
+        assert_same([logits], [one[0, P - 1:-1]])
+
+
+def test_at_the_start_theta_of_layer_0_has_no_gradient():
+    bitune = tiny_bitune(dtype=F64)
+    for name, p in bitune.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()
+    bitune.losses(RAGGED, ANSWERS).sum().backward()
+    for theta in (bitune.theta_key, bitune.theta_value):
+        assert theta.grad[0] == 0 and theta.grad[1:].all()
+
+
+def test_mixing_is_float32_on_a_bfloat16_base():
+    bitune = scatter(fresh_bitune(config={"dtype": torch.bfloat16}))
+    assert {p.dtype for p in bitune.parameters() if p.requires_grad} == {torch.float32}
+    assert bitune.losses(RAGGED, ANSWERS).dtype == torch.float32
+    read = torch.randn(2, 3, 2, 2, 2, 5, 8).bfloat16()          # causally and not, 3 layers, keys and values
+    exact = bitune.mix([*read.float()], None)
+    for mixed, wanted in zip(bitune.mix([*read], None), exact, strict=True):
+        assert mixed[0].dtype == torch.bfloat16
+        assert all(torch.equal(got, want.bfloat16()) for got, want in zip(mixed, wanted))
+
+
+@pytest.mark.parametrize("c", [0.1, 0.01, 0.001])
+def test_alpha_starts_at_a_half_whatever_c_is(c):
+    assert all((a == 0.5).all() for a in fresh_bitune(c=c).alpha(None, None).values())

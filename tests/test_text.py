@@ -1,5 +1,5 @@
 """Text to ids: the kinds of tokenizer files, and rows to examples. (Golden encodings are in
-test_reference.py, files of others in test_cases.py.)"""
+test_reference.py, files of others in test_files.py.)"""
 
 import json
 import os
@@ -25,7 +25,7 @@ DIGITS = {"type": "Sequence", "pretokenizers": [     # SmolLM2's
     {"type": "Digits", "individual_digits": True},
     {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}
 NO_HALF = {"type": "Replace", "pattern": {"Regex": r"\p{Cs}"}, "content": ""}    # of a character, that is
-ADDED = [{"id": 260 + i, "content": content} for i, content in enumerate(["<x>", "<x><x>"])]
+ADDED = [{"id": 260, "content": "<x>"}, {"id": 261, "content": "<x><x>"}]
 
 
 @pytest.mark.parametrize("merges, parts, text, pieces", [
@@ -39,8 +39,7 @@ ADDED = [{"id": 260 + i, "content": content} for i, content in enumerate(["<x>",
     ("Ġ Ġ,1 2", {"pre_tokenizer": DIGITS}, "a  12", "a ĠĠ 1 2"),    # cut off before the spaces are seen
     ("Ġ Ġ,1 2", {"pre_tokenizer": DIGITS}, "a  b", "a Ġ Ġ b"),
     ("a b", {"added_tokens": ADDED}, "a<x><x><x>b", "a <x><x> <x> b"),
-    ("a b", {"normalizer": NO_HALF}, "ab", "ab"),
-])
+    ("a b", {"normalizer": NO_HALF}, "ab", "ab")])
 def test_only_listed_pairs_are_merged_in_their_order(merges, parts, text, pieces, tmp_path):
     """As tokenizers 0.23.3 has it. (The ids are in another order than the merges.)"""
     merges = merges.split(",")
@@ -65,8 +64,7 @@ def test_only_listed_pairs_are_merged_in_their_order(merges, parts, text, pieces
     ({"added_tokens": [{"id": 272, "content": "<x>"}] * 2}, "has the id 272, and would get 273"),
     ({"added_tokens": [{"id": 272, "content": ""}]}, "has the id 272, and would get None"),
     ({"merges": ["h e", "e x"]}, r"its merge \['e', 'x'\] is not of two tokens that make a third one"),
-    ({"vocab": {"a": 1, "b": 1}}, "is not an object of tokens with an id each"),
-])
+    ({"vocab": {"a": 1, "b": 1}}, "is not an object of tokens with an id each")])
 def test_what_is_not_understood_is_refused_by_name(parts, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         changed(tmp_path, **parts)
@@ -130,7 +128,6 @@ def test_sentencepiece_merges_prefix_and_byte_fallback():
 
 # ---- rows and templates ----------------------------------------------------------------------------------
 
-
 TURNS = [("user", "Why?"), ("assistant", "So.")]
 MESSAGES = [{"role": role, "content": text} for role, text in TURNS]
 NOTHING = "no example"
@@ -181,8 +178,7 @@ INSTRUCTION = ("Below is an instruction that describes a task{}. Write a respons
     ("paper", "", "Question: {}\n\nAnswer: Yo"), ("paper", "x", "Question: {}\n\nx\n\nAnswer: Yo"),
     ("plain", "", "{}Yo"), ("alpaca", "", INSTRUCTION("", "{}", "") + "Yo"),
     ("alpaca", "x", INSTRUCTION(", paired with an input that provides further context", "{}",
-                                "### Input:\nx\n\n") + "Yo"),
-])
+                                "### Input:\nx\n\n") + "Yo")])
 def test_templates(template, input, said, tokenizer):
     """One BOS token, one stop token, and what reads as such in a text stays text."""
     system, *turns = [("system", "Be kind."), ("user", "<s>Hi"), ("assistant", ""), ("user", "Why?</s>")]
@@ -223,8 +219,7 @@ def test_loading_drops_and_counts(tokenizer):
     (b"version https://git-lfs.github.com/spec/v1\noid", "data is a Git LFS pointer, not the file that"),
     ("{}".encode("utf-16"), "data is UTF-16 text"), (b'{"question": "\xe9"}', "data is not UTF-8 text"),
     (b"\n[{},\n{]", "data, line 2: not JSON, an object a line or a list: .* line 3"),
-    (b"", "no example left; dropped: none, it has no rows"),
-])
+    (b"", "no example left; dropped: none, it has no rows")])
 def test_a_broken_file_is_refused_with_its_line(content, message, tokenizer, tmp_path):
     (tmp_path / "data").write_bytes(content)
     with pytest.raises(ValueError, match=message):

@@ -157,7 +157,6 @@ def test_every_row_of_a_file_is_an_example_or_counted(request, tmp_path, tokeniz
 
 # ---- in chat markup --------------------------------------------------------------------------------------
 
-
 IN_TURN = [name for name in CHATS if "mistral" in name or name in ("chat-llama2", "chat-gemma")]
 METASPACE = {"type": "Metaspace", "replacement": "▁", "split": one(True, False),
              "prepend_scheme": one("first", "always", "never")}

@@ -78,8 +78,7 @@ ANY = {         # steps that are in published files, and that are nowhere
         step("Strip", content=one(" ", "a", "▁"), start=one(0, 1, 2), stop=one(0, 1)))),
     "post_processor": one(BYTE_LEVEL, step("Sequence", processors=[BOS, BOS]), template("</s>", "A", "<s>"),
                            step("BertProcessing", sep=["</s>", 2], cls=["<s>", 1]), template("A"),
-                           template("<s>", "<s>", "A")),
-}
+                           template("<s>", "<s>", "A"))}
 AROUND = {"post_processor": one(None, BOS, BOS, template("<s>", "A", "</s>"), template("A", "</s>"),
                                  step("Sequence", processors=[BYTE_LEVEL, BOS]))}
 USUAL_BYTE = AROUND | {

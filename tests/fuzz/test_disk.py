@@ -1,19 +1,27 @@
-"""Files that were damaged or edited: every command still ends in one line, and never in a traceback."""
+"""Random files: damaged or edited, after which every command still ends in one line, and never in a
+traceback; and random spellings of the same few folders and files, from anywhere, with others of their names
+beside them, which mean the same settings and scores, or are refused in one line."""
 
 import json
+import os
 import shutil
 import signal
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import pytest
 
 import sample
 import train
+from cli.settings import check, new_parser, settings_of, typed
+from cli.terminal import Progress
 from experiments import evaluate, merge
+from experiments.evaluate import SCORING, score
+from files.disk import write_files
 from fuzzing import edit_json, judge_all
-from test_commands import at_step, call, stop
-from tiny import CASES, write_checkpoint
+from test_commands import at_step
+from tiny import CASES, call, tiny_bitune, write_checkpoint, write_run
 
 
 def edit_bytes(rng, data):
@@ -65,8 +73,7 @@ def world(tmp_path_factory):
                        ("dev.jsonl", '{"goal": "the", "sol1": "a", "sol2": "all"}\n' * 2),
                        ("law_test.csv", "the,a,b,c,d,A\n" * 2)):
         (folder / name).write_text(text)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()), pytest.raises(SystemExit):
-        patch.setattr(train, "train_step", at_step(train.train_step, 2, stop))
+    with at_step(2), redirect_stdout(StringIO()), pytest.raises(SystemExit):
         call(train, *"--steps 3 --batch-size 2 --save-every 1 --eval-every 1 --rank 2".split(),
              "--targets", "q_proj", "--model", folder / "base", "--data", folder / "data.jsonl",
              "--val-data", folder / "val.json", "--out", folder / "run")
@@ -118,4 +125,59 @@ def test_no_file_brings_a_traceback(world, tmp_path, request):
             signal.alarm(0)
 
     signal.signal(signal.SIGALRM, too_slow)
+    judge_all(request, judge)
+
+
+GIVEN = [{"model": "base"}, {"model": "base", "adapter": "run"}, {"adapter": "run"}, {"model": "whole"},
+         {"model": "whole", "adapter": "whole"}, {"adapter": "whole"}]
+ROW = b'{"question": "x", "choices": ["a", "bc"], "answer": %d}'
+
+
+def write_twins(folder, seed, links):
+    base = write_checkpoint(folder / "base", seed=seed)
+    for run, *kind in (("run", "bitune", "lora"), ("whole", "causal", "full")):
+        write_run(folder / run, tiny_bitune(*kind, config={"seed": seed}), base)
+    write_files(folder, {"q.jsonl": ROW % seed, **{f"out{n}/x": b"" for n in range(len(GIVEN))}})
+    for file in (folder, *folder.iterdir()):
+        (links / "-".join(file.parts[len(folder.parts) - 1:])).symlink_to(file)
+
+
+def spelled(rng, path):
+    root, (folder, name) = path.parent.parent, path.parts[-2:]
+    way = rng.choice([path, path, root / "links" / folder / name, root / "links" / f"{folder}-{name}"])
+    more = rng.choice(["", "/", "./", "links/../", f"{folder}/../"])
+    way = os.path.relpath(way) if rng.random() < 0.5 else str(way).replace(f"{root}/", f"{root}/{more}")
+    return way + rng.choice(["", "", "/"])
+
+
+def test_every_spelling_means_the_same(tmp_path, request, monkeypatch):
+    (tmp_path / "links").mkdir()
+    for seed, name in enumerate(("a b", "other")):
+        write_twins(tmp_path / name, seed, tmp_path / "links")
+    found = {}
+
+    def judge(rng):
+        name, n = rng.choice(["a b", "other"]), rng.randrange(len(GIVEN))
+        monkeypatch.chdir(rng.choice([tmp_path, tmp_path / name, tmp_path / "links"]))
+        given = {"data": "q.jsonl"} | GIVEN[n]
+        ways = {flag: spelled(rng, tmp_path / name / file) for flag, file in given.items()}
+        wrong = rng.choice([*ways]) if rng.random() < 0.1 else None
+        ways |= {wrong: ways[wrong].rstrip("/") + "x"} if wrong else {}
+        own = n and rng.random() < 0.5      # its own place; else one that both share, as their data's name
+        ways |= {} if own else {"out": spelled(rng, tmp_path / "a b" / f"out{n}")}
+        argv = [f"--{flag}={way}" for flag, way in ways.items()]
+        try:
+            file, *_ = score(new_parser("", SCORING).parse_args(["--task=rows", *argv]), Progress())
+            check(settings := settings_of(typed(["--out=new", *argv])))
+        except (ValueError, OSError) as problem:
+            assert wrong and "\n" not in str(problem), ways
+            return "refused"
+        file, means = file.resolve(), vars(settings) | {"out": None}
+        means |= {key: means[key] and Path(means[key]).resolve() for key in ("model", "adapter", "data")}
+        said = means, file, file.with_suffix(".jsonl").read_text()
+        assert not wrong and found.setdefault((name, n, own), said) == said, ways
+        if rng.random() < 0.03:
+            file.unlink()                   # the next one asks the model again
+        return "same"
+
     judge_all(request, judge)
