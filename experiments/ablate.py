@@ -168,7 +168,7 @@ def search(runs, common, baseline):
     learning rate, and at that of `baseline`."""
     best = chosen(grid({key: s for key, s in runs.items() if s.seed == next(iter(runs))[2]}, {}, common))
     if baseline not in best:
-        raise ValueError(f"no run of {baseline} came to its end")
+        raise Failed(f"no run of {baseline} came to its end")
     wanted = lambda name: {best[at][0]["lr"] for at in (name, baseline) if at in best}
     return {key: s for key, s in runs.items() if s.lr in wanted(key[0])}
 
@@ -202,7 +202,7 @@ def main(argv=None):
     runs = search(runs, common, baseline) if args.search else runs
     records = grid(runs, tasks, common)
     if not records:
-        raise ValueError(f"{out}: no run came to its end")
+        raise Failed(f"{out}: no run came to its end")
     bare = verdicts(tasks, "base model", model=base, dtype=common.get("dtype"), out=str(out / "base"))
     first = ["base model", "", "", "", "", *(percent([right]) for right in bare.values())]
     text = report(records, first, baseline)

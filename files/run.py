@@ -38,7 +38,8 @@ def read_about(folder):
     file = Path(folder) / "bitune.json"
     finish_saves(folder)
     if not file.exists():
-        if (file.parent / "mixing.safetensors").exists() or (file.parent / folder_of("prompt")).exists():
+        saved = "mixing.safetensors", folder_of("prompt") / "adapter_config.json"
+        if any((file.parent / name).exists() for name in saved):    # not drafts of a save that failed
             raise ValueError(f"{folder} has no bitune.json, which says how its two sets are used")
         return {}
     return check_fields(read_json(file), file, ABOUT)

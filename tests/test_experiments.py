@@ -4,7 +4,6 @@ demonstration, whose short form shows what the long one does."""
 import io
 import json
 import os
-
 import signal
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
@@ -21,11 +20,11 @@ from edits import ROOT
 from experiments import ablate, benchmark, compare, cost, curves, evaluate
 from experiments.demo import __main__ as demo, depth, language, pretrain
 from experiments.real import alphas
+from files import disk
 from files.checkpoint import load_model
 from files.run import load_run
 from pretended import pretended
 from test_commands import ASK, at_step, log
-
 from text.examples import Example
 from text.tokenizer import Tokenizer
 from tiny import ANSWERS, CASES, RAGGED, call, some_of, tiny_bitune, write_checkpoint, write_data
@@ -140,6 +139,20 @@ def test_a_run_that_fails_does_not_end_the_grid(argv, monkeypatch, capsys):
     rates = [(row[0], row[2].removesuffix(" (best)")) for row in tables(said.out)[0][2:]]
     plain = [(name, rate) for name in ("LoRA rank 8", "LoRA rank 16") for rate in ("0.01", "0.02")]
     assert rates == [*plain, ("Bitune", "0.01")]
+
+
+def test_a_grid_without_room_goes_on_when_there_is_some(argv, monkeypatch, says):
+    """Every run ends in its first save, which leaves nothing that the same command would trip over."""
+    def full(path, data):
+        if path.name == "adapter_model.safetensors.part":
+            raise OSError(28, "No space left on device")
+        path.write_bytes(data)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="1"):
+        patch.setattr(disk, "write_through", full)
+        ablate.main([*argv, "--seeds", "42"])
+    rows = tables(says(ablate, *argv, "--seeds", "42").out)[0]
+    assert [row[0] for row in rows[2:]] == ["LoRA rank 8", "LoRA rank 16", "Bitune"]
 
 
 def test_a_search_leaves_the_other_seeds_to_the_best_rate_and_to_the_baseline_s(argv, tmp_path, monkeypatch):

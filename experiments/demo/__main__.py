@@ -9,7 +9,7 @@ for each model; what is reported comes from test data. With --out FOLDER it goes
 from pathlib import Path
 from statistics import fmean
 
-from cli.process import command
+from cli.process import Failed, command
 from cli.settings import DEMO, SWITCH, Setting, free_name, new_parser, number, text, words
 from cli.terminal import bars
 from experiments.ablate import GRID, grid, planned, tasks_of, variants
@@ -31,7 +31,7 @@ def compared(models, lrs, seeds, steps, data, out, **more):
     tasks = tasks_of([f"rows={data / 'test.jsonl'}"], max_new_tokens=20)
     best = chosen(grid(planned(models, lrs, seeds, common, out), tasks, common))
     if best.keys() != models.keys():
-        raise ValueError(f"only {', '.join(best) or 'nothing'} came to its end: try lower --lrs")
+        raise Failed(f"only {', '.join(best) or 'nothing'} came to its end: try lower --lrs")
     return best
 
 
