@@ -49,8 +49,8 @@ def main(argv=None):
     bitune.model.config.check_length(len(begin) + 1)
     if args.prompt is None and args.show_mixing:
         raise ValueError("--show-mixing shows how a prompt is mixed: give --prompt")
-    if args.prompt is not None and not begin or "" in args.stop:
-        raise ValueError("--prompt or --stop is empty: expected some text")
+    if args.prompt is not None and not begin:
+        raise ValueError("--prompt is empty: expected some text")
     mixing = bars(bitune, begin) if args.show_mixing else ""
     bitune = conversation(ready_to_answer(bitune), template, args.chat)
     say_loaded(args.adapter or args.model, n, bitune, about, template, tokenizer)

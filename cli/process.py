@@ -29,17 +29,23 @@ def out_of_memory(problem):
         or "can't allocate memory" in words
 
 
+STREAMS = ("stdin", "r", "strict"), ("stdout", "w", "replace"), ("stderr", "w", "replace")
+
+
 def command(main):
     """A decorator for the main of a command: it ends as the head of this file says."""
     @wraps(main)
     def ends(argv=None):
+        # A closed stream is an empty one, so that no file gets its number, or what is meant for another.
         # What a terminal cannot show ends no run; what comes in and is no text is not made to be one.
-        for stream, errors in (sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace"):
+        for name, mode, errors in STREAMS:
+            stream = getattr(sys, name) or open(os.devnull, mode)
+            setattr(sys, name, stream)
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors=errors)
         try:
             main(argv)
-            return sys.stdout.flush() if sys.stdout else None
+            return sys.stdout.flush()
         except KeyboardInterrupt:
             problem, status = None, 130
         except BrokenPipeError:                                 # nobody reads on: that is no fault

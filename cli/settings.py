@@ -177,10 +177,17 @@ DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data":
 # Flags
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are ValueErrors."""
+    """Its errors are ValueErrors. Only --system may be empty: else a variable of the shell is not set."""
 
     def error(self, message):
         raise ValueError(message)
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            if name != "system" and "" in (value if isinstance(value, list) else [value]):
+                raise ValueError(f"{flag(name)} is empty: expected some text")
+        return args
 
 
 def new_parser(description, *tables, typed_only=False):

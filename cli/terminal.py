@@ -22,7 +22,7 @@ class Progress:
     title, all that one of several runs has to say stands on its line, exact matches as bars."""
 
     def __init__(self, title=""):
-        self.live = bool(sys.stdout) and sys.stdout.isatty()
+        self.live = sys.stdout.isatty()
         self.shown, self.begun = time.monotonic(), None
         self.title, self.bars = title, ""
 
@@ -129,8 +129,6 @@ def whole_prompt(text):
     """The one prompt that is asked for: the text itself or, for a dash, all of standard input."""
     if text != "-":
         return text
-    if sys.stdin is None:
-        raise ValueError("--prompt -: standard input is closed")
     return sys.stdin.read().removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n")
 
 
@@ -177,13 +175,11 @@ def settled(text, stops):
 
 
 def at_terminal():
-    return sys.stdin is not None and sys.stdin.isatty()
+    return sys.stdin.isatty()
 
 
 def prompts():
     """The lines of standard input; in a terminal they are asked for, and an empty one ends."""
-    if sys.stdin is None:               # it is closed
-        return
     if terminal := at_terminal():
         with suppress(ImportError):     # without it a terminal cuts lines at 4,095 characters
             importlib.import_module("readline")

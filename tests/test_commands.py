@@ -248,6 +248,9 @@ def test_a_folder_in_use_is_left_to_the_process_that_uses_it(flags, tmp_path, ex
 
 WRONG = {       # a command -> what is typed behind it, and what it says
     "train --data data.jsonl": [("", "--model, --out not given")],
+    "train --resume=": [("", "--resume is empty")],             # no demonstration
+    "experiments.demo.depth --out new": [(f"--bases 3x64 {odd}", f"--bases {odd}: expected LAYERSxWIDTH")
+                                         for odd in ("2x", "axb", "2x64x2", "0x64", "2x33")],
     "train --model model --data data.jsonl --out new": [
         ("--model nowhere", "nowhere is no folder here"), ("--method bitun", "invalid choice: 'bitun'"),
         ("--data nowhere", "'nowhere' is not there: expected a data file"),
@@ -255,6 +258,7 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("--targets fc1 q_proj", "no linear is named fc1: expected down_proj, gate_proj, k_proj, o_proj"),
         ("--max-length 300", "300 tokens are more than the model's max_position_embeddings of 256"),
         ("--max-length 5", "no example left; dropped: 40 too long (first: line 1)"),
+        *((f"{flag}=", f"{flag} is empty") for flag in ("--adapter", "--targets", "--device")),
         ("--device tpu", "device 'tpu' cannot be used"), ("--peft full --dtype bfloat16", "takes float32"),
         ("--peft full --method causal --targets q_proj", "--targets: --peft full trains all weights"),
         ("--peft ia3 --feedforward dwn_proj", "no linear is named dwn_proj"),
@@ -414,6 +418,16 @@ def test_lines_of_standard_input_are_prompts(tmp_path):
     answers = Bitune(tiny_model(), "causal").generate([[256, 97, 98], [256, 99, 100]], 4, stop_ids={257})
     one, two = (bytes(i for i in ids if i < 256).decode(errors="replace") for ids in answers)
     assert done.stdout.decode() == f"{one}\n\n\n{two}\n" and b"an empty line asks nothing" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_an_empty_one(closed, tmp_path):
+    """Also for lines, and nothing but answers comes out of what is left."""
+    folder = write_checkpoint(tmp_path / "model")
+    command = f"{sys.executable} {ROOT}/sample.py --model {folder} --max-new-tokens 4 {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, input=b"ab\n")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and b"tokens/s" not in done.stdout
+    assert (b"tokens/s" in done.stderr) == (closed == ">&-") and bool(done.stdout) == (closed == "2>&-")
 
 
 def test_stops_limits_and_prompts_of_several_lines(tmp_path, exits, says, monkeypatch):

@@ -7,6 +7,7 @@ learned all that it was taught. On each, LoRA, Bitune and two of its parts learn
 hours; what is there is not made again: repeat the command to go on.
 """
 
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -65,7 +66,7 @@ def cell(group):
 
 FLAGS = {
     "out": Setting("where bases, runs and the figure go", text("FOLDER", required=True)),
-    "bases": Setting("LAYERSxWIDTH each", text("BASE", nargs="+"),
+    "bases": Setting("LAYERSxWIDTH each, heads being 32 wide", text("BASE", nargs="+"),
                      ["2x64", "3x64", "4x64", "6x64", "8x64", "12x64", "3x128"]),
     "seeds": Setting("how many, from 42 on", number(int, 1), 3),
     "lrs": GRID["lrs"]._replace(default=[2e-2, 5e-3]),
@@ -77,6 +78,9 @@ FLAGS = {
 @command
 def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
+    for base in args.bases:
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", base) or int(base.split("x")[1]) % 32:
+            raise ValueError(f"--bases {base}: expected LAYERSxWIDTH, a width of heads of 32")
     out, models = Path(args.out), variants(["bitune", "naive-bidir", "no-mixing"])
     write("behind", out)
     seeds = range(42, 42 + args.seeds)
