@@ -49,6 +49,8 @@ def main(argv=None):
     bitune.model.config.check_length(len(begin) + 1)
     if args.prompt is None and args.show_mixing:
         raise ValueError("--show-mixing shows how a prompt is mixed: give --prompt")
+    if not args.temperature and (args.top_k or args.top_p < 1):
+        raise ValueError("--top-k and --top-p have no effect without a --temperature above 0")
     if args.prompt is not None and not begin:
         raise ValueError("--prompt is empty: expected some text")
     mixing = bars(bitune, begin) if args.show_mixing else ""

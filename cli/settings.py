@@ -237,7 +237,8 @@ def join(*layers):
 
 
 def settings_of(typed):
-    """All settings, from what was typed. ValueError for flags that a run below them does not allow."""
+    """All settings, from what was typed. ValueError for flags that a run below them does not allow, and for
+    those that have no effect."""
     if typed.get("resume"):
         below = resumed(typed)
     elif typed.get("adapter"):
@@ -246,7 +247,11 @@ def settings_of(typed):
         below = {}
     else:
         below = DEMO | {"out": free_name("runs/demo")}
-    return join(below, typed)
+    s = join(below, typed)
+    idle = kind_options().keys() - vars(s).keys() | ({"c"} if len(METHODS[s.method]) < 2 else set())
+    if idle := idle & typed.keys():
+        raise ValueError(f"{flag(min(idle))} has no effect with --method {s.method} --peft {s.peft}")
+    return s
 
 
 def resumed(typed):

@@ -109,13 +109,13 @@ def test_validation_numbers():
 
 # ---- interrupted -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("method, peft", [("bitune", "lora"), ("bitune", "full")])
-def test_resumed_is_uninterrupted(method, peft, flags, tmp_path, exits, says):
+@pytest.mark.parametrize("kind", ["--peft full", "--dropout 0.2"])
+def test_resumed_is_uninterrupted(kind, flags, tmp_path, exits, says):
     """Bit for bit, with dropout drawing random numbers on the way: saves draw none. SIGTERM in step 3 of a
     run, and of a second stage, which starts where the first ended."""
     first, second = tmp_path / "first", tmp_path / "second"
     more = f"--adapter {first} --data {tmp_path}/data.jsonl --batch-size 4 --steps 4 --lr 0.01".split()
-    whole = flags("--method", method, "--peft", peft, "--dropout", 0.2, "--template", "plain")
+    whole = flags("--method", "bitune", *kind.split(), "--template", "plain")
     for run, argv in ((first, whole), (second, more)):
         killed, said = tmp_path / "killed" / run.name, says(train, *argv, "--out", run).out
         with at_step(3):
@@ -130,7 +130,7 @@ def test_resumed_is_uninterrupted(method, peft, flags, tmp_path, exits, says):
     assert f"{first}: validation loss" in said
     assert log(second, "val_loss")[0] == log(first, "val_loss")[-1] != log(second, "val_loss")[-1]
     about = json.loads((second / "bitune.json").read_text())
-    assert (about["method"], about["template"], about["step"]) == (method, "plain", 4)
+    assert (about["method"], about["template"], about["step"]) == ("bitune", "plain", 4)
 
 
 def test_a_first_save_killed_between_two_renames_is_whole(flags, tmp_path):
@@ -263,11 +263,14 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("--peft full --method causal --targets q_proj", "--targets: --peft full trains all weights"),
         ("--peft ia3 --feedforward dwn_proj", "no linear is named dwn_proj"),
         ("--val-data data.jsonl --val-size 5", "--val-size: all of --val-data"),
+        ("--method causal --c 1", "--c has no effect with --method causal --peft lora"),
+        ("--peft ia3 --rank 4", "--rank has no effect"), ("--feedforward fc1", "--feedforward has no effect"),
         ("--data half", "half, line 1: not JSON"), ("--data twice", "twice, line 1: not JSON")],
     "sample --prompt x": [
         ("", "no run of the demonstration below runs/: python train.py makes one"),
         ("--adapter hard", "hard has no adapter_config.json"),
         ("--model model --adapter nowhere", "nowhere has no adapter_config.json"),
+        ("--model model --top-k 3", "--top-k and --top-p have no effect without"),
         ("--adapter plain --show-mixing", "method causal mixes nothing of this prompt"),
         (f"--adapter plain --prompt {'x' * 300}", "are more than the model's max_position_embeddings of"),
         ("--model other --adapter plain", "plain was finetuned from model, which other is not"),
