@@ -13,6 +13,7 @@ from statistics import fmean
 
 from cli.process import command
 from cli.settings import Setting, new_parser, text
+from files.disk import write_file
 from files.run import logged
 from text.words import listed
 
@@ -140,7 +141,7 @@ def main(argv=None):
     logs = {name: logged(Path(run) / "log.jsonl", math.inf) for name, run in zip(names, args.runs)}
     if empty := [name for name, log in logs.items() if not log]:
         raise ValueError(f"no step is logged in {listed(empty)}: expected runs of train.py")
-    Path(args.out).write_text(picture(of_runs(logs)), encoding="utf-8")
+    write_file(Path(args.out), picture(of_runs(logs)).encode())
     print(f"wrote {args.out}")
 
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shlex
 import sys
+from pathlib import Path
 
 OTHER_FILES = {         # by what they begin with
     b"PAR1": "a parquet file", b"PK\x03\x04": "a ZIP archive", b"\x1f\x8b": "compressed by gzip",
@@ -95,6 +97,7 @@ def listed(names, between="; ", most=5):
     return between.join(map(str, names[:most])) + more
 
 
-def to_type(*words):
-    """A command of ours as it is typed: `to_type("sample.py", "--adapter", run)`."""
-    return shlex.join(["python", *map(str, words)])
+def to_type(script, *words):
+    """A command of ours as it is typed, in whatever folder: `to_type("sample.py", "--adapter", run)`."""
+    here = os.path.relpath(Path(__file__).parents[1] / script)
+    return shlex.join(["python", here, *map(str, words)])

@@ -16,6 +16,7 @@ from experiments.ablate import GRID, grid, planned, tasks_of, variants
 from experiments.compare import chosen, table
 from experiments.curves import colours, panel, picture
 from experiments.demo.language import TASKS, write
+from files.disk import write_file
 from files.run import load_run
 from text.examples import encode_prompt, stop_id
 from text.rows import read_rows
@@ -45,7 +46,7 @@ def demonstrate(task, models, lrs, seeds, steps, out):
                     for at in zip(*(r["validations"] for r in records))] for name, records in best.items()}
     drawn = panel("exact match on validation data", lines, colours(lines),
                   level=(chance, f"chance {chance:.1%}"))
-    (out / "curves.svg").write_text(picture([drawn]), encoding="utf-8")
+    write_file(out / "curves.svg", picture([drawn]).encode())
     print("\n" + table(list(best.values()), [["one of the sayings", "", "", "", "", f"{chance:.1%}"]]))
     first = {name: load_run(records[0]["run"])[:2] for name, records in best.items()}
     bitune, tokenizer = first["Bitune"]

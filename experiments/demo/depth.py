@@ -20,6 +20,7 @@ from experiments.demo.__main__ import compared
 from experiments.demo.language import write
 from experiments.demo.pretrain import pretrain, scores
 from files.checkpoint import load_base
+from files.disk import write_file
 from text.words import read_json
 
 SEEDS = 1, 2, 3         # of pretraining
@@ -96,7 +97,7 @@ def main(argv=None):
              for name in models}
     if len(narrow) > 1:
         figure = panel("exact match on test data", lines, colours(lines), across="layers")
-        (out / "depth.svg").write_text(picture([figure]), encoding="utf-8")
+        write_file(out / "depth.svg", picture([figure]).encode())
         print(f"\nwrote {out / 'depth.svg'}")
 
 
