@@ -271,6 +271,8 @@ class Run:
         self.alphas(), fingerprint(bitune)              # what an edit has broken of them shows now
         self.at = self.saved
         kept = logged(self.folder / "log.jsonl", self.saved)
+        if self.saved and (not kept or kept[-1]["step"] < self.saved):
+            raise ValueError(f"{self.folder / 'log.jsonl'} is damaged: it ends before step {self.saved}")
         self.validated = {r["step"]: r["val_loss"] for r in kept if "val_loss" in r}
         if writes:
             write_files(self.folder, {"log.jsonl": "".join(json.dumps(r) + "\n" for r in kept).encode()})
@@ -333,6 +335,7 @@ class Run:
 
     def save(self):
         if self.writes:
+            os.fsync(self.file.fileno())                # a save is never ahead of its log
             state = state_bytes(self.bitune, self.optimizer, self.at)
             write_files(self.folder, {"state.safetensors": state, **self.bytes()})
         self.saved = self.at

@@ -351,6 +351,8 @@ def test_a_run_is_never_overwritten_and_resumes_only_as_it_was(flags, tmp_path, 
     line = bad(*flags("--adapter", run, "--model", other, "--out", tmp_path / "new"))
     assert f"which {other} is not: " in line
     lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[:-2]))         # a save is never ahead of its log
+    assert "log.jsonl is damaged: it ends before step 6" in bad("--resume", run)
     (run / "log.jsonl").write_text("".join(lines[:-1]))         # as if killed in the last validation
     rows, parts = (tmp_path / "data.jsonl").read_text().splitlines(), (tmp_path / "a", tmp_path / "b")
     for part, own in zip(parts, (rows[:30], rows[30:])):        # 36 are trained on, and 4 validate
