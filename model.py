@@ -97,8 +97,8 @@ def may_attend(query_pos, key_pos, sees="causal"):
 
 class Past:
     """Keys and values of earlier tokens: one (k, v) a layer, (B, G, S, D) each, at positions (B, S). Joining
-    makes new tensors, so gradients flow back into the pass that made them. (Whatever has a length and `join`
-    may take its place.)"""
+    makes new tensors, so gradients flow back into the pass that made them. (Whatever has positions, a length
+    and `join` may take its place.)"""
 
     def __init__(self, layers, positions):
         self.layers, self.positions = layers, positions
