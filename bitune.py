@@ -150,7 +150,7 @@ class Bitune(nn.Module):
     def answer_pass(self, prompts, answers, past=None):
         """The answer stream's states (B, T', C), of which the head makes logits; labels (B, T') on the CPU,
         the answer token that each state should predict, or -100; the indices of those that have one; and of
-        what `extended` makes the Past of context and stream. past: the contexts', if they are read already."""
+        what `extended` makes the Past of both. past: that of the contexts, if they are read already."""
         context, stream = self.lay_out(prompts, [a[:-1] for a in answers])      # nothing follows y[A-1]
         before = [len(self.split(p)[1]) - 1 for p in prompts]       # opening tokens that predict none
         labels = pad([[-100] * n + a for n, a in zip(before, answers)], -100, "cpu")[:, min(before):]

@@ -115,11 +115,12 @@ def extended(past, new, positions):
     """A Past with the new (k, v) of each layer behind those of a past, if there is one."""
     if past is None:
         return Past(new, positions)
-    return Past([past.join(i, *kv) for i, kv in enumerate(new)], torch.cat((past.positions, positions), dim=1))
+    layers = [past.join(i, *kv) for i, kv in enumerate(new)]
+    return Past(layers, torch.cat((past.positions, positions), dim=1))
 
 
 class KVCache(Past):
-    """A Past for decoding, where no gradient flows: buffers with room for `more` tokens, filled without copying."""
+    """A Past for decoding, where no gradient flows: buffers with room for `more` tokens, filled in place."""
 
     def __init__(self, past, more):
         self.positions, size = past.positions[:, :0], len(past) + more
@@ -196,8 +197,7 @@ class Attention(nn.Module):
         k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         k = rotate(self.k_norm(k), cos, sin)
-        q = self.q_proj(x[:, keep], adapter).unflatten(-1, (self.n_q, self.D))
-        q = q.transpose(1, 2)                                                             # (B, H, T', D)
+        q = self.q_proj(x[:, keep], adapter).unflatten(-1, (self.n_q, self.D)).transpose(1, 2)    # T' of T
         q = rotate(self.q_norm(q), cos[:, :, keep], sin[:, :, keep])
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)

@@ -102,7 +102,8 @@ def test_a_run_goes_on_where_it_was_saved(card, tmp_path):
         else:
             bitune = tiny_bitune(config=SMALL).to(device)
             one_step(bitune, optimizer := make_optimizer(bitune))
-            write_files(write_run(tmp_path, bitune), {"state.safetensors": state_bytes(bitune, optimizer, 1)})
+            state = state_bytes(bitune, optimizer, 1)
+            write_files(write_run(tmp_path, bitune), {"state.safetensors": state})
         return one_step(bitune, optimizer)
 
     want = same(second_step("cpu", resumes=False))
@@ -139,7 +140,7 @@ def test_the_commands(line, card, flags, tmp_path, monkeypatch, says):
     def commands(device):
         out = ["--device", device, "--out", tmp_path / device]
         train.main(flags(*line.format(tmp=tmp_path).split(), *out, "--keep", "best"))
-        ask = ["--adapter", tmp_path / "cpu", "--max-new-tokens", 4, "--device", device, "--dtype", "float32"]
+        ask = f"--adapter {tmp_path}/cpu --max-new-tokens 4 --device {device} --dtype float32".split()
         for data in (choices, tmp_path / "data.jsonl"):
             call(evaluate, *ask, *out, "--task", "rows", "--limit", 2, "--data", data)
         said = "".join(says(sample, *ask, "--show-mixing", "--prompt", "Why?"))
