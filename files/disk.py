@@ -87,6 +87,8 @@ def finish_renaming(folder):
 
 def write_file(path, data):
     """Write one file whole or not at all, whoever else writes it at the same time."""
+    if path.exists() and not path.is_file():        # a folder; or a pipe, which would become a file
+        raise ValueError(f"{path} is there, and is no file: choose another name")
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write_through(draft, data)

@@ -106,6 +106,8 @@ FLAGS = {
 @command
 def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out} exists: choose another name")
     pretrain(args.out, args.steps)
 
 
