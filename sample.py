@@ -10,7 +10,7 @@ into the template the run was trained with, or into a base's own chat markup, if
 from cli.chat import conversation
 from cli.memory import ready_to_answer
 from cli.process import Failed, command
-from cli.settings import ASKED, PROMPT, SAMPLING, last_demonstration, new_parser
+from cli.settings import ASKED, PROMPT, SAMPLING, check_idle, last_demonstration, new_parser
 from cli.terminal import Stream, at_terminal, bars, prompts, say, say_loaded, whole_prompt
 from files.run import load_run
 from text.examples import encode_prompt, stop_id, template_named
@@ -49,8 +49,10 @@ def main(argv=None):
     bitune.model.config.check_length(len(begin) + 1)
     if args.prompt is None and args.show_mixing:
         raise ValueError("--show-mixing shows how a prompt is mixed: give --prompt")
-    if not args.temperature and (args.top_k or args.top_p < 1):
-        raise ValueError("--top-k and --top-p have no effect without a --temperature above 0")
+    if not args.temperature:
+        check_idle(args, SAMPLING.keys() - {"temperature"}, SAMPLING, "without a --temperature above 0")
+    if args.prompt is not None:
+        check_idle(args, ["chat"], PROMPT, "with --prompt")
     if args.prompt is not None and not begin:
         raise ValueError("--prompt is empty: expected some text")
     mixing = bars(bitune, begin) if args.show_mixing else ""

@@ -211,6 +211,13 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def check_idle(args, names, table, where):
+    """ValueError for those of these flags that were given, but have no effect `where` they stand."""
+    for name in names:
+        if getattr(args, name) != table[name].default:
+            raise ValueError(f"{flag(name)} has no effect {where}")
+
+
 def typed(argv, description=None):
     """What `argv` sets itself, of train.py's settings."""
     return vars(new_parser(description, SETTINGS, typed_only=True).parse_args(argv))

@@ -20,7 +20,7 @@ from pathlib import Path
 from bitune import METHODS, Bitune
 from cli.cards import several
 from cli.process import Failed, command
-from cli.settings import SETTINGS, SWITCH, Setting, check, default, join, new_parser, options
+from cli.settings import SETTINGS, SWITCH, Setting, check, check_idle, default, join, new_parser, options
 from cli.settings import settings_of, text, words
 from cli.terminal import Progress
 from experiments.compare import chosen, percent, report
@@ -179,6 +179,10 @@ def main(argv=None):
     given = vars(new_parser(__doc__, GRID, rest, typed_only=True).parse_args(argv))
     args = Namespace(**{name: given.get(name, s.default) for name, s in GRID.items()})
     common = {name: value for name, value in given.items() if name in rest}
+    if not args.evaluate:
+        check_idle(args, ("limit", "eval_batch_size", "max_new_tokens"), GRID, "without --evaluate")
+    if all(len(METHODS[method]) < 2 for method in args.methods):
+        check_idle(args, ["cs"], GRID, "with methods that mix nothing")
     if several():
         raise ValueError("a grid under torchrun: start experiments.ablate by itself, as often as you like")
     check(join(common, {"out": args.out}))
@@ -190,6 +194,9 @@ def main(argv=None):
     common["template"] = template_named(template, tokenizer, "paper")
     tasks = tasks_of(args.evaluate, limit=args.limit, batch_size=args.eval_batch_size,
                      max_new_tokens=args.max_new_tokens, device=common.get("device"))
+    files = [common["data"], common.get("val_data") or "", *(own["data"] for own in tasks.values())]
+    if pipes := [file for file in files if Path(file).is_fifo()]:
+        raise ValueError(f"{pipes[0]} is a pipe, which can be read once: a grid reads it for each run")
     for own in tasks.values():                              # what cannot be scored shows now
         load_questions(own["data"], own["task"], tokenizer, common["template"], longest, args.limit)
     models = variants(args.methods, args.pefts, args.cs, common)

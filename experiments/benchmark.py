@@ -20,7 +20,7 @@ from torch.profiler import profile
 
 from cli.memory import ready_to_answer, step_bytes
 from cli.process import command
-from cli.settings import SETTINGS, Setting, new_parser, number, words
+from cli.settings import SETTINGS, Setting, check_idle, new_parser, number, words
 from experiments import cost
 from files.checkpoint import placed
 from lora import linears
@@ -192,6 +192,10 @@ FLAGS = {
 def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
     device, dtype = placed(args.device, args.dtype)
+    if "training" not in args.parts:
+        check_idle(args, ("batches", "checkpointing"), FLAGS, "without --parts training")
+    if device.type != "cuda":
+        check_idle(args, cost.CARD, FLAGS, f"on {device.type}")
     print(f"{args.preset}, {str(dtype)[6:]}, torch {torch.__version__},",
           torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
     model = random_model(args.preset, device, dtype)

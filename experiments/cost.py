@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitune import Bitune, adapter_sets, sample_token
 from cli.memory import step_bytes
 from cli.process import command
-from cli.settings import SETTINGS, Setting, check_bits, new_parser, number, words
+from cli.settings import SETTINGS, Setting, check_bits, check_idle, new_parser, number, words
 from files.checkpoint import parse_config
 from files.int8 import eight_bits
 from lora import KINDS, add_adapter
@@ -45,6 +45,7 @@ SHAPES = {
     "llama-3-8b": shape("llama", 128256, 4096, 14336, 32, 32, 8),
     "phi-2": shape("phi", 51200, 2560, 10240, 32, 32, 32, partial_rotary_factor=0.4),
 }
+TOKENS = number(int, 1, 10**6)
 CARD = {                # an A100's data sheet; a launch is a guess
     "tflops": Setting("10^12 operations a second", number(float, 1), 312),
     "gbytes": Setting("10^9 bytes a second from its memory", number(float, 1), 2039),
@@ -209,14 +210,15 @@ def on_card(args):
 def main(argv=None):
     flags = {
         "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
-        "prompt": Setting("tokens of the prompt", number(int, 1), 256),
-        "answer": Setting("tokens of the answer", number(int, 1), 256),
-        "card": Setting("what a card needs at least, of so many tokens", number(int, 2) | {"nargs": "+"}),
+        "prompt": Setting("tokens of the prompt", TOKENS, 256),
+        "answer": Setting("tokens of the answer", TOKENS, 256),
+        "card": Setting("what a card needs at least, of so many tokens",
+                        number(int, 2, 10**6) | {"nargs": "+"}),
         **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
     }
     args = new_parser(__doc__, flags).parse_args(argv)
-    if args.card and args.checkpointing:
-        raise ValueError("--card counts steps without --checkpointing: give one of the two")
+    idle = ("prompt", "answer", "checkpointing") if args.card else ("gbytes", "launch")
+    check_idle(args, idle, flags, f"with{'' if args.card else 'out'} --card")
     check_bits(args)
     print_table(on_card(args) if args.card else in_training(args))
 

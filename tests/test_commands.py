@@ -251,6 +251,16 @@ WRONG = {       # a command -> what is typed behind it, and what it says
     "train --resume=": [("", "--resume is empty")],             # no demonstration
     "experiments.demo.depth --out new": [(f"--bases 3x64 {odd}", f"--bases {odd}: expected LAYERSxWIDTH")
                                          for odd in ("2x", "axb", "2x64x2", "0x64", "2x33")],
+    "experiments.demo.__main__": [("--seeds 1000000000000", "expected a whole number from 1 to 1000")],
+    "experiments.demo.pretrain --steps 1": [("--out model", "--out model exists: choose another name")],
+    "experiments.cost": [
+        *((f"--{flag} 1000000000", "expected a whole number from") for flag in ("prompt", "answer", "card")),
+        ("--gbytes 9", "--gbytes has no effect without --card"),
+        ("--card 64 --prompt 9", "--prompt has no effect with --card"),
+        ("--card 64 --checkpointing", "--checkpointing has no effect with --card")],
+    "experiments.benchmark --device cpu --preset tiny": [
+        ("--parts answering --batches 2", "--batches has no effect without --parts training"),
+        ("--launch 9", "--launch has no effect on cpu")],
     "train --model model --data data.jsonl --out new": [
         ("--model nowhere", "nowhere is no folder here"), ("--method bitun", "invalid choice: 'bitun'"),
         ("--data nowhere", "'nowhere' is not there: expected a data file"),
@@ -270,7 +280,9 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("", "no run of the demonstration below runs/: python train.py makes one"),
         ("--adapter hard", "hard has no adapter_config.json"),
         ("--model model --adapter nowhere", "nowhere has no adapter_config.json"),
-        ("--model model --top-k 3", "--top-k and --top-p have no effect without"),
+        *((f"--model model {odd}", f"{odd[:-2]} has no effect without a --temperature above 0")
+          for odd in ("--top-k 3", "--seed 9")),
+        ("--model model --chat", "--chat has no effect with --prompt"),
         ("--adapter plain --show-mixing", "method causal mixes nothing of this prompt"),
         (f"--adapter plain --prompt {'x' * 300}", "are more than the model's max_position_embeddings of"),
         ("--model other --adapter plain", "plain was finetuned from model, which other is not"),
@@ -285,15 +297,20 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("--model model --task piqa", "a row of piqa has 'goal'"),
         ("--model model --forced-causal", "method causal mixes nothing: there is no α to set to 0"),
         ("--adapter mixed", "the tokenizer has no special token <|im_")],
-    "experiments.ablate --out new --data data.jsonl": [("", "--model not given")],
+    "experiments.ablate --out new --data data.jsonl": [
+        ("", "--model not given"), ("--model model --limit 3", "--limit has no effect without --evaluate"),
+        ("--model model --methods naive-bidir --cs 1", "--cs has no effect with methods that mix nothing")],
     "experiments.ablate --out new --data data.jsonl --model model --evaluate arc=arc.jsonl": [
         ("--method causal --lr 1", "unrecognized arguments: --method causal --lr 1"),
         ("--evaluate arc", "--evaluate arc=: expected TASK=FILE"),
         ("--evaluate piqa=arc.jsonl", "a row of piqa has 'goal'"),
         ("--methods causal", "invalid choice: 'causal'"), ("--model nowhere", "nowhere is no folder here"),
+        *((f"{more}pipe", "pipe is a pipe, which can be read once")
+          for more in ("--data ", "--val-data ", "--evaluate rows=")),
         ("--val-size 0 --lrs 1 2", "no validation data to choose by"),
         ("--evaluate arc=hard/arc.jsonl arc=arc.jsonl", "two files would both be called 'arc'")],
-    "experiments.curves": [("model", "no step is logged in model")]}
+    "experiments.curves": [("model", "no step is logged in model"),
+                           *((f"plain --out {name}", "is there, and is no file") for name in (".", "pipe"))]}
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +329,8 @@ def world(tmp_path_factory):
             write_run(Path(name), tiny_bitune("causal", kind), "model")
         shutil.copytree(CASES / "published", "hard")
         shutil.copy("hard/arc.jsonl", "arc.jsonl")
+        Path("plain/log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        os.mkfifo("pipe")
         write_data(Path("data.jsonl"))
         Path("half").write_text('{"question"')
         Path("twice").write_text('{"prompt": "a", "prompt": "b", "answer": "c"}')

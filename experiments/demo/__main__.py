@@ -65,7 +65,7 @@ def demonstrate(task, models, lrs, seeds, steps, out):
 SHOWN = {
     "all": Setting("also the ablations, and all three tasks", SWITCH),
     "tasks": Setting("where the speakers' names stand (default: behind)", words(*TASKS) | {"nargs": "+"}),
-    "seeds": Setting("how many, from 42 on", number(int, 1), 1),
+    "seeds": Setting("how many, from 42 on", number(int, 1, 1000), 1),
     "lrs": GRID["lrs"]._replace(default=[DEMO["lr"]]),
     "steps": Setting("of a run", number(int, 1), DEMO["steps"]),
     "out": Setting("where the runs go, or are continued (default: a new one)", text("FOLDER")),

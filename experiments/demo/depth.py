@@ -69,7 +69,7 @@ FLAGS = {
     "out": Setting("where bases, runs and the figure go", text("FOLDER", required=True)),
     "bases": Setting("LAYERSxWIDTH each, heads being 32 wide", text("BASE", nargs="+"),
                      ["2x64", "3x64", "4x64", "6x64", "8x64", "12x64", "3x128"]),
-    "seeds": Setting("how many, from 42 on", number(int, 1), 3),
+    "seeds": Setting("how many, from 42 on", number(int, 1, 1000), 3),
     "lrs": GRID["lrs"]._replace(default=[2e-2, 5e-3]),
     "steps": Setting("of a run", number(int, 1), DEMO["steps"]),
     "pretraining": Setting("steps of a base", number(int, 1), 6000),
