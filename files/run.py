@@ -166,7 +166,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
         theirs, ours = Tokenizer.from_pretrained(folder), load_tokenizer(base)
         theirs.limit(model.config.vocab_size)
         read = lambda t: (t.vocab, t.added, t.special, t.bos_id, t.chat)
-        if read(theirs) != read(ours):
+        if read(theirs) != read(ours) or theirs.eos_id not in (None, ours.eos_id):
             raise ValueError(f"{folder} brings another tokenizer or chat template than {base} has: move its "
                              "files there, or away")
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
