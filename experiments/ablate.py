@@ -186,8 +186,6 @@ def main(argv=None):
     if several():
         raise ValueError("a grid under torchrun: start experiments.ablate by itself, as often as you like")
     check(join(common, {"out": args.out}))
-    if len(args.lrs) > 1 and not common.get("val_data") and common.get("val_size") == 0:
-        raise ValueError("several --lrs and no validation data to choose by: --val-size is 0")
     base, out, template = common["model"], Path(args.out), common.get("template", "auto")
     tokenizer, longest = load_tokenizer(base), read_config(base).max_length
     template = "paper" if template == "auto" else template              # the tables' own, whatever the base
@@ -202,7 +200,10 @@ def main(argv=None):
     models = variants(args.methods, args.pefts, args.cs, common)
     baseline, runs = next(iter(models)), planned(models, args.lrs, args.seeds, common, out)
     data = join(common, {"max_length": common.get("max_length", min(MAX_LENGTH, longest))})
-    now = digest(load_data(data, tokenizer)[:2])
+    examples, val, _ = load_data(data, tokenizer)
+    if len(args.lrs) > 1 and not val:
+        raise ValueError("several --lrs and no validation data to choose by: give --val-data")
+    now = digest((examples, val))
     begun = [s.out for s in runs.values() if (Path(s.out) / "settings.json").exists()]
     if others := [run for run in begun if read_settings(run)[1]["data_hash"] != now]:
         raise ValueError(f"trained on other data than these: {listed(others)}")

@@ -159,7 +159,8 @@ def named_as_wanted(model, want, have, folder):
     the base's."""
     base, settled = model.state_dict(), {}
     for name, tensor in have.items():
-        plain = re.sub(r"\.default(?=\.weight$)|(?<=ia3_l)\.default$|(?<=_vector)\.weight$", "", name)
+        plain = re.sub(r"(?<=_vector)(\.default)?\.weight$|(?<=ia3_l)\.default$|\.default(?=\.weight$)", "",
+                       name)
         own = name.removeprefix(f"{PREFIX}model.")
         if own == "lm_head.weight" and own not in base:             # of a tied base: it is the embedding
             own = "model.embed_tokens.weight"

@@ -308,6 +308,7 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         *((f"{more}pipe", "pipe is a pipe, which can be read once")
           for more in ("--data ", "--val-data ", "--evaluate rows=")),
         ("--val-size 0 --lrs 1 2", "no validation data to choose by"),
+        ("--data few.jsonl --lrs 1 2", "no validation data to choose by"),
         ("--evaluate arc=hard/arc.jsonl arc=arc.jsonl", "two files would both be called 'arc'")],
     "experiments.curves": [("model", "no step is logged in model"),
                            *((f"plain --out {name}", "is there, and is no file") for name in (".", "pipe"))]}
@@ -332,6 +333,7 @@ def world(tmp_path_factory):
         Path("plain/log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
         os.mkfifo("pipe")
         write_data(Path("data.jsonl"))
+        write_data(Path("few.jsonl"), 5)
         Path("half").write_text('{"question"')
         Path("twice").write_text('{"prompt": "a", "prompt": "b", "answer": "c"}')
         call(evaluate, *"--model whole --task arc --data arc.jsonl --out scored".split())

@@ -309,6 +309,21 @@ def test_what_an_adapter_says_and_does_not_fit_is_refused(spoil, message, tmp_pa
         load_adapter(tiny_model(), "answer", tmp_path)
 
 
+@pytest.mark.parametrize("kind, plain, known", [
+    ("dora", "lora_A.weight", ["lora_A.default.weight"]), ("ia3", "ia3_l", ["ia3_l.default"]),
+    ("dora", "lora_magnitude_vector", [f"lora_magnitude_vector{end}.weight" for end in ("", ".default")])])
+def test_names_that_peft_knows_are_known(kind, plain, known, tmp_path):
+    """Each of them was tried with peft 0.21.2."""
+    model, file = tiny_model(), tmp_path / "adapter_model.safetensors"
+    add_adapter(model, "answer", kind)
+    scatter(model)
+    for ending in known:
+        write_files(tmp_path, saved := adapter_bytes(model, "answer"))
+        rewrite(file, lambda t: [t.update({n.replace(plain, ending): t.pop(n)}) for n in [*t] if plain in n])
+        load_adapter(again := tiny_model(), "answer", tmp_path)
+        assert adapter_bytes(again, "answer") == saved
+
+
 def test_ranks_and_scales_of_single_layers(tmp_path):
     """As PEFT has them: patterns name the end of a path; a rank-stabilised scale is alpha / sqrt(r)."""
     model, path, config = tiny_model(), "model.layers.1.mlp.up_proj", tmp_path / "adapter_config.json"
@@ -398,5 +413,5 @@ def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
     tokenizer = Tokenizer.from_pretrained(CASES / "tokenizer-added-lstrip")
     rows = [{"prompt": "hello", "completion": c} for c in ("wor", "a" + " " * 200_000 + "b")]
     tokenizer.eos_id = 0
-    examples, dropped = load_examples(write_rows(tmp_path / "data", rows), tokenizer, "plain", 500)
+    examples, dropped, _ = load_examples(write_rows(tmp_path / "data", rows), tokenizer, "plain", 500)
     assert len(examples) == 1 and dropped == {"too long": [1, "line 2"]}

@@ -105,30 +105,30 @@ def encode_answer(tokenizer, template, answer, thoughts=None):
 
 
 def load_examples(path, tokenizer, template, max_length, task="rows"):
-    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), and what was
-    dropped, answer by answer: reason -> [how many, where the first is]. ValueError if no example is left."""
-    examples, dropped = [], {}
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`); what was dropped,
+    answer by answer: reason -> [how many, where the first is]; and how many examples there are up to the end
+    of each row. ValueError if there are none."""
+    examples, dropped, ends = [], {}, []
     for place, row in read_rows(path, task):
         for found in encode_row(row, tokenizer, template, max_length):
             if isinstance(found, Example):
                 examples.append(found)
             else:
                 dropped.setdefault(found, [0, place])[0] += 1
+        ends.append(len(examples))
     if not examples:
         raise ValueError(f"{path}: no example left; dropped: {dropped_in_words(dropped)}")
-    return examples, dropped
+    return examples, dropped, ends
 
 
 def load_data(s, tokenizer):
     """The examples that settings name, those for validation, and what was dropped of each file."""
-    examples, dropped = load_examples(s.data, tokenizer, s.template, s.max_length, s.task)
+    examples, dropped, ends = load_examples(s.data, tokenizer, s.template, s.max_length, s.task)
     if s.val_data:
-        val, more = load_examples(s.val_data, tokenizer, s.template, s.max_length, s.task)
+        val, more, _ = load_examples(s.val_data, tokenizer, s.template, s.max_length, s.task)
         return examples, val, {s.data: dropped, s.val_data: more}
     n = len(examples) - min(s.val_size, len(examples) // 10)
-    goes_on = lambda a, b: len(a.prompt) < len(b.prompt) and b.prompt[:len(a.prompt)] == a.prompt
-    while 0 < n < len(examples) and goes_on(*examples[n - 1:n + 1]):        # one conversation, on one side
-        n += 1
+    n = next(end for end in ends if end >= n)           # a conversation is on one side
     return examples[:n], examples[n:], {s.data: dropped}
 
 
