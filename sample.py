@@ -50,7 +50,7 @@ def main(argv=None):
     if args.prompt is None and args.show_mixing:
         raise ValueError("--show-mixing shows how a prompt is mixed: give --prompt")
     if not args.temperature:
-        check_idle(args, SAMPLING.keys() - {"temperature"}, SAMPLING, "without a --temperature above 0")
+        check_idle(args, ("top_k", "top_p"), SAMPLING, "without a --temperature above 0")
     if args.prompt is not None:
         check_idle(args, ["chat"], PROMPT, "with --prompt")
     if args.prompt is not None and not begin:

@@ -128,7 +128,7 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
         messages("a", "b", "c", "d", "a", "b"), messages("e", "f", "g"), messages("h"),
         messages("i", " ", "j", "k"), {"prompt": "l", "completion": "m", "input": "n", "system": "o"},
         {"prompt": messages("p", "q", "r")["messages"], "completion": messages("", "s")["messages"][1:]}])
-    examples, dropped, _ = load_examples(data, tokenizer, "chat-chatml", 100)
+    examples, dropped = load_examples(data, tokenizer, "chat-chatml", 100)
     turn = "<|im_start|>{}\n{}<|im_end|>\n".format
     for example, (answer, *asked) in zip(examples, [
             ("b", "a"), ("d", "a", "b", "c"), ("b", "a", "b", "c", "d", "a"), ("f", "e"),
@@ -137,10 +137,10 @@ def test_every_answer_of_a_conversation_is_learned(tmp_path):
         assert tokenizer.decode(example.prompt) == prompt + "<|im_start|>assistant\n"
         assert tokenizer.decode(example.answer) == answer + "<|im_end|>"
     assert dropped == {"no answer": [2, "line 3"]}
-    examples, dropped, _ = load_examples(data, tokenizer, "chat-chatml", len(examples[0].prompt) + 2)
+    examples, dropped = load_examples(data, tokenizer, "chat-chatml", len(examples[0].prompt) + 2)
     assert len(examples) == 2 and dropped["too long"] == [5, "line 1"]
     tokenizer.eos_id = 0
-    examples, dropped, _ = load_examples(data, tokenizer, "plain", 100)
+    examples, dropped = load_examples(data, tokenizer, "plain", 100)
     assert len(examples) == 4 and tokenizer.decode(examples[0].prompt[1:]) == "a\n\nb\n\nc\n\nd\n\na"
 
 
@@ -157,7 +157,7 @@ def test_turns_that_a_markup_does_not_have_are_dropped(name, turns, reason, tmp_
     text = "<tool_response>a</tool_response>" if reason.startswith("the answer of a tool") else "a"
     row = {"messages": [chats.message(role, text) for role in turns.split()]}
     data = write_rows(tmp_path / "data", [messages("a", "b"), row])
-    examples, dropped, _ = load_examples(data, tokenizer, name, 200)
+    examples, dropped = load_examples(data, tokenizer, name, 200)
     ((said, (n, place)),) = dropped.items()
     assert said.startswith(reason) and (n, place, len(examples)) == (1, "line 2", 1)
     if reason.startswith("it is not"):
@@ -169,7 +169,7 @@ def test_thoughts_are_qwens_alone_and_count_in_no_score(tmp_path):
     turns = ("user", "a"), ("assistant", "b", "~"), ("user", "c"), ("assistant", "d", "f")
     data = write_rows(tmp_path / "data", [{"messages": [chats.message(*turn) for turn in turns]}])
     tokenizer = tokenizer_of(chats.small("chat-qwen3"), tmp_path)
-    (_, last), _, _ = load_examples(data, tokenizer, "chat-qwen3", 100)
+    (_, last), _ = load_examples(data, tokenizer, "chat-qwen3", 100)
     assert tokenizer.decode(last.answer) == "<think>\nf\n</think>\n\nd<|im_end|>"
     assert "~" not in tokenizer.decode(last.prompt)
     (asked,), _ = load_questions(data, "rows", tokenizer, "chat-qwen3", 100)
@@ -200,7 +200,7 @@ def test_a_long_conversation_is_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Tokenizer, "encode", lambda *a: seen.append(a[1]) or encode(*a))
     for limit, n, dropped in ((10_000, 40, {}), (len(alone[3]) + 10, 4, {"too long": [36, "line 1"]})):
         seen.clear()
-        examples, found, _ = load_examples(data, tokenizer, "chat-llama2", limit)
+        examples, found = load_examples(data, tokenizer, "chat-llama2", limit)
         assert [e.prompt for e in examples] == alone[:n] and found == dropped
         assert len(seen) <= 3 * (n + 1)
 

@@ -280,8 +280,8 @@ WRONG = {       # a command -> what is typed behind it, and what it says
         ("", "no run of the demonstration below runs/: python train.py makes one"),
         ("--adapter hard", "hard has no adapter_config.json"),
         ("--model model --adapter nowhere", "nowhere has no adapter_config.json"),
-        *((f"--model model {odd}", f"{odd[:-2]} has no effect without a --temperature above 0")
-          for odd in ("--top-k 3", "--seed 9")),
+        ("--model model --top-k 3", "--top-k has no effect without a --temperature above 0"),
+        ("--model model --top-p 0.5", "--top-p has no effect without a --temperature above 0"),
         ("--model model --chat", "--chat has no effect with --prompt"),
         ("--adapter plain --show-mixing", "method causal mixes nothing of this prompt"),
         (f"--adapter plain --prompt {'x' * 300}", "are more than the model's max_position_embeddings of"),

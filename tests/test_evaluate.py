@@ -22,7 +22,7 @@ EXPECTED = json.loads((CASES / "expected.json").read_text(encoding="utf-8"))["pu
 def test_published_rows_make_the_paper_s_prompts(task, tokenizer):
     """Evaluation asks as training does."""
     file, (prompt, answer) = CASES / f"published/{task}.jsonl", EXPECTED[task]
-    examples, _, _ = load_examples(file, tokenizer, "paper", 512, task)
+    examples, _ = load_examples(file, tokenizer, "paper", 512, task)
     questions, left_out = evaluate.load_questions(file, task, tokenizer, "paper", 512)
     assert len(examples) == len(questions) == len(file.read_text().splitlines()) and left_out == []
     for example, question in zip(examples, questions):

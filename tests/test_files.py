@@ -413,5 +413,5 @@ def test_a_run_that_no_tokenizer_takes_is_dropped_and_counted(tmp_path):
     tokenizer = Tokenizer.from_pretrained(CASES / "tokenizer-added-lstrip")
     rows = [{"prompt": "hello", "completion": c} for c in ("wor", "a" + " " * 200_000 + "b")]
     tokenizer.eos_id = 0
-    examples, dropped, _ = load_examples(write_rows(tmp_path / "data", rows), tokenizer, "plain", 500)
+    examples, dropped = load_examples(write_rows(tmp_path / "data", rows), tokenizer, "plain", 500)
     assert len(examples) == 1 and dropped == {"too long": [1, "line 2"]}

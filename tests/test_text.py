@@ -202,7 +202,7 @@ def test_loading_drops_and_counts(tokenizer):
         read_end, write_end = os.pipe()
         os.write(write_end, text.encode())
         os.close(write_end)
-        examples, dropped, _ = load_examples(f"/dev/fd/{read_end}", tokenizer, "paper", 24)  # a, b fit
+        examples, dropped = load_examples(f"/dev/fd/{read_end}", tokenizer, "paper", 24)  # a, b fit
         os.close(read_end)
         said = [tokenizer.decode(e.prompt + e.answer) for e in examples]
         assert said == [f"<s>Question: {q}\n\nAnswer: {a}</s>" for q, a in ("ab", "cd")]

@@ -7,7 +7,7 @@ a matter of ids and never of text.
 import math
 import random
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
 from text.chat import CHATS, Markup, is_control, own_chat
@@ -104,31 +104,38 @@ def encode_answer(tokenizer, template, answer, thoughts=None):
     return tokenizer.encode(form.said(answer, thoughts), begin) + [stop_id(tokenizer, template)]
 
 
-def load_examples(path, tokenizer, template, max_length, task="rows"):
-    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`); what was dropped,
-    answer by answer: reason -> [how many, where the first is]; and how many examples there are up to the end
-    of each row. ValueError if there are none."""
-    examples, dropped, ends = [], {}, []
+def examples_by_row(path, tokenizer, template, max_length, task="rows"):
+    """Examples of at most max_length tokens from a data file of a task (see `rows.TASKS`), a list for each
+    row; and what was dropped, answer by answer: reason -> [how many, where the first is]. ValueError if no
+    example is left."""
+    rows, dropped = [], {}
     for place, row in read_rows(path, task):
+        rows.append([])
         for found in encode_row(row, tokenizer, template, max_length):
             if isinstance(found, Example):
-                examples.append(found)
+                rows[-1].append(found)
             else:
                 dropped.setdefault(found, [0, place])[0] += 1
-        ends.append(len(examples))
-    if not examples:
+    if not any(rows):
         raise ValueError(f"{path}: no example left; dropped: {dropped_in_words(dropped)}")
-    return examples, dropped, ends
+    return rows, dropped
+
+
+def load_examples(*args):
+    """The same in one list."""
+    rows, dropped = examples_by_row(*args)
+    return [*chain(*rows)], dropped
 
 
 def load_data(s, tokenizer):
     """The examples that settings name, those for validation, and what was dropped of each file."""
-    examples, dropped, ends = load_examples(s.data, tokenizer, s.template, s.max_length, s.task)
+    rows, dropped = examples_by_row(s.data, tokenizer, s.template, s.max_length, s.task)
+    examples = [*chain(*rows)]
     if s.val_data:
-        val, more, _ = load_examples(s.val_data, tokenizer, s.template, s.max_length, s.task)
+        val, more = load_examples(s.val_data, tokenizer, s.template, s.max_length, s.task)
         return examples, val, {s.data: dropped, s.val_data: more}
     n = len(examples) - min(s.val_size, len(examples) // 10)
-    n = next(end for end in ends if end >= n)           # a conversation is on one side
+    n = next(end for end in accumulate(map(len, rows)) if end >= n)     # a conversation is on one side
     return examples[:n], examples[n:], {s.data: dropped}
 
 

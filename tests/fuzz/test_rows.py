@@ -145,7 +145,7 @@ def test_every_row_of_a_file_is_an_example_or_counted(request, tmp_path, tokeniz
         written = json.dumps(rows, indent=rng.choice([None, 2])) if is_list else lines
         (tmp_path / "data").write_bytes((rng.choice(["", "\ufeff"]) + written).encode())
         try:
-            examples, dropped, _ = load_examples(tmp_path / "data", tokenizer, "paper", 200)
+            examples, dropped = load_examples(tmp_path / "data", tokenizer, "paper", 200)
         except ValueError as problem:
             assert "no example left; dropped: " in str(problem) and "\n" not in str(problem)
             return "no example"
@@ -209,7 +209,7 @@ def test_prompts_of_chats_are_encoded_as_one_text(tmp_path, request):
         (tmp_path / "data").write_text(json.dumps(row))
         want = [*wanted(messages, start, name, library.Tokenizer.from_str(spec))]
         try:
-            found, _, _ = load_examples(tmp_path / "data", ours, name, 10_000)
+            found, _ = load_examples(tmp_path / "data", ours, name, 10_000)
             assert [example.prompt for example in found] == want, (name, row)
         except ValueError as problem:
             assert "no example left" in str(problem) and not want, (name, row)
