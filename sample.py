@@ -50,9 +50,9 @@ def main(argv=None):
     if args.prompt is None and args.show_mixing:
         raise ValueError("--show-mixing shows how a prompt is mixed: give --prompt")
     if not args.temperature:
-        check_idle(args, ("top_k", "top_p"), SAMPLING, "without a --temperature above 0")
+        check_idle(vars(args), ("top_k", "top_p"), "without a --temperature above 0", SAMPLING)
     if args.prompt is not None:
-        check_idle(args, ["chat"], PROMPT, "with --prompt")
+        check_idle(vars(args), ["chat"], "with --prompt", PROMPT)
     if args.prompt is not None and not begin:
         raise ValueError("--prompt is empty: expected some text")
     mixing = bars(bitune, begin) if args.show_mixing else ""

@@ -36,7 +36,7 @@ def command(main):
     """A decorator for the main of a command: it ends as the head of this file says."""
     @wraps(main)
     def ends(argv=None):
-        # A closed stream is an empty one, so that no file gets its number, or what is meant for another.
+        # A closed stream gives and takes nothing. (A file opened later would get its number, and its words.)
         # What a terminal cannot show ends no run; what comes in and is no text is not made to be one.
         for name, mode, errors in STREAMS:
             stream = getattr(sys, name) or open(os.devnull, mode)

@@ -177,7 +177,8 @@ DEMO = {"model": f"{HERE}/base", "data": f"{HERE}/data/train.jsonl", "val_data":
 # Flags
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are ValueErrors. Only --system may be empty: else a variable of the shell is not set."""
+    """Its errors are ValueErrors. Any empty value but that of --system is one: of a shell's variable that is
+    not set, as a rule."""
 
     def error(self, message):
         raise ValueError(message)
@@ -211,10 +212,11 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
-def check_idle(args, names, table, where):
-    """ValueError for those of these flags that were given, but have no effect `where` they stand."""
-    for name in names:
-        if getattr(args, name) != table[name].default:
+def check_idle(given, names, where, table={}):
+    """ValueError for a flag of these names that is `given`, name -> value, but has no effect `where` it
+    stands. What equals its default in a table, name -> Setting, is not given."""
+    for name in sorted(names):
+        if name in given and (name not in table or given[name] != table[name].default):
             raise ValueError(f"{flag(name)} has no effect {where}")
 
 
@@ -256,8 +258,7 @@ def settings_of(typed):
         below = DEMO | {"out": free_name("runs/demo")}
     s = join(below, typed)
     idle = kind_options().keys() - vars(s).keys() | ({"c"} if len(METHODS[s.method]) < 2 else set())
-    if idle := idle & typed.keys():
-        raise ValueError(f"{flag(min(idle))} has no effect with --method {s.method} --peft {s.peft}")
+    check_idle(typed, idle, f"with --method {s.method} --peft {s.peft}")
     return s
 
 

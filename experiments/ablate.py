@@ -180,9 +180,9 @@ def main(argv=None):
     args = Namespace(**{name: given.get(name, s.default) for name, s in GRID.items()})
     common = {name: value for name, value in given.items() if name in rest}
     if not args.evaluate:
-        check_idle(args, ("limit", "eval_batch_size", "max_new_tokens"), GRID, "without --evaluate")
+        check_idle(given, ("limit", "eval_batch_size", "max_new_tokens"), "without --evaluate")
     if all(len(METHODS[method]) < 2 for method in args.methods):
-        check_idle(args, ["cs"], GRID, "with methods that mix nothing")
+        check_idle(given, ["cs"], "with methods that mix nothing")
     if several():
         raise ValueError("a grid under torchrun: start experiments.ablate by itself, as often as you like")
     check(join(common, {"out": args.out}))

@@ -193,9 +193,9 @@ def main(argv=None):
     args = new_parser(__doc__, FLAGS).parse_args(argv)
     device, dtype = placed(args.device, args.dtype)
     if "training" not in args.parts:
-        check_idle(args, ("batches", "checkpointing"), FLAGS, "without --parts training")
+        check_idle(vars(args), ("batches", "checkpointing"), "without --parts training", FLAGS)
     if device.type != "cuda":
-        check_idle(args, cost.CARD, FLAGS, f"on {device.type}")
+        check_idle(vars(args), cost.CARD, f"on {device.type}", FLAGS)
     print(f"{args.preset}, {str(dtype)[6:]}, torch {torch.__version__},",
           torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads")
     model = random_model(args.preset, device, dtype)

@@ -45,7 +45,7 @@ SHAPES = {
     "llama-3-8b": shape("llama", 128256, 4096, 14336, 32, 32, 8),
     "phi-2": shape("phi", 51200, 2560, 10240, 32, 32, 32, partial_rotary_factor=0.4),
 }
-TOKENS = number(int, 1, 10**6)
+LENGTH = number(int, 1, 10**6)
 CARD = {                # an A100's data sheet; a launch is a guess
     "tflops": Setting("10^12 operations a second", number(float, 1), 312),
     "gbytes": Setting("10^9 bytes a second from its memory", number(float, 1), 2039),
@@ -126,7 +126,7 @@ def answer_work(bitune, P, A):
     """The same of the first token of an answer to P tokens, and of the last one of A tokens."""
     def first():
         x, _, at, read = bitune.answer_pass([[0] * P], [[0]])
-        extended(*read)
+        extended(*read)                 # as Bitune.answer does
         sample_token(bitune.model.head(x[at]), 0.0, 0, 1.0, None)
 
     def last():
@@ -210,15 +210,15 @@ def on_card(args):
 def main(argv=None):
     flags = {
         "models": Setting("shapes", words(*SHAPES) | {"nargs": "+"}, list(SHAPES)),
-        "prompt": Setting("tokens of the prompt", TOKENS, 256),
-        "answer": Setting("tokens of the answer", TOKENS, 256),
+        "prompt": Setting("tokens of the prompt", LENGTH, 256),
+        "answer": Setting("tokens of the answer", LENGTH, 256),
         "card": Setting("what a card needs at least, of so many tokens",
                         number(int, 2, 10**6) | {"nargs": "+"}),
         **CARD, **{name: SETTINGS[name] for name in ("peft", "checkpointing", "base_bits")},
     }
     args = new_parser(__doc__, flags).parse_args(argv)
     idle = ("prompt", "answer", "checkpointing") if args.card else ("gbytes", "launch")
-    check_idle(args, idle, flags, f"with{'' if args.card else 'out'} --card")
+    check_idle(vars(args), idle, f"with{'' if args.card else 'out'} --card", flags)
     check_bits(args)
     print_table(on_card(args) if args.card else in_training(args))
 
