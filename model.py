@@ -197,8 +197,8 @@ class Attention(nn.Module):
         k = self.k_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         v = self.v_proj(x, adapter).unflatten(-1, (self.n_kv, self.D)).transpose(1, 2)    # (B, G, T, D)
         k = rotate(self.k_norm(k), cos, sin)
-        q = self.q_proj(x[:, keep], adapter).unflatten(-1, (self.n_q, self.D)).transpose(1, 2)    # T' of T
-        q = rotate(self.q_norm(q), cos[:, :, keep], sin[:, :, keep])
+        q = self.q_proj(x[:, keep], adapter).unflatten(-1, (self.n_q, self.D)).transpose(1, 2)
+        q = rotate(self.q_norm(q), cos[:, :, keep], sin[:, :, keep])                      # (B, H, T', D)
 
         k_all, v_all = (k, v) if past is None else past.join(layer, k, v)                 # (B, G, S + T, D)
         y = self.attend(q, k_all, v_all, mask, keep)                                      # (B, H, T', D)

@@ -147,6 +147,16 @@ def run_bytes(bitune, base, **about):
     return files
 
 
+def check_tokenizer(folder, base, vocab_size):
+    """ValueError if the tokenizer in a folder makes other ids, prompts or ends than the base's."""
+    theirs, ours = Tokenizer.from_pretrained(folder), load_tokenizer(base)
+    theirs.limit(vocab_size)
+    read = lambda t: (t.vocab, t.added, t.special, t.bos_id, t.chat)
+    if read(theirs) != read(ours) or theirs.eos_id not in (None, ours.eos_id):
+        raise ValueError(f"{folder} brings another tokenizer or chat template than {base} has: move its "
+                         "files there, or away")
+
+
 def load_bitune(model, folder, base="", method=None, c=None):
     """The run, or the bare PEFT adapter, in `folder` on its base `model`, how many tensors it holds, and its
     bitune.json. Another `method`, or constant `c`, starts from what the run has learned: a set that the run
@@ -163,12 +173,7 @@ def load_bitune(model, folder, base="", method=None, c=None):
         raise ValueError(f"{folder} was finetuned from {about['base']}, which {base} is not: it has another "
                          "config, or other weights")
     if not about and (folder / "tokenizer.json").is_file():             # TRL leaves one beside an adapter
-        theirs, ours = Tokenizer.from_pretrained(folder), load_tokenizer(base)
-        theirs.limit(model.config.vocab_size)
-        read = lambda t: (t.vocab, t.added, t.special, t.bos_id, t.chat)
-        if read(theirs) != read(ours) or theirs.eos_id not in (None, ours.eos_id):
-            raise ValueError(f"{folder} brings another tokenizer or chat template than {base} has: move its "
-                             "files there, or away")
+        check_tokenizer(folder, base, model.config.vocab_size)
     n, there = len(model.state_dict()) if about.get("whole") else 0, adapter_sets(own)
     wanted = adapter_sets(method or own)
     for name in dict.fromkeys([*there, *wanted]):

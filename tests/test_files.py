@@ -352,10 +352,10 @@ def test_a_tokenizer_beside_an_adapter_is_the_bases(tmp_path):
     for folder in (base, run):
         tokenizer_of(spec, folder, chat_template="one")
     load_run(run, base)
-    for others in ({"chat_template": "another"}, {"chat_template": "one", "eos_token": "<|im_end|>"}, {}):
-        if not others:                                  # without a chat template
-            tokenizer_of(spec, base)
-            others = {"eos_token": "<|im_end|>"}
+    end = {"eos_token": "<|im_end|>"}
+    for own, others in (({"chat_template": "one"}, {"chat_template": "another"}),
+                        ({"chat_template": "one"}, {"chat_template": "one"} | end), ({}, end)):
+        tokenizer_of(spec, base, **own)
         tokenizer_of(spec, run, **others)
         with pytest.raises(ValueError, match="brings another tokenizer or chat template than .*base has"):
             load_run(run, base)
